@@ -1,0 +1,203 @@
+"""The checkpoint store: a directory of checkpoints, each complete or invisible.
+
+A checkpoint is a directory `step-00000100/` of safetensors files that hold slices of globally named tensors, `index.json` (name →
+type, global shape, and the file, key, offsets and lengths of each slice), `state.json` (whatever else the run is made of),
+`manifest.json` (size and SHA-256 of every file) and, written last, `COMPLETE`, which holds the manifest's own hash. It is built
+in a temporary sibling and renamed, so that a kill at any moment leaves the checkpoints before it as they were. Loading verifies
+every hash and never runs code: there is no pickle, in writing or in reading.
+
+The store knows tensors and JSON, not models: names, prefixes and their meaning belong to the caller.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FILE_BYTES = 2 * 2**30
+"""Tensors are spread over files of about this size."""
+
+_NAME = re.compile(r"step-(\d{8,})")
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_TEMPORARY = ".tmp-"
+
+
+class CheckpointError(Exception):
+    """A checkpoint that can not be trusted; the message says which file and why."""
+
+
+class Checkpoint:
+    """A verified checkpoint on disk. Tensors are read when asked for."""
+
+    def __init__(self, path: Path):
+        """Verify the directory; raise `CheckpointError` unless every byte is as it was written."""
+        self.path = path
+        _verify(path)
+        self.state: dict[str, Any] = _read_json(path / "state.json")
+        self._tensors: dict[str, Any] = _read_json(path / "index.json")["tensors"]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that the checkpoint's directory is named by."""
+        match = _NAME.fullmatch(self.path.name)
+        assert match is not None
+        return int(match[1])
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Names of the tensors that begin with `prefix`."""
+        return [name for name in self._tensors if name.startswith(prefix)]
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor, put together from its slices, on the CPU."""
+        entry = self._tensors[name]
+        whole = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
+        covered = 0
+        for part in entry["slices"]:
+            region = tuple(slice(o, o + n) for o, n in zip(part["offsets"], part["lengths"], strict=True))
+            with safe_open(self.path / _plain(part["file"]), framework="pt") as file:
+                piece = file.get_tensor(part["key"])
+            if piece.dtype != whole.dtype or list(piece.shape) != part["lengths"]:
+                raise CheckpointError(f"{part['file']}: {name} is {piece.dtype} {list(piece.shape)}, the index says otherwise")
+            whole[region] = piece
+            covered += piece.numel()
+        if covered != whole.numel():
+            raise CheckpointError(f"index.json: the slices of {name} hold {covered} of {whole.numel()} values")
+        return whole
+
+
+class CheckpointStore:
+    """All checkpoints of one run."""
+
+    def __init__(self, directory: Path, keep_last: int):
+        self.directory = directory
+        self.keep_last = keep_last
+
+    def paths(self) -> list[Path]:
+        """Checkpoints that were renamed into place, oldest first."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(p for p in self.directory.iterdir() if _NAME.fullmatch(p.name) and p.is_dir())
+
+    def save(self, step: int, tensors: Iterable[tuple[str, Tensor]], state: dict[str, Any]) -> Path:
+        """Write a checkpoint, make it durable, then delete the ones that `keep_last` no longer keeps."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.sweep()
+        final = self.directory / f"step-{step:08d}"
+        temporary = self.directory / f"{_TEMPORARY}{final.name}"
+        temporary.mkdir()
+        _write_json(temporary / "index.json", {"tensors": _write_tensors(temporary, tensors)})
+        _write_json(temporary / "state.json", state)
+        manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
+        _write_json(temporary / "manifest.json", manifest)
+        _write_json(temporary / "COMPLETE", {"manifest_sha256": _sha256(temporary / "manifest.json")})
+        sync_directory(temporary)
+        if final.exists():  # only a checkpoint that failed verification can stand here: the run went on from an older one
+            shutil.rmtree(final)
+        temporary.rename(final)
+        sync_directory(self.directory)
+        for old in self.paths()[: -self.keep_last]:
+            shutil.rmtree(old)
+        return final
+
+    def sweep(self) -> None:
+        """Remove what a killed save left behind."""
+        for leftover in self.directory.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(leftover)
+
+    def newest(self, refused: Callable[[str], None]) -> Checkpoint | None:
+        """The newest checkpoint that verifies; `refused` is told of each newer one that does not, and why."""
+        for path in reversed(self.paths()):
+            try:
+                return Checkpoint(path)
+            except CheckpointError as error:
+                refused(f"{path}: {error}")
+        return None
+
+
+def _write_tensors(directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
+    index: dict[str, Any] = {}
+    for number, batch in enumerate(_batches(tensors)):
+        name = f"tensors-{number:05d}.safetensors"
+        save_file(batch, directory / name)
+        with open(directory / name, "rb") as file:
+            os.fsync(file.fileno())
+        for key, tensor in batch.items():
+            shape = list(tensor.shape)
+            part = {"file": name, "key": key, "offsets": [0] * len(shape), "lengths": shape}
+            index[key] = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": shape, "slices": [part]}
+    return index
+
+
+def _batches(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    batch: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        assert name not in batch, name
+        batch[name] = tensor.detach().cpu().contiguous()
+        size += tensor.nbytes
+        if size >= FILE_BYTES:
+            yield batch
+            batch, size = {}, 0
+    if batch:
+        yield batch
+
+
+def _verify(path: Path) -> None:
+    try:
+        manifest_sha256 = _read_json(path / "COMPLETE")["manifest_sha256"]
+        if _sha256(path / "manifest.json") != manifest_sha256:
+            raise CheckpointError("manifest.json is not the one that COMPLETE was written for")
+        for name, expected in _read_json(path / "manifest.json").items():
+            file = path / _plain(name)
+            if file.stat().st_size != expected["bytes"]:
+                raise CheckpointError(f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}")
+            if _sha256(file) != expected["sha256"]:
+                raise CheckpointError(f"{name} does not have the content it was written with (SHA-256 differs)")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{Path(error.filename).name} is missing") from error
+    except (KeyError, TypeError, OSError, SafetensorError) as error:
+        raise CheckpointError(f"unreadable: {error!r}") from error
+
+
+def _plain(name: str) -> str:
+    """A file name of our own making, never a path that leaves the checkpoint."""
+    if not _FILE_NAME.fullmatch(name):
+        raise CheckpointError(f"{name!r} is not a file name of a checkpoint")
+    return name
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path.name} is not JSON: {error}") from error
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

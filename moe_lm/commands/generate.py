@@ -1,0 +1,23 @@
+"""`moe-lm generate`: continue a text."""
+
+from pathlib import Path
+
+import torch
+
+from moe_lm.commands.model_source import open_model
+from moe_lm.config import GenerateConfig
+from moe_lm.evaluation.generation import generate
+from moe_lm.parallel.runtime import Runtime
+
+
+def run(config: GenerateConfig) -> int:
+    """Print the prompt and its continuation."""
+    assert config.checkpoint is not None
+    device: torch.device = Runtime(config.device.value).device
+    model, tokenizer = open_model(Path(config.checkpoint), device)
+    prompt_ids = [tokenizer.bos_id, *tokenizer.encode(config.prompt)]
+    new_ids = generate(
+        model, prompt_ids, config.max_new_tokens, tokenizer.eos_id, config.temperature, config.top_k, config.seed
+    )
+    print(config.prompt + tokenizer.decode(list(new_ids)))
+    return 0

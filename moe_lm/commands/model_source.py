@@ -1,0 +1,91 @@
+"""Where commands take a trained model from: a run directory, one of its checkpoints, or a Hugging Face directory."""
+
+import dataclasses
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moe_lm.checkpoint.store import Checkpoint, CheckpointError, CheckpointStore
+from moe_lm.config import to_dataclass
+from moe_lm.data.tokenizer import MODEL_FILE, Tokenizer
+from moe_lm.errors import InputError
+from moe_lm.hf.export import export
+from moe_lm.hf.load import load_config, load_model
+from moe_lm.model.config import ModelConfig
+from moe_lm.model.decoder import CausalLM
+
+
+@dataclasses.dataclass(frozen=True)
+class NativeSource:
+    """A checkpoint of a run, with the run's tokenizer."""
+
+    run_directory: Path
+    checkpoint: Checkpoint
+    config: ModelConfig
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        """Directory of the tokenizer's files."""
+        return self.run_directory / "tokenizer"
+
+    def parameters(self) -> Iterable[tuple[str, Tensor]]:
+        """The model's parameters by name, read one at a time."""
+        prefix = "model/"
+        return ((name.removeprefix(prefix), self.checkpoint.tensor(name)) for name in self.checkpoint.names(prefix))
+
+
+def open_native(path: Path) -> NativeSource:
+    """Find and verify the checkpoint that `path` names: a checkpoint itself, or a run's newest."""
+    _require_directory(path)
+    if (path / "COMPLETE").exists():
+        try:
+            checkpoint = Checkpoint(path)
+        except CheckpointError as error:
+            raise InputError(f"checkpoint={path}: {error}.") from error
+        run_directory = path.parent.parent
+    else:
+        store = CheckpointStore(path / "checkpoints", keep_last=1)
+        newest = store.newest(refused=lambda reason: print(f"refused checkpoint {reason}", file=sys.stderr))
+        if newest is None:
+            raise InputError(f"checkpoint={path}: holds no complete checkpoint; give a run directory or a step-… directory.")
+        checkpoint, run_directory = newest, path
+    return NativeSource(run_directory, checkpoint, to_dataclass(ModelConfig, checkpoint.state["config"]["model"]))
+
+
+def open_model(path: Path, device: torch.device) -> tuple[CausalLM, Tokenizer]:
+    """A model in fp32 and its tokenizer, from any of the three kinds of directory."""
+    _require_directory(path)
+    if (path / "config.json").exists():
+        model, tokenizer_directory = load_model(path, load_config(path)), path
+    else:
+        source = open_native(path)
+        model, tokenizer_directory = CausalLM(source.config), source.tokenizer_directory
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in source.parameters():
+                parameters.pop(name).copy_(tensor)
+        assert not parameters, f"the checkpoint lacks {sorted(parameters)}"
+    if not (tokenizer_directory / MODEL_FILE).exists():
+        raise InputError(f"checkpoint={path}: there is no {MODEL_FILE} in {tokenizer_directory}.")
+    return model.to(device), Tokenizer(tokenizer_directory / MODEL_FILE)
+
+
+def write_export(
+    config: ModelConfig,
+    parameters: Iterable[tuple[str, Tensor]],
+    tokenizer_directory: Path,
+    output: Path,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Export with the control ids of the tokenizer in `tokenizer_directory`."""
+    tokenizer = Tokenizer(tokenizer_directory / MODEL_FILE)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    export(config, parameters, tokenizer_directory, ids, output, dtype)
+
+
+def _require_directory(path: Path) -> None:
+    if not path.is_dir():
+        raise InputError(f"checkpoint={path}: there is no such directory.")

@@ -1,0 +1,38 @@
+"""Writing files so that a reader finds the old one, the new one or none, and never half of one."""
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Opens a temporary sibling for writing; renames it to `path` when the block ends without an exception.
+
+    The sibling's name is random: two processes preparing the same directory each write their own, on whatever
+    machines, and since the contents are the same, it does not matter whose rename comes last.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a whole file atomically."""
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON atomically, readable and in the order given."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())

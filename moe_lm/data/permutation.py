@@ -1,0 +1,67 @@
+"""A keyed permutation of 0 … length-1 in constant memory.
+
+A Feistel network permutes the next power of four; results outside the range are walked on until they fall inside
+(cycle walking), which keeps it a permutation of the range and takes fewer than four rounds on average. So a shuffled
+epoch of any number of rows needs no list of indices, and the data state is one integer.
+Six rounds of a 64-bit finaliser (splitmix64, Steele et al. 2014) are far more than the four after which a Feistel
+network with random round functions is indistinguishable from a random permutation (Luby & Rackoff 1988).
+"""
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+NUM_ROUNDS = 6
+
+
+def epoch_key(seed: int, epoch: int) -> int:
+    """A 64-bit key for an epoch of a run; every epoch is shuffled anew."""
+    digest = hashlib.sha256(f"moe-lm rows {seed} {epoch}".encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+def permute(index: int, length: int, key: int) -> int:
+    """Where a permutation of 0 … length-1 takes one index; see `permute_array`."""
+    return int(permute_array(np.array([index]), length, key)[0])
+
+
+def permute_array(indices: NDArray[np.int64], length: int, key: int) -> NDArray[np.int64]:
+    """Where a permutation of 0 … length-1 takes each index.
+
+    Args:
+        indices: Any integers in 0 … length-1, in any order.
+        length: Size of the permuted range, at least 1 and below 2^62.
+        key: Which permutation: any integer, of which 64 bits count.
+
+    Returns:
+        int64, one result per index.
+    """
+    assert length >= 1 and (indices.size == 0 or (0 <= indices.min() and indices.max() < length))
+    half_bits = max(1, ((length - 1).bit_length() + 1) // 2)
+    round_keys = _mix(np.uint64(key % 2**64) + np.arange(1, NUM_ROUNDS + 1, dtype=np.uint64) * _GOLDEN)
+    result = _feistel(indices.astype(np.uint64), half_bits, round_keys)
+    outside = np.flatnonzero(result >= length)
+    while outside.size:
+        result[outside] = _feistel(result[outside], half_bits, round_keys)
+        outside = outside[result[outside] >= length]
+    return result.astype(np.int64)
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """splitmix64's finaliser; arithmetic is modulo 2^64."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _feistel(values: NDArray[np.uint64], half_bits: int, round_keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """One pass over 2·half_bits bits: halves swap, one of them masked by a function of the other."""
+    shift, mask = np.uint64(half_bits), np.uint64(2**half_bits - 1)
+    left, right = values >> shift, values & mask
+    for round_key in round_keys:
+        left, right = right, left ^ (_mix(right * _GOLDEN + round_key) & mask)
+    return (left << shift) | right

@@ -1,0 +1,152 @@
+"""Writes a tokenizer for transformers, so that `AutoTokenizer.from_pretrained` gives sentencepiece's ids.
+
+transformers' own conversion does not: it reads a literal "<s>" in a text as the control token, and puts a space in
+front. So `tokenizer.json` is written here. A BPE merge list is not stored in a sentencepiece model, but follows from
+it: a piece is made from any two pieces that concatenate to it, and the piece with the lower id (higher score) first.
+"""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+from moe_lm.data.files import write_atomically, write_json
+from moe_lm.data.tokenizer import MODEL_FILE, Tokenizer
+from moe_lm.errors import InputError
+
+SPACE = "\u2581"
+
+
+def save_tokenizer_files(tokenizer: Tokenizer, directory: Path, model_max_length: int) -> None:
+    """Writes tokenizer.model, tokenizer.json, tokenizer_config.json and special_tokens_map.json.
+
+    Args:
+        tokenizer: The tokenizer to write.
+        directory: Where to (made if missing).
+        model_max_length: Longest sequence in tokens, which transformers warns beyond.
+
+    Raises:
+        InputError: The sentencepiece model is of a kind that cannot be written exactly.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+    special_pieces = {name: tokenizer.piece(token) for name, token in special.items()}
+    special_pieces["unk_token"] = tokenizer.piece(_unknown_id(tokenizer))
+    write_atomically(directory / MODEL_FILE, tokenizer.model_bytes)
+    write_atomically(directory / "tokenizer.json", json.dumps(tokenizer_json(tokenizer), ensure_ascii=False).encode())
+    write_json(directory / "special_tokens_map.json", special_pieces)
+    write_json(
+        directory / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **special_pieces,
+            "add_bos_token": True,
+            "add_eos_token": False,
+            # Control strings inside a text are text: without this, "<s>" in a document would become the control id.
+            "split_special_tokens": True,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": model_max_length,
+        },
+    )
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of tokenizer.json: tokenizers' BPE with sentencepiece's merges.
+
+    Raises:
+        InputError: The sentencepiece model is of a kind that cannot be written exactly.
+    """
+    _check_exportable(tokenizer)
+    bos = tokenizer.piece(tokenizer.bos_id)
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    unreplace = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    decoders: list[dict[str, Any]] = [unreplace, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    normalizer: dict[str, Any] = replace
+    if _has_dummy_prefix(tokenizer):
+        normalizer = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, replace]}
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    controls = [token for token in range(tokenizer.vocab_size) if _is_special(tokenizer, token)]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": token,
+                "content": tokenizer.piece(token),
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+            for token in controls
+        ],
+        "normalizer": normalizer,
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [
+                {"SpecialToken": {"id": bos, "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": bos, "type_id": 1}},
+                {"Sequence": {"id": "B", "type_id": 1}},
+            ],
+            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
+        },
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": tokenizer.piece(_unknown_id(tokenizer)),
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": {tokenizer.piece(token): token for token in range(tokenizer.vocab_size)},
+            "merges": _merges(tokenizer),
+        },
+    }
+
+
+def _merges(tokenizer: Tokenizer) -> list[list[str]]:
+    """All pairs of pieces whose concatenation is a piece, by the id of the result."""
+    tokens = range(tokenizer.vocab_size)
+    ordinary = {tokenizer.piece(t): t for t in tokens if not (_is_special(tokenizer, t) or tokenizer.is_byte(t))}
+    merges = []
+    for piece in ordinary:
+        splits = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+        merges += [[left, right] for left, right in splits if left in ordinary and right in ordinary]
+    return merges
+
+
+def _is_special(tokenizer: Tokenizer, token: int) -> bool:
+    return tokenizer.is_control(token) or tokenizer.is_unknown(token)
+
+
+def _unknown_id(tokenizer: Tokenizer) -> int:
+    return next(token for token in range(tokenizer.vocab_size) if tokenizer.is_unknown(token))
+
+
+def _has_dummy_prefix(tokenizer: Tokenizer) -> bool:
+    return tokenizer.piece(tokenizer.encode("a")[0]).startswith(SPACE)
+
+
+def _check_exportable(tokenizer: Tokenizer) -> None:
+    """Refuses models whose ids tokenizers' BPE would not reproduce: unigram, user-defined pieces, normalisation."""
+    remedy = "use a BPE model with byte_fallback and identity normalisation, or let moe-lm train one."
+    tokens = range(tokenizer.vocab_size)
+    ordinary = [t for t in tokens if not (_is_special(tokenizer, t) or tokenizer.is_byte(t))]
+    scores = [tokenizer.score(token) for token in ordinary]
+    ranked = all(earlier > later for earlier, later in itertools.pairwise(scores))
+    if not ranked or any(score != round(score) for score in scores):
+        raise InputError(
+            f"tokenizer.path: this sentencepiece model is not plain BPE (or has pieces of its own); {remedy}"
+        )
+    if sum(tokenizer.is_byte(token) for token in tokens) != 256:
+        raise InputError(f"tokenizer.path: this sentencepiece model has no byte fallback; {remedy}")
+    probe = "A  ﬁ ①\r\n\t x\u00a0"
+    if tokenizer.decode(tokenizer.encode(probe)) != probe:
+        raise InputError(f"tokenizer.path: this sentencepiece model changes the text it reads; {remedy}")

@@ -1,0 +1,33 @@
+"""Bits per byte: what the model would need to transmit the validation text, per byte of it.
+
+The sum of −log2 p over every target (the end mark of each document included), over the raw UTF-8 bytes of the documents. Unlike
+perplexity it can be compared across tokenizers, and with compressors.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from moe_lm.data.batch import Batch
+from moe_lm.data.shards import TokenShard
+from moe_lm.kernels.loss import linear_cross_entropy
+from moe_lm.model.decoder import CausalLM
+from moe_lm.parallel.runtime import Runtime
+
+
+@torch.no_grad()
+def bits_per_byte(model: CausalLM, batches: Iterable[Batch], shard: TokenShard, runtime: Runtime) -> float:
+    """Bits per byte of `shard`, from this process's share of its rows.
+
+    With a part of the rows it is an estimate: their bits per target, times the targets per byte of the whole shard.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)  # nats, targets
+    for batch in batches:
+        batch = batch.to(runtime.device)
+        output = model(batch.input_ids, batch.position_ids, batch.document_ids, batch.routing_mask)
+        sums[0] += linear_cross_entropy(output.hidden_BSD.flatten(0, 1), model.lm_head.weight, batch.labels.flatten())
+        sums[1] += (batch.labels >= 0).sum()
+    runtime.sum([sums])
+    nats, targets = sums.tolist()
+    return nats / math.log(2) / targets * shard.num_targets / shard.num_bytes

@@ -1,0 +1,30 @@
+"""What general compressors make of a text, in bits per byte: a floor that a language model must get below."""
+
+import lzma
+import zlib
+
+import numpy as np
+
+from moe_lm.data.shards import TokenShard
+from moe_lm.data.tokenizer import Tokenizer
+
+
+def gzip_bits_per_byte(content: bytes) -> float:
+    """Size under `gzip -9` without its header, in bits per byte of content."""
+    compressor = zlib.compressobj(level=9, wbits=-15)
+    return 8 * (len(compressor.compress(content)) + len(compressor.flush())) / len(content)
+
+
+def xz_bits_per_byte(content: bytes) -> float:
+    """Size under `xz -9`, in bits per byte of content."""
+    return 8 * len(lzma.compress(content, preset=9)) / len(content)
+
+
+def document_bytes(shard: TokenShard, tokenizer: Tokenizer) -> bytes:
+    """The documents of a shard end to end, decoded; exactly the bytes that bits per byte are counted over.
+
+    (Exactly, unless a text holds U+2581, which the tokenizer's format gives back as a space.)
+    """
+    ends = np.append(shard.starts[1:], shard.num_tokens)
+    texts = (tokenizer.decode(shard.tokens[a + 1 : b - 1].tolist()) for a, b in zip(shard.starts, ends, strict=True))
+    return "".join(texts).encode()

@@ -1,0 +1,50 @@
+"""Text from a model: one prompt, a key-value cache, greedy or sampled."""
+
+from collections.abc import Iterator
+
+import torch
+
+from moe_lm.model.attention import KeyValueCache
+from moe_lm.model.decoder import CausalLM
+
+
+@torch.no_grad()
+def generate(
+    model: CausalLM,
+    prompt_ids: list[int],
+    max_new_tokens: int,
+    end_id: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Yield new token ids until `end_id` (which is not yielded) or `max_new_tokens`.
+
+    Args:
+        model: a model on any device.
+        prompt_ids: at least one id; normally begins with the document's begin mark.
+        max_new_tokens: most tokens to make.
+        end_id: id that ends the text.
+        temperature: 0 takes the most probable token every time.
+        top_k: sample among this many most probable tokens; null means all.
+        seed: seed of the sampling.
+    """
+    weight = model.lm_head.weight
+    cache = KeyValueCache(model.config, 1, len(prompt_ids) + max_new_tokens, weight.device, weight.dtype)
+    generator = torch.Generator().manual_seed(seed)
+    new_ids = prompt_ids
+    for _ in range(max_new_tokens):
+        hidden_BSD = model(torch.tensor([new_ids], device=weight.device), cache=cache).hidden_BSD
+        token = _choose(model.logits(hidden_BSD[0, -1]).float().cpu(), temperature, top_k, generator)
+        if token == end_id:
+            return
+        yield token
+        new_ids = [token]
+
+
+def _choose(logits_V: torch.Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits_V.argmax())
+    if top_k is not None and top_k < len(logits_V):
+        logits_V = logits_V.masked_fill(logits_V < logits_V.topk(top_k).values[-1], float("-inf"))
+    return int(torch.multinomial((logits_V / temperature).softmax(dim=-1), 1, generator=generator))

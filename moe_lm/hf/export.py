@@ -1,0 +1,118 @@
+"""Write a model as a Hugging Face directory, complete or not at all."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moe_lm.checkpoint.store import sync_directory
+from moe_lm.errors import InputError
+from moe_lm.hf.layout import model_type, to_disk, to_hf_config
+from moe_lm.model.config import ModelConfig
+
+SHARD_BYTES = 4 * 2**30
+"""Largest file of an export, unless one tensor alone is larger."""
+
+MARK = "moe_lm_export.json"
+"""Written into every export: names its files, so that a later export may replace them and nothing else."""
+
+
+def check_output(directory: Path) -> None:
+    """Refuse a directory that holds anything but an earlier export, before any work is done for it."""
+    if not directory.exists():
+        return
+    remedy = "give another output=, or remove it yourself."
+    if not directory.is_dir():
+        raise InputError(f"output={directory}: is a file; {remedy}")
+    present = {p.name for p in directory.iterdir()}
+    if not present:
+        return
+    if MARK not in present:
+        raise InputError(f"output={directory}: holds something that is not an export of moe-lm; {remedy}")
+    foreign = present - {MARK, *json.loads((directory / MARK).read_text())["files"]}
+    if foreign:
+        raise InputError(f"output={directory}: holds files that the export did not write ({min(foreign)}); {remedy}")
+
+
+def export(
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    tokenizer_directory: Path,
+    token_ids: dict[str, int],
+    output: Path,
+    dtype: torch.dtype,
+) -> None:
+    """Write weights, configuration, generation defaults and tokenizer; the directory appears under its name when complete.
+
+    Args:
+        config: the model.
+        tensors: its parameters by native name; a tied output head is absent.
+        tokenizer_directory: tokenizer files to copy.
+        token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`.
+        output: directory to make, or an earlier export to replace.
+        dtype: type of the weights on disk.
+    """
+    check_output(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".tmp-{output.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    _write_weights(temporary, tensors, dtype)
+    _write_configs(temporary, config, token_ids, dtype)
+    for file in tokenizer_directory.iterdir():
+        shutil.copyfile(file, temporary / file.name)
+    files = sorted(p.name for p in temporary.iterdir())
+    (temporary / MARK).write_text(json.dumps({"files": files}, indent=1) + "\n")
+    sync_directory(temporary)
+    if output.exists():
+        shutil.rmtree(output)
+    temporary.rename(output)
+    sync_directory(output.parent)
+
+
+def _write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> None:
+    """Stream tensors into shards; a single shard is named model.safetensors, several get an index."""
+    shards: list[list[str]] = []
+    total = 0
+    batch: dict[str, Tensor] = {}
+    size = 0
+
+    def close() -> None:
+        nonlocal batch, size
+        save_file(batch, directory / f"{len(shards):05d}.part", metadata={"format": "pt"})
+        shards.append(list(batch))
+        batch, size = {}, 0
+
+    for name, tensor in to_disk(tensors):
+        # A view of a stacked tensor would drag the whole stack into the file: store a matrix of its own.
+        own = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+        if batch and size + own.nbytes > SHARD_BYTES:
+            close()
+        batch[name] = own
+        size += own.nbytes
+        total += own.nbytes
+    close()
+    if len(shards) == 1:
+        (directory / "00000.part").rename(directory / "model.safetensors")
+        return
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for i, name in enumerate(names):
+        (directory / f"{i:05d}.part").rename(directory / name)
+    weight_map = {tensor: name for name, tensors_of in zip(names, shards) for tensor in tensors_of}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _write_configs(directory: Path, config: ModelConfig, token_ids: dict[str, int], dtype: torch.dtype) -> None:
+    from transformers import AutoConfig, GenerationConfig
+
+    name = model_type(config)
+    written = AutoConfig.for_model(name, **to_hf_config(config), **token_ids)
+    written.architectures = [f"{name.capitalize()}ForCausalLM"]
+    written.dtype = str(dtype).removeprefix("torch.")
+    written.save_pretrained(directory)
+    GenerationConfig(**token_ids).save_pretrained(directory)

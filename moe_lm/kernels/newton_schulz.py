@@ -1,0 +1,38 @@
+"""Orthogonalisation of update matrices by a quintic Newton–Schulz iteration, as Muon needs it.
+
+The coefficients are Muon's (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): they push singular values into
+about [0.7, 1.2] in five steps instead of converging to 1, which trains as well and costs less. Stacked experts are a
+batch: each matrix is normalised and orthogonalised by itself. The smaller side is squared, so the work is min(m, n)²·max(m, n).
+bf16 where the hardware multiplies it, for the iteration corrects rounding as it goes; fp32 elsewhere.
+"""
+
+import torch
+from torch import Tensor
+
+from moe_lm.kernels.hardware import has_fast_bf16
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
+    """The nearest (semi-)orthogonal matrix to each matrix of the last two dimensions of `g`, roughly; zero stays zero.
+
+    Args:
+        g: [..., rows, columns]; leading dimensions are a batch.
+        steps: Newton–Schulz steps.
+
+    Returns:
+        A tensor of g's shape, in bf16 where that is fast and in fp32 elsewhere.
+    """
+    assert g.ndim >= 2, g.shape
+    a, b, c = COEFFICIENTS
+    x = g.reshape(-1, *g.shape[-2:])
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    # Norm in fp32, and a floor instead of an added epsilon: a tiny gradient is scaled as exactly as a large one.
+    norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32).clamp_min(1e-30)
+    x = (x / norms).to(torch.bfloat16 if has_fast_bf16(g.device) else torch.float32)
+    for _ in range(steps):
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(g.shape)

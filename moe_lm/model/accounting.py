@@ -1,0 +1,45 @@
+"""Parameters and floating-point operations of a configuration, as formulas: nothing is built to count them."""
+
+import dataclasses
+
+from moe_lm.model.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of parameters."""
+
+    total: int
+    """All of the model."""
+    active: int
+    """Those that one token uses: all but the experts it is not sent to."""
+    embedding: int
+    """The input embedding, a table look-up without arithmetic; 0 when it is tied to the output head."""
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Count the parameters of a model, exactly."""
+    hidden, size_of_head = config.hidden_size, config.width_of_head
+    attention = 2 * hidden * size_of_head * (config.num_attention_heads + config.num_key_value_heads)
+    expert = 3 * hidden * config.intermediate_size
+    experts, routed = (config.num_experts, config.num_experts_per_tok) if config.is_mixture else (1, 1)
+    gate = config.num_experts * hidden if config.is_mixture else 0
+    table = config.vocab_size * hidden
+    outside = hidden + table * (1 if config.tie_word_embeddings else 2)
+    shared_by_layer = attention + gate + 2 * hidden
+    return ParameterCount(
+        total=outside + config.num_hidden_layers * (shared_by_layer + experts * expert),
+        active=outside + config.num_hidden_layers * (shared_by_layer + routed * expert),
+        embedding=0 if config.tie_word_embeddings else table,
+    )
+
+
+def training_flops_per_token(config: ModelConfig, sequence_length: int) -> int:
+    """Forward and backward operations per token: 6 · active parameters but the look-up + 6 · L · S · N · H for attention.
+
+    The attention term is half of the full square, since attention is causal (PaLM, Chowdhery et al. 2022, appendix B, halved).
+    Recomputed activations do not count: this is the work asked for, not the work done.
+    """
+    count = count_parameters(config)
+    attention = config.num_hidden_layers * sequence_length * config.num_attention_heads * config.width_of_head
+    return 6 * (count.active - count.embedding) + 6 * attention

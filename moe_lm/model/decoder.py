@@ -1,0 +1,153 @@
+"""The decoder: embedding, layers, final norm, output head. It knows nothing of training, data or processes.
+
+It returns hidden states and routing statistics; the loss works from hidden states in chunks, so logits of a whole batch
+never exist in training. Parameter names and shapes are those of transformers' Mixtral (or Mistral) in memory.
+
+Letters: B batch, S sequence, T key length, D hidden, V vocabulary, L layers, E experts.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_lm.kernels.attention import attention_mask
+from moe_lm.kernels.normalization import rms_norm
+from moe_lm.model.attention import Attention, KeyValueCache, rotary_angles
+from moe_lm.model.config import ModelConfig
+from moe_lm.model.moe import DenseFeedForward, MixtureOfExperts
+from moe_lm.model.recompute import recompute_in_backward
+from moe_lm.model.router import RoutingStatistics
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learned scale (Zhang and Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension in fp32; same shape and type out."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, index)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MixtureOfExperts(config) if config.is_mixture else DenseFeedForward(config)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask_BST: Tensor | None,
+        routing_mask_BS: Tensor | None,
+        cache: KeyValueCache | None,
+    ) -> tuple[Tensor, RoutingStatistics | None]:
+        """x [B, S, D] to [B, S, D], and the statistics of the layer's router."""
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, mask_BST, cache)
+        y_BSD, statistics = self.mlp(self.post_attention_layernorm(x_BSD), routing_mask_BS)
+        return x_BSD + y_BSD, statistics
+
+
+class DecoderOutput(NamedTuple):
+    """What a forward pass gives."""
+
+    hidden_BSD: Tensor
+    """Final hidden states, normalised: `hidden · lm_head.weightᵀ` are the logits."""
+    statistics: RoutingStatistics | None
+    """Every layer's routing statistics, stacked: fields [L, E], [L, E], [L]. Null for a dense model."""
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.recompute_layers = False
+        """Activation checkpointing: keep each layer's input and routing decision, compute the rest again in backward."""
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        input_ids_BS: Tensor,
+        position_ids_BS: Tensor | None = None,
+        document_ids_BS: Tensor | None = None,
+        routing_mask_BS: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> DecoderOutput:
+        """Run the layers.
+
+        Args:
+            input_ids_BS: token ids, int64.
+            position_ids_BS: positions for the rotary embedding; null counts on from the cache, or from 0.
+            document_ids_BS: attention stays within tokens of equal document id; null means one document per row.
+            routing_mask_BS: true for tokens that count in the routing statistics; null means all.
+            cache: keys and values of earlier tokens (one document per row); extended in place.
+        """
+        config, seen = self.config, cache.length if cache is not None else 0
+        length = input_ids_BS.shape[1]
+        if position_ids_BS is None:
+            position_ids_BS = torch.arange(seen, seen + length, device=input_ids_BS.device).expand_as(input_ids_BS)
+        mask_BST = self._mask(input_ids_BS, document_ids_BS, seen)
+        x_BSD = F.embedding(input_ids_BS, self.embed_tokens.weight)
+        rotary = rotary_angles(position_ids_BS, config.width_of_head, config.rope_theta, x_BSD.dtype)
+        statistics = []
+        for layer in self.layers:
+            run = recompute_in_backward(layer) if self.recompute_layers and torch.is_grad_enabled() else layer
+            x_BSD, of_layer = run(x_BSD, rotary, mask_BST, routing_mask_BS, cache)
+            statistics.append(of_layer)
+        if cache is not None:
+            cache.length += length
+        stacked = RoutingStatistics(*map(torch.stack, zip(*statistics))) if config.is_mixture else None
+        return DecoderOutput(self.norm(x_BSD), stacked)
+
+    def _mask(self, input_ids_BS: Tensor, document_ids_BS: Tensor | None, seen: int) -> Tensor | None:
+        """Where attention may look, [B, S, T]; null where plain causal attention says the same."""
+        window = self.config.sliding_window
+        keys = seen + input_ids_BS.shape[1]
+        if document_ids_BS is None:
+            if seen == 0 and (window is None or window >= keys):
+                return None
+            document_ids_BS = torch.ones_like(input_ids_BS)
+        assert seen == 0 or bool((document_ids_BS == 1).all()), "a key-value cache holds one document per row"
+        key_documents_BT = document_ids_BS if seen == 0 else document_ids_BS[:, :1].expand(-1, keys)
+        return attention_mask(document_ids_BS, key_documents_BT, seen, window)
+
+
+class CausalLM(nn.Module):
+    """The decoder with its output head."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids_BS: Tensor,
+        position_ids_BS: Tensor | None = None,
+        document_ids_BS: Tensor | None = None,
+        routing_mask_BS: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> DecoderOutput:
+        """Hidden states and statistics, not logits: see `Decoder.forward`, and `logits` for the few that sampling needs."""
+        return self.model(input_ids_BS, position_ids_BS, document_ids_BS, routing_mask_BS, cache)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., D]."""
+        return F.linear(hidden, self.lm_head.weight)

@@ -1,0 +1,68 @@
+"""Moving tokens to their experts and back: the protocol, and the dispatcher of a single process.
+
+The decoder only knows `TokenDispatcher`; expert parallelism injects one that exchanges rows between processes.
+Gathers and sums are torch's index_select and index_add: on CPU they cost 0.2–0.6 ms for 8,192 rows of 256 bf16 values
+(an expert layer of that size takes 20 ms), and both are deterministic there, unlike indexing with brackets.
+
+Letters: T tokens, D hidden, R assignments, P placed rows (R and the rows that fill groups up), E experts.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from moe_lm.kernels.experts import row_alignment
+from moe_lm.model.router import Assignments
+
+
+class TokenDispatcher(Protocol):
+    """Groups token rows by the experts that this process holds, and sums the experts' outputs per token."""
+
+    def dispatch(self, x_TD: Tensor, assignments: Assignments) -> tuple[Tensor, Tensor, Any]:
+        """Return rows [P, D] grouped by local expert, the int32 end of each group [E], and a handle for `combine`."""
+
+    def combine(self, y_PD: Tensor, handle: Any) -> Tensor:
+        """Return y [T, D]: for each token the sum of its assignments' weight · expert output."""
+
+
+class LocalHandle(NamedTuple):
+    """What `combine` needs to know of a local dispatch."""
+
+    token_P: Tensor
+    """Token of each placed row; 0 for filling rows."""
+    weight_P: Tensor
+    """Weight of each placed row; exactly 0 for filling rows, which therefore add nothing and receive no gradient."""
+    num_tokens: int
+
+
+class LocalDispatcher:
+    """All experts live in this process: a stable sort by expert, each group rounded up to the kernels' alignment."""
+
+    def __init__(self, num_experts: int):
+        self.num_experts = num_experts
+
+    def dispatch(self, x_TD: Tensor, assignments: Assignments) -> tuple[Tensor, Tensor, LocalHandle]:
+        """See `TokenDispatcher`."""
+        token_R, expert_R, weight_R = assignments
+        align = row_alignment(x_TD.device, x_TD.dtype, len(token_R))
+        sorted_expert_R, order_R = torch.sort(expert_R, stable=True)
+        experts_E = torch.arange(self.num_experts, device=x_TD.device)
+        start_E = torch.searchsorted(sorted_expert_R, experts_E)
+        size_E = torch.searchsorted(sorted_expert_R, experts_E, right=True) - start_E
+        end_E = ((size_E + align - 1) // align * align).cumsum(0)
+        # Each group begins where the one before ends, filling included: shift the sorted rows by what was filled in so far.
+        shift_E = torch.cat((end_E.new_zeros(1), end_E[:-1])) - start_E
+        place_R = torch.arange(len(token_R), device=x_TD.device) + shift_E.index_select(0, sorted_expert_R)
+        # Upper bound known without asking the device, so that CUDA does not wait; rows past the last end stay unused.
+        capacity = len(token_R) + self.num_experts * (align - 1)
+        num_rows = int(end_E[-1]) if x_TD.device.type == "cpu" else capacity
+        token_P = token_R.new_zeros(num_rows).index_copy(0, place_R, token_R.index_select(0, order_R))
+        weight_P = weight_R.new_zeros(num_rows).index_copy(0, place_R, weight_R.index_select(0, order_R))
+        rows_PD = x_TD.index_select(0, token_P)
+        return rows_PD, end_E.to(torch.int32), LocalHandle(token_P, weight_P, x_TD.shape[0])
+
+    def combine(self, y_PD: Tensor, handle: LocalHandle) -> Tensor:
+        """See `TokenDispatcher`."""
+        y_TD = y_PD.new_zeros(handle.num_tokens, y_PD.shape[1])
+        return y_TD.index_add(0, handle.token_P, y_PD * handle.weight_P[:, None])

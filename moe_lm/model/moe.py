@@ -1,0 +1,58 @@
+"""The mixture-of-experts feed-forward block, as in Mixtral of Experts (Jiang et al. 2024, section 2.1), and its dense sibling."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_lm.kernels.experts import expert_swiglu
+from moe_lm.model.config import ModelConfig
+from moe_lm.model.dispatch import LocalDispatcher, TokenDispatcher
+from moe_lm.model.router import Router, RoutingStatistics
+
+
+class Experts(nn.Module):
+    """E SwiGLU blocks in two stacked tensors, laid out as transformers' Mixtral in memory."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        size = config.intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * size, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, size))
+
+    def forward(self, rows_PD: Tensor, group_ends_E: Tensor) -> Tensor:
+        """Apply expert e to the rows of group e; rows [P, D] to [P, D]."""
+        return expert_swiglu(rows_PD, group_ends_E, self.gate_up_proj, self.down_proj)
+
+
+class MixtureOfExperts(nn.Module):
+    """Route, dispatch, experts, combine."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        self.dispatcher: TokenDispatcher = LocalDispatcher(config.num_experts)
+
+    def forward(self, x_BSD: Tensor, routing_mask_BS: Tensor | None) -> tuple[Tensor, RoutingStatistics]:
+        """x [B, S, D] to [B, S, D], with the layer's routing statistics over the tokens of the mask (null: all)."""
+        x_TD = x_BSD.flatten(0, 1)
+        mask_T = None if routing_mask_BS is None else routing_mask_BS.flatten()
+        assignments, statistics = self.gate(x_TD, mask_T)
+        rows_PD, group_ends_E, handle = self.dispatcher.dispatch(x_TD, assignments)
+        y_PD = self.experts(rows_PD, group_ends_E)
+        y_TD = self.dispatcher.combine(y_PD, handle)
+        return y_TD.view_as(x_BSD), statistics
+
+
+class DenseFeedForward(nn.Module):
+    """Mistral's SwiGLU: the baseline that mixtures are compared with, and what upcycling starts from."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BSD: Tensor, routing_mask_BS: Tensor | None) -> tuple[Tensor, None]:
+        """x [B, S, D] to [B, S, D]; nothing is routed, so there are no statistics."""
+        return self.down_proj(F.silu(self.gate_proj(x_BSD)) * self.up_proj(x_BSD)), None

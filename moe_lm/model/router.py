@@ -1,0 +1,72 @@
+"""The router: which experts each token goes to, with which weight, and the statistics that balancing needs.
+
+Its output is a flat list of assignments rather than [T, K] tables, so that top-k, drops, soft gates and expert choice are
+one interface for the dispatcher; and reduced statistics rather than logits, so that nothing of size [T, E] outlives a layer.
+
+Letters: T tokens, D hidden, E experts, K experts per token, R assignments (T·K here).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_lm.model.config import ModelConfig
+
+
+class Assignments(NamedTuple):
+    """One entry per (token, expert) pair, in any order."""
+
+    token_R: Tensor
+    """Row of the token, int64."""
+    expert_R: Tensor
+    """Global number of the expert, int64."""
+    weight_R: Tensor
+    """Factor of the expert's output in the sum, in the compute type; carries the gradient to the router."""
+
+
+class RoutingStatistics(NamedTuple):
+    """Sums over the tokens that count (`routing_mask`), in fp32: they add over micro-batches and over processes."""
+
+    probability_sum_E: Tensor
+    """Σ softmax probability of each expert; differentiable."""
+    count_E: Tensor
+    """Number of assignments to each expert."""
+    z_sum: Tensor
+    """Σ logsumexp(logits)², scalar; differentiable."""
+
+
+class Router(nn.Module):
+    """Mixtral's router: softmax over all experts in fp32, the K largest, renormalised to sum to one."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def forward(self, x_TD: Tensor, routing_mask_T: Tensor | None) -> tuple[Assignments, RoutingStatistics]:
+        """Route T tokens. Tokens outside the mask are routed as well, but do not count in the statistics."""
+        # fp32 at least: rounding a logit changes the choice itself, not only its weight. (fp64 stays fp64, for exact tests.)
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
+        probability_TE = logits_TE.softmax(dim=-1)
+        top_TK, expert_TK = probability_TE.topk(self.top_k, dim=-1)
+        weight_TK = top_TK / top_TK.sum(dim=-1, keepdim=True)
+        token_TK = torch.arange(x_TD.shape[0], device=x_TD.device)[:, None].expand(-1, self.top_k)
+        assignments = Assignments(token_TK.flatten(), expert_TK.flatten(), weight_TK.flatten().to(x_TD.dtype))
+        return assignments, _statistics(logits_TE, probability_TE, expert_TK, routing_mask_T)
+
+
+def _statistics(
+    logits_TE: Tensor, probability_TE: Tensor, expert_TK: Tensor, routing_mask_T: Tensor | None
+) -> RoutingStatistics:
+    z_T = logits_TE.logsumexp(dim=-1).square()
+    ones_TK = torch.ones_like(expert_TK, dtype=logits_TE.dtype)
+    if routing_mask_T is not None:
+        counted_T = routing_mask_T.to(logits_TE.dtype)
+        probability_TE = probability_TE * counted_T[:, None]
+        z_T = z_T * counted_T
+        ones_TK = ones_TK * counted_T[:, None]
+    count_E = torch.zeros_like(logits_TE[0]).scatter_add(0, expert_TK.flatten(), ones_TK.flatten())
+    return RoutingStatistics(probability_TE.sum(dim=0), count_E.detach(), z_T.sum())

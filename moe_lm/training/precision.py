@@ -1,0 +1,63 @@
+"""fp32 master weights, computed with in bf16: a low-precision twin of the model, refreshed once per optimizer step.
+
+Autocast casts each weight again at every use, and does not reach grouped matrix products at all. A twin is cast once a step,
+by one multi-tensor copy, and its gradients are added to the master's in fp32 as soon as backward has produced them. This is
+what FSDP2's mixed-precision policy does for sharded models, so a sharded run rounds in the same places.
+"""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from moe_lm.kernels.hardware import has_fast_bf16
+from moe_lm.model.decoder import CausalLM
+from moe_lm.model.router import Router
+from moe_lm.training.config import Precision
+
+
+def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """Resolve `auto`: bf16 where the hardware multiplies it natively, else fp32."""
+    if precision is Precision.fp32:
+        return torch.float32
+    if precision is Precision.bf16 or has_fast_bf16(device):
+        return torch.bfloat16
+    return torch.float32
+
+
+class ComputeModel:
+    """The model that forward and backward run on, and its link to the fp32 master weights."""
+
+    def __init__(self, master: CausalLM, dtype: torch.dtype):
+        self.dtype = dtype
+        self.master = master
+        self.module = master
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        if dtype is torch.float32:
+            return
+        # The gate stays the master's own parameter: rounding its weights would change which experts are chosen.
+        shared = {id(m.weight): m.weight for m in master.modules() if isinstance(m, Router)}
+        self.module = copy.deepcopy(master, memo=dict(shared))
+        for mine, theirs in zip(master.parameters(), self.module.parameters(), strict=True):
+            if theirs is mine:
+                continue
+            theirs.data = theirs.data.to(dtype)
+            theirs.register_post_accumulate_grad_hook(lambda low, high=mine: _accumulate(high, low))
+            self._pairs.append((mine, theirs))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy the master weights into the twin; call once after every update."""
+        if self._pairs:
+            masters, twins = zip(*self._pairs)
+            torch._foreach_copy_(twins, masters)
+
+
+def _accumulate(master: Tensor, twin: Tensor) -> None:
+    """Move a gradient that backward just finished from the twin to the master, in fp32."""
+    gradient, twin.grad = twin.grad, None
+    assert gradient is not None
+    if master.grad is None:
+        master.grad = gradient.to(master.dtype)
+    else:
+        master.grad.add_(gradient)

@@ -1,0 +1,122 @@
+"""Everything a training run is made of, assembled from its configuration, and what of it a checkpoint holds."""
+
+import dataclasses
+import platform
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_lm.checkpoint.store import Checkpoint, CheckpointStore
+from moe_lm.data.loader import StepLoader
+from moe_lm.data.prepare import PreparedData
+from moe_lm.errors import InputError
+from moe_lm.model.balancing import load_fraction
+from moe_lm.model.decoder import CausalLM
+from moe_lm.model.initialization import initialize
+from moe_lm.parallel.runtime import Runtime
+from moe_lm.training.config import RunConfig
+from moe_lm.training.optimizer import Optimizer
+from moe_lm.training.precision import ComputeModel, compute_dtype
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is: the counters that a checkpoint keeps."""
+
+    step: int = 0
+    """Finished optimizer steps, skipped updates included."""
+    data_step: int = 0
+    """Global batches consumed."""
+    targets: int = 0
+    """Target tokens learned from."""
+    best_bits_per_byte: float | None = None
+    """Lowest validation figure so far."""
+
+
+class Run:
+    """A training run: model, optimizer, data and progress."""
+
+    def __init__(self, config: RunConfig, runtime: Runtime, data: PreparedData, directory: Path):
+        if data.tokenizer.vocab_size > config.model.vocab_size:
+            raise InputError(
+                f"model.vocab_size={config.model.vocab_size}: must be at least the tokenizer's vocabulary, "
+                f"{data.tokenizer.vocab_size}."
+            )
+        self.config, self.runtime, self.data, self.directory = config, runtime, data, directory
+        trainer = config.trainer
+        with torch.device(runtime.device):
+            self.model = CausalLM(config.model)
+        initialize(self.model, config.seed)
+        self.model.model.recompute_layers = trainer.activation_checkpointing
+        self.compute = ComputeModel(self.model, compute_dtype(trainer.precision, runtime.device))
+        self.optimizer = Optimizer(self.model, config.optimizer)
+        self.load_LE = initial_load(self.model).to(runtime.device)
+        self.loader = StepLoader(
+            data.train,
+            seed=config.seed,
+            global_batch_size=trainer.global_batch_size,
+            micro_batch_size=trainer.micro_batch_size,
+            sequence_length=config.data.sequence_length,
+            mask_documents=config.data.mask_documents,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+        )
+        self.store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep_last)
+        self.progress = Progress()
+
+    def save(self) -> None:
+        """Write a checkpoint of the present state; every process must call it."""
+        if self.runtime.is_main:
+            state = {
+                "progress": dataclasses.asdict(self.progress),
+                "versions": versions(),
+                "world_size": self.runtime.world_size,
+                "threads": torch.get_num_threads(),
+                "corpus_fingerprint": self.data.corpus_fingerprint,
+                "tokenizer_fingerprint": self.data.tokenizer.fingerprint,
+                "config": self.plain_config,
+            }
+            self.store.save(self.progress.step, self._tensors(), state)
+        self.runtime.barrier()
+
+    @property
+    def plain_config(self) -> dict[str, Any]:
+        """The configuration as JSON values; enums by name."""
+        return dataclasses.asdict(self.config, dict_factory=_plain_values)
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from ((f"model/{name}", p) for name, p in self.model.named_parameters())
+        yield from ((f"optimizer/{name}", t) for name, t in self.optimizer.state_tensors())
+        yield "balancing/load", self.load_LE
+
+    @torch.no_grad()
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Take the state of a checkpoint of this very run."""
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(checkpoint.tensor(f"model/{name}"))
+        self.compute.refresh()
+        prefix = "optimizer/"
+        moments = {name.removeprefix(prefix): checkpoint.tensor(name) for name in checkpoint.names(prefix)}
+        self.optimizer.load_state_tensors(moments)
+        self.load_LE.copy_(checkpoint.tensor("balancing/load"))
+        self.progress = Progress(**checkpoint.state["progress"])
+
+
+def initial_load(model: CausalLM) -> Tensor:
+    """Uniform load [L, E] of a mixture; [0, 1] for a dense model, which balances nothing."""
+    config = model.config
+    return load_fraction(torch.zeros(config.num_hidden_layers, config.num_experts) if config.is_mixture else torch.zeros(0, 1))
+
+
+def versions() -> dict[str, str]:
+    """Versions that a bit-exact resume depends on."""
+    packages = {name: version(name) for name in ("moe-lm", "torch", "transformers", "accelerate")}
+    return {"python": platform.python_version(), **packages}
+
+
+def _plain_values(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value.name if hasattr(value, "name") and hasattr(value, "value") else value for name, value in items}

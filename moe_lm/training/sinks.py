@@ -1,0 +1,131 @@
+"""Where the numbers of a run go: metrics.jsonl always, a progress bar or plain lines, and a tracker if asked for.
+
+A tracker can neither stop nor lose anything: whatever it raises turns it off with one line, and metrics.jsonl goes on.
+"""
+
+import json
+import os
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from moe_lm.training.config import TrackerConfig, TrackerName
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object per line, in order of steps."""
+
+    def __init__(self, path: Path, resume_step: int):
+        """Open for appending, cut back to the lines of finished steps up to `resume_step`."""
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= resume_step]
+        if len(kept) < len(lines):
+            temporary = path.with_suffix(".tmp")
+            temporary.write_bytes(b"".join(kept))
+            temporary.replace(path)
+        self._file: IO[str] = open(path, "a", encoding="utf-8")
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one line."""
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line that a kill cut short
+
+
+class Tracker:
+    """Accelerate's tracker behind a wall."""
+
+    def __init__(self, accelerator: Accelerator, config: TrackerConfig, directory: Path, name: str, run: dict[str, Any]):
+        self._accelerator = accelerator
+        self._on = config.name is not TrackerName.none and accelerator.is_main_process
+        if not self._on:
+            return
+        options = {
+            "id": _tracker_id(directory / "tracker.json", name),
+            "resume": "allow",
+            "name": name,
+            "dir": str(directory),
+            "mode": config.mode.value,
+        }
+        self._guard(accelerator.init_trackers, config.project, run, {"wandb": options})
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        """Send numbers; structured values stay in metrics.jsonl."""
+        self._guard(self._accelerator.log, {k: v for k, v in values.items() if isinstance(v, (int, float))}, step)
+
+    def close(self) -> None:
+        """Let the tracker finish."""
+        self._guard(self._accelerator.end_training)
+
+    def _guard(self, call: Any, *args: Any) -> None:
+        if not self._on:
+            return
+        try:
+            call(*args)
+        except Exception as error:  # noqa: BLE001 - whatever a tracker raises must not reach training
+            self._on = False
+            print(f"tracker switched off, metrics.jsonl goes on: {error}", file=sys.stderr)
+
+
+def _tracker_id(path: Path, name: str) -> str:
+    """The tracker's id of this run: made once, kept beside the run, so that a resumed run continues its curves."""
+    if path.exists():
+        return json.loads(path.read_text())["id"]
+    made = f"{name}-{secrets.token_hex(4)}"
+    path.write_text(json.dumps({"id": made}) + "\n")
+    return made
+
+
+class Display:
+    """Progress for a person: a live bar on a terminal, a line now and then elsewhere (logs, pipes), nothing on other ranks."""
+
+    SECONDS_BETWEEN_LINES = 10.0
+
+    def __init__(self, shown: bool, max_steps: int, first_step: int):
+        self._shown = shown
+        self._max_steps = max_steps
+        self._first_step = first_step
+        self._console = Console(file=sys.stderr, quiet=not shown, highlight=False)
+        self._start = self._last_line = time.monotonic()
+        self._progress: Progress | None = None
+        if shown and self._console.is_terminal and not os.environ.get("CI"):
+            columns = (BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=self._console)
+            self._task = self._progress.add_task("", total=max_steps, completed=first_step)
+            self._progress.start()
+
+    def step(self, step: int, text: str) -> None:
+        """Show that `step` steps are done, with a line of figures."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, description=text)
+            return
+        now = time.monotonic()
+        if self._shown and (step == self._first_step + 1 or now - self._last_line >= self.SECONDS_BETWEEN_LINES):
+            self._last_line = now
+            left = (now - self._start) / (step - self._first_step) * (self._max_steps - step)
+            self._console.print(f"step {step}/{self._max_steps}  {text}  {left:.0f} s left", soft_wrap=True)
+
+    def line(self, text: str) -> None:
+        """Print a line that stays."""
+        self._console.print(text, soft_wrap=True, markup=False)
+
+    def close(self) -> None:
+        """Stop the bar."""
+        if self._progress is not None:
+            self._progress.stop()

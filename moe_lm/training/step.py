@@ -1,0 +1,71 @@
+"""One optimizer step: micro-batches, sum over processes, norm, update.
+
+Everything a step would change besides weights and moments (the load that balances the next step) is returned, and committed
+only together with the update: a step that is skipped changes nothing.
+"""
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from moe_lm.data.loader import StepBatch
+from moe_lm.model.balancing import load_fraction
+from moe_lm.parallel.runtime import Runtime
+from moe_lm.training.loss import loss_shares
+from moe_lm.training.optimizer import Optimizer
+from moe_lm.training.precision import ComputeModel
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What a step did, the same on every process."""
+
+    cross_entropy: float
+    """Mean negative log-likelihood per target of the global batch, in nats."""
+    load_balancing: float
+    router_z: float
+    gradient_norm: float
+    """Before clipping."""
+    count_LE: Tensor
+    """Assignments of the global batch to each expert of each layer, on the CPU."""
+    applied: bool
+    """False when loss or gradient were not finite: nothing was changed."""
+
+
+def train_step(
+    compute: ComputeModel, optimizer: Optimizer, runtime: Runtime, batch: StepBatch, load_LE: Tensor, factor: float
+) -> StepResult:
+    """Run one step on this process's micro-batches of the global batch.
+
+    Args:
+        compute: the compute copy and its master weights.
+        optimizer: the update rules of the master weights.
+        runtime: this process among its peers.
+        batch: micro-batches of this process, and the token counts of the global batch.
+        load_LE: the load of the step before, for the load-balancing loss.
+        factor: learning rate as a factor of its peak.
+    """
+    optimizer.zero_grad()
+    losses = torch.zeros(3, device=runtime.device)
+    count_LE = torch.zeros_like(load_LE)
+    for micro_batch in batch.micro_batches:
+        micro_batch = micro_batch.to(runtime.device)
+        shares = loss_shares(compute.module, micro_batch, batch.num_targets, batch.num_routed_tokens, load_LE)
+        shares.total.backward()
+        losses += torch.stack((shares.cross_entropy, shares.load_balancing, shares.router_z))
+        count_LE += shares.count_LE
+    runtime.sum([p.grad for p in optimizer.parameters.values() if p.grad is not None] + [losses, count_LE])
+    norm = optimizer.gradient_norm()
+    cross_entropy, load_balancing, router_z, gradient_norm = torch.cat((losses, norm[None])).tolist()
+    applied = math.isfinite(gradient_norm) and math.isfinite(cross_entropy)
+    if applied:
+        optimizer.step(norm, factor)
+        compute.refresh()
+    return StepResult(cross_entropy, load_balancing, router_z, gradient_norm, count_LE.cpu(), applied)
+
+
+def next_load(result: StepResult, load_LE: Tensor) -> Tensor:
+    """The load to balance the next step by: this step's, or the old one if the step was skipped."""
+    return load_fraction(result.count_LE).to(load_LE) if result.applied else load_LE

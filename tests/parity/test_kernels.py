@@ -1,0 +1,364 @@
+"""Every kernel backend against its slow reference: outputs and all gradients."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from moe_lm.kernels.attention import attention, attention_mask
+from moe_lm.kernels.experts import ROW_ALIGNMENT, expert_swiglu, row_alignment
+from moe_lm.kernels.loss import linear_cross_entropy
+from moe_lm.kernels.newton_schulz import orthogonalize
+from moe_lm.kernels.normalization import rms_norm
+from moe_lm.kernels.rotary import apply_rotary
+
+CPU = torch.device("cpu")
+# bf16 keeps 8 bits: one rounding is 2⁻⁹ relative; a chain of three products stays under 2 % in norm.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def leaves(*tensors: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    return [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
+
+
+def output_and_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
+    output = function(*inputs)
+    gradients = torch.autograd.grad(output, inputs, upstream.to(output.dtype))
+    return [output.detach(), *gradients]
+
+
+def assert_close(actual: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """Relative error in norm of every tensor; a zero reference must be met exactly."""
+    for index, (ours, reference) in enumerate(zip(actual, expected, strict=True)):
+        assert ours.shape == reference.shape
+        assert torch.isfinite(ours).all(), f"tensor {index} is not finite"
+        error = (ours.double() - reference.double()).norm()
+        assert error <= TOLERANCE[dtype] * reference.double().norm(), f"tensor {index}: {error}"
+
+
+def assert_parity(
+    function: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: Sequence[Tensor], dtype: torch.dtype
+) -> None:
+    """`function` in `dtype` against `reference` in fp64 on the very same (rounded) inputs."""
+    inputs = leaves(*inputs, dtype=dtype)
+    upstream = torch.randn_like(reference(*inputs))
+    expected = output_and_gradients(reference, leaves(*inputs, dtype=torch.float64), upstream)
+    actual = output_and_gradients(function, inputs, upstream)
+    assert all(tensor.dtype == dtype for tensor in actual[1:])
+    assert_close(actual, expected, dtype)
+
+
+# --- experts ---------------------------------------------------------------------------------------------------------
+
+GROUPS = {
+    "random": [3, 5, 1, 7],
+    "all rows to one expert": [0, 0, 16, 0],
+    "empty first and last expert": [0, 4, 9, 0],
+    "one row": [0, 1, 0, 0],
+    "zero rows": [0, 0, 0, 0],
+}
+
+
+def expert_inputs(counts: list[int], tail: int = 0, D: int = 16, F_: int = 24) -> tuple[list[Tensor], Tensor]:
+    E = len(counts)
+    x_RD = torch.randn(sum(counts) + tail, D)
+    weights = [torch.randn(E, 2 * F_, D) / D**0.5, torch.randn(E, D, F_) / F_**0.5]
+    return [x_RD, *weights], torch.tensor(counts).cumsum(0).to(torch.int32)
+
+
+def swiglu(backend: str, ends: Tensor) -> Callable[..., Tensor]:
+    return lambda x, gate_up, down: expert_swiglu(x, ends, gate_up, down, backend)
+
+
+@pytest.mark.parametrize("counts", GROUPS.values(), ids=GROUPS.keys())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["reference", "grouped", "cpu", None])
+@pytest.mark.parametrize("tail", [0, 3])
+def test_experts_match_the_fp64_reference(backend: str, dtype: torch.dtype, counts: list[int], tail: int) -> None:
+    """Catches a wrong group boundary, an unwritten weight gradient of an empty expert, garbage past the last end."""
+    inputs, ends = expert_inputs(counts, tail)
+    assert_parity(swiglu(backend, ends), swiglu("reference", ends), inputs, dtype)
+
+
+def test_the_expert_reference_is_the_formula() -> None:
+    """Catches a swap of gate and up, or of the weights' axes, that all backends would share."""
+    (x_RD, gate_up, down), ends = expert_inputs([2, 3])
+    y_RD = expert_swiglu(x_RD, ends, gate_up, down, "reference")
+    for row, expert in enumerate([0, 0, 1, 1, 1]):
+        gate, up = gate_up[expert, :24] @ x_RD[row], gate_up[expert, 24:] @ x_RD[row]
+        torch.testing.assert_close(y_RD[row], down[expert] @ (gate * torch.sigmoid(gate) * up))
+
+
+@pytest.mark.parametrize("backend", ["reference", "grouped", "cpu"])
+def test_rows_past_the_last_end_are_zero_even_if_they_hold_nan(backend: str) -> None:
+    """Catches uninitialised memory leaking out of grouped GEMMs, forward or backward."""
+    inputs, ends = expert_inputs([3, 5], tail=4)
+    inputs[0][8:] = torch.nan
+    inputs = leaves(*inputs, dtype=torch.float32)
+    y_RD, grad_x, *grad_weights = output_and_gradients(swiglu(backend, ends), inputs, torch.ones(12, 16))
+    assert (y_RD[8:] == 0).all() and (grad_x[8:] == 0).all()
+    assert all(torch.isfinite(gradient).all() for gradient in grad_weights)
+
+
+@pytest.mark.parametrize("backend", ["grouped", "cpu"])
+def test_padding_rows_change_nothing(backend: str) -> None:
+    """Catches padding that adds to weight gradients or comes back as anything but zero."""
+    (x_RD, gate_up, down), ends = expert_inputs([3, 5])
+    padded_RD = torch.cat([x_RD[:3], torch.zeros(5, 16), x_RD[3:], torch.zeros(3, 16)])
+    real = torch.tensor([0, 1, 2, 8, 9, 10, 11, 12])
+    upstream, padded_upstream = torch.randn(8, 16), torch.zeros(16, 16)
+    padded_upstream[real] = upstream
+    plain = output_and_gradients(swiglu(backend, ends), leaves(x_RD, gate_up, down, dtype=torch.float32), upstream)
+    padded = output_and_gradients(
+        swiglu(backend, torch.tensor([8, 16], dtype=torch.int32)),
+        leaves(padded_RD, gate_up, down, dtype=torch.float32),
+        padded_upstream,
+    )
+    assert (padded[0][3:8] == 0).all()
+    assert_close([padded[0][real], padded[1][real], *padded[2:]], plain, torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["grouped", "cpu"])
+def test_experts_without_gradients_of_weights(backend: str) -> None:
+    """Catches a backward that needs frozen weights (LoRA) or a frozen input to require gradients."""
+    inputs, ends = expert_inputs([3, 5])
+    expected = output_and_gradients(swiglu("reference", ends), leaves(*inputs, dtype=torch.float32), torch.ones(8, 16))
+    for index in range(3):
+        tensors = [tensor.detach().requires_grad_(position == index) for position, tensor in enumerate(inputs)]
+        swiglu(backend, ends)(*tensors).backward(torch.ones(8, 16))
+        assert_close([tensors[index].grad], [expected[index + 1]], torch.float32)
+
+
+def test_experts_compose_with_selective_checkpointing() -> None:
+    """Catches buffers kept outside save_for_backward, which a checkpoint would neither drop nor recompute."""
+    inputs, ends = expert_inputs([3, 0, 5])
+    upstream = torch.randn(8, 16)
+
+    def block(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        return x + expert_swiglu(x.sigmoid().topk(16, sorted=False).values, ends, gate_up, down, "cpu")
+
+    def policy(context: object, operator: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+        saved = operator is torch.ops.aten.topk.default
+        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def checkpointed(*tensors: Tensor) -> Tensor:
+        context = partial(create_selective_checkpoint_contexts, policy)
+        output: Tensor = checkpoint(block, *tensors, use_reentrant=False, context_fn=context)
+        return output
+
+    plain = output_and_gradients(block, leaves(*inputs, dtype=torch.float32), upstream)
+    again = output_and_gradients(checkpointed, leaves(*inputs, dtype=torch.float32), upstream)
+    for ours, expected in zip(again, plain, strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_row_alignment_pads_little_and_never_a_decoding_step() -> None:
+    """Catches a rule that pads two rows to a thousand, or many experts to several times their rows."""
+    bf16 = torch.bfloat16
+    assert row_alignment(CPU, torch.float32, 8192) == 1
+    assert row_alignment(torch.device("cuda"), bf16, 8192) == 1
+    assert row_alignment(CPU, bf16, 2) == 1
+    assert row_alignment(CPU, bf16, 8192) == ROW_ALIGNMENT
+    for experts in (8, 64):
+        for rows in (1024, 4096, 65536):
+            assert row_alignment(CPU, bf16, rows, experts) * experts / 2 <= rows / 4
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def test_attention_mask_against_the_definition() -> None:
+    """Catches an off-by-one in the window, a later key, another document, or a misplaced offset of cached decoding."""
+    documents_BT = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [5, 5, 5, 5, 5, 5, 6]])
+    for window in (None, 1, 2, 3):
+        for offset in (0, 4, 6):
+            mask = attention_mask(documents_BT[:, offset:], documents_BT, offset, window)
+            assert mask.shape == (2, 7 - offset, 7) and mask.dtype == torch.bool
+            for row, query, key in torch.cartesian_prod(torch.arange(2), torch.arange(7 - offset), torch.arange(7)):
+                i, j = int(query) + offset, int(key)
+                visible = j <= i and documents_BT[row, i] == documents_BT[row, j]
+                if window is not None:
+                    visible = visible and j > i - window
+                assert bool(mask[row, query, key]) == bool(visible)
+
+
+def qkv(B: int, S: int, T: int, N: int, G: int, H: int) -> list[Tensor]:
+    return [torch.randn(B, S, N, H), torch.randn(B, T, G, H), torch.randn(B, T, G, H)]
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=["MHA", "GQA", "MQA"])
+@pytest.mark.parametrize("masking", ["causal", "documents", "window", "decode", "one query"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "cpu", None])
+def test_attention_matches_the_fp64_reference(
+    backend: str, dtype: torch.dtype, masking: str, heads: tuple[int, int]
+) -> None:
+    """Catches heads paired with the wrong keys, a lost scale, a mask that leaks, a decode offset off by one."""
+    T, queries = 10, {"decode": 4, "one query": 1}.get(masking, 10)
+    documents_BT = torch.tensor([[0] * 4 + [1] * 6, [0] * 7 + [1] * 3, [0] * 10])
+    mask = None
+    if masking != "causal":
+        window = 3 if masking == "window" else None
+        mask = attention_mask(documents_BT[:, T - queries :], documents_BT, T - queries, window)
+    inputs = qkv(3, queries, T, *heads, 8)
+    assert_parity(
+        lambda q, k, v: attention(q, k, v, mask, backend),
+        lambda q, k, v: attention(q, k, v, mask, "reference"),
+        inputs,
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("S", [128, 129, 300])
+def test_explicit_attention_in_several_blocks_of_queries(S: int) -> None:
+    """Catches keys dropped, or gradients of keys counted once, where queries span blocks of 128."""
+    documents = torch.arange(S).expand(2, S) // 140
+    mask = attention_mask(documents, documents)
+    for chosen in (None, mask):
+        assert_parity(
+            lambda q, k, v, chosen=chosen: attention(q, k, v, chosen, "cpu"),
+            lambda q, k, v, chosen=chosen: attention(q, k, v, chosen, "reference"),
+            qkv(2, S, S, 4, 2, 8),
+            torch.float32,
+        )
+
+
+def test_explicit_attention_in_several_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches rows of a batch that read or write another chunk's slice."""
+    monkeypatch.setattr("moe_lm.kernels.attention._SCORES_AT_ONCE", 2 * 10 * 10 * 4)
+    assert_parity(
+        lambda q, k, v: attention(q, k, v, None, "cpu"),
+        lambda q, k, v: attention(q, k, v, None, "reference"),
+        qkv(5, 10, 10, 4, 2, 8),
+        torch.float32,
+    )
+
+
+def test_attention_takes_strided_inputs() -> None:
+    """Catches a `view` on q, k, v that were split out of one fused projection."""
+    fused = torch.randn(2, 6, 8, 8, dtype=torch.bfloat16, requires_grad=True)
+    q, k, v = fused.split((4, 2, 2), dim=2)
+    attention(q, k, v, None, "cpu").float().sum().backward()
+    assert torch.isfinite(fused.grad).all()
+
+
+# --- loss ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 20])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunked_cross_entropy_matches_the_fp64_reference(dtype: torch.dtype, tokens: int) -> None:
+    """Catches a lost last chunk, ignored labels that count, a gradient not scaled by what comes from above."""
+    labels_T = torch.randint(0, 50, (tokens,))
+    labels_T[::3] = -100
+    inputs = [torch.randn(tokens, 16), torch.randn(50, 16) / 4]
+    assert_parity(
+        lambda hidden, head: linear_cross_entropy(hidden, head, labels_T, chunk_rows=8, backend="chunked") * 0.3,
+        lambda hidden, head: linear_cross_entropy(hidden, head, labels_T, backend="reference") * 0.3,
+        inputs,
+        dtype,
+    ) if tokens > 1 else None
+    with torch.no_grad():
+        hidden, head = (tensor.to(dtype) for tensor in inputs)
+        loss = linear_cross_entropy(hidden, head, labels_T, chunk_rows=8)
+        expected = linear_cross_entropy(hidden.double(), head.double(), labels_T, backend="reference")
+    assert loss.dtype == torch.float32 and loss.shape == ()
+    assert_close([loss], [expected], dtype)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_cross_entropy_of_ignored_labels_only_is_zero(backend: str) -> None:
+    """Catches NaN from a mean over nothing, and gradients from padding."""
+    inputs = leaves(torch.randn(9, 16), torch.randn(50, 16), dtype=torch.float32)
+    labels_T = torch.full((9,), -100)
+    results = output_and_gradients(
+        lambda hidden, head: linear_cross_entropy(hidden, head, labels_T, 4, backend), inputs, torch.tensor(1.0)
+    )
+    assert all((result == 0).all() for result in results)
+
+
+def test_cross_entropy_adds_to_a_tied_embedding() -> None:
+    """Catches a head gradient that replaces, or is replaced by, that of the lookup when both are one parameter."""
+    tokens, labels_T = torch.randint(0, 50, (12,)), torch.randint(0, 50, (12,))
+
+    def loss(table: Tensor, backend: str) -> Tensor:
+        return linear_cross_entropy(F.embedding(tokens, table), table, labels_T, 5, backend)
+
+    table = torch.randn(50, 16) / 4
+    assert_parity(partial(loss, backend="chunked"), partial(loss, backend="reference"), [table], torch.float32)
+
+
+# --- element-wise and Newton–Schulz ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_is_that_of_transformers(dtype: torch.dtype) -> None:
+    """Catches a weight multiplied before the cast, or an epsilon in the wrong place."""
+    modeling = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    module = modeling.MixtralRMSNorm(32, eps=1e-3).to(dtype)
+    torch.nn.init.normal_(module.weight)
+    x = torch.randn(5, 3, 32).to(dtype)
+    torch.testing.assert_close(rms_norm(x, module.weight, 1e-3, "reference"), module(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_rms_norm_matches_the_fp64_reference(backend: str, dtype: torch.dtype) -> None:
+    """Catches a hand-written backward that loses the projection term or the weight's reduction."""
+    assert_parity(
+        lambda x, weight: rms_norm(x, weight, 1e-3, backend),
+        lambda x, weight: rms_norm(x, weight, 1e-3, "reference"),
+        [torch.randn(5, 3, 32), torch.randn(32)],
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotary_is_that_of_transformers(dtype: torch.dtype) -> None:
+    """Catches interleaved in place of half rotation, and a wrong sign in the backward."""
+    modeling = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    angles = torch.rand(2, 7, 4).repeat(1, 1, 2) * 6
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def theirs(x: Tensor) -> Tensor:
+        rotated: Tensor = modeling.apply_rotary_pos_emb(x, x, cos.to(x.dtype), sin.to(x.dtype), unsqueeze_dim=2)[0]
+        return rotated
+
+    assert_parity(lambda x: apply_rotary(x, cos, sin), theirs, [torch.randn(2, 7, 3, 8)], dtype)
+
+
+@pytest.mark.parametrize("shape", [(48, 32), (32, 48), (40, 40), (3, 48, 32), (2, 3, 16, 24)])
+def test_orthogonalize_brings_singular_values_near_one(shape: tuple[int, ...]) -> None:
+    """Catches wrong coefficients, a missing transpose, or one norm for a whole stack; Muon's band is about [0.7, 1.2]."""
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)).float())
+    assert values.min() > 0.3 and values.max() < 1.35
+    assert 0.6 < values.median() < 1.25
+
+
+def test_orthogonalize_keeps_the_singular_vectors() -> None:
+    """Catches an iteration whose singular values are right and whose directions are not."""
+    u, _, v = torch.linalg.svd(torch.randn(48, 32), full_matrices=False)
+    g = u @ torch.diag(torch.linspace(0.5, 2, 32)) @ v
+    projected = u.T @ orthogonalize(g).float() @ v.T
+    off_diagonal = projected - torch.diag(projected.diagonal())
+    assert projected.diagonal().min() > 0.5 and off_diagonal.abs().max() < 0.1
+
+
+def test_orthogonalize_takes_each_expert_by_itself_whatever_its_scale() -> None:
+    """Catches a large expert's norm shrinking a small one, and NaN from a zero gradient."""
+    stack = torch.randn(4, 24, 16) * torch.tensor([1e-12, 1.0, 0.0, 1e6]).view(4, 1, 1)
+    together = orthogonalize(stack)
+    assert (together[2] == 0).all()
+    for expert in range(4):
+        torch.testing.assert_close(together[expert], orthogonalize(stack[expert]), rtol=0, atol=1e-2)
+    assert torch.linalg.svdvals(together[[0, 1, 3]].float()).median() > 0.6

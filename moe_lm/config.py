@@ -1,16 +1,13 @@
 """From the command line to plain dataclasses: the only door that Hydra and OmegaConf stand in.
 
 A command has a schema (a dataclass) and, for training, a Hydra configuration of groups under `configs/`. Group choices
-(`model=dense`) go through Hydra's compose; values (`trainer.max_steps=10`) are checked against the schema by name, so that a
-misspelling is answered with the nearest valid name, with a leading `+` or without.
+(`model=dense`) go through Hydra's compose; values (`trainer.max_steps=10`) are checked against the schema by name, so
+that a misspelling is answered with the nearest valid name, with a leading `+` or without.
 """
 
-import ast
 import dataclasses
 import difflib
 import enum
-import inspect
-import types
 import typing
 from pathlib import Path
 from typing import Any
@@ -40,7 +37,8 @@ class ExportConfig:
     checkpoint: str | None = None
     """Run directory (its newest checkpoint) or one checkpoint directory."""
     output: str | None = None
-    """Directory to write; null means `hf` in the run's directory. An earlier export there is replaced, nothing else is."""
+    """Directory to write; null means `hf` in the run's directory. An earlier export there is replaced, nothing else
+    is."""
     dtype: ExportType = ExportType.fp32
     """Type of the weights on disk: `fp32` is exactly what was trained, `bf16` half as large."""
 
@@ -107,38 +105,26 @@ def config_directory() -> Path:
 
 def load(command: str, arguments: list[str]) -> Any:
     """Compose a command's configuration from its overrides; `InputError` for whatever the user got wrong."""
-    schema = SCHEMAS[command]
-    groups, values = _parse(command, arguments)
-    composed = _compose(command, groups)
-    names = field_names(schema)
-    for override in values:
-        name = override.key_or_group
-        if override.package is not None or override.is_delete():
-            raise InputError(f"{override.input_line}: only NAME=VALUE sets a value.")
-        if override.is_sweep_override():
-            raise InputError(f"{override.input_line}: a command runs one configuration; start one process for each value.")
-        if name not in names:
-            raise InputError(f"{override.input_line}: there is no option {name!r}{_nearest(name, [*names, *_groups(command)])}.")
-        OmegaConf.update(composed, name, override.value())
-    return to_dataclass(schema, composed)
+    return _build(SCHEMAS[command], _merge(command, arguments))
+
+
+def load_values(command: str, arguments: list[str]) -> dict[str, Any]:
+    """The same as nested dictionaries of JSON values, without the checks across fields; null where nothing is given."""
+    return _container(_merge(command, arguments))
 
 
 def to_dataclass(schema: type, values: Any) -> Any:
     """A plain dataclass from a mapping; wrong names and types are the user's mistakes."""
     try:
-        # Resolved first, so that a wrong type behind an interpolation is found here as well.
-        plain = OmegaConf.create(OmegaConf.to_container(OmegaConf.create(values), resolve=True))
-        merged = OmegaConf.merge(OmegaConf.structured(schema), plain)
-        return _build(schema, merged)
+        merged = OmegaConf.merge(OmegaConf.structured(schema), values)
     except OmegaConfBaseException as error:
         raise InputError(_readable(error)) from error
+    return _build(schema, merged)
 
 
 def to_plain(config: Any) -> dict[str, Any]:
     """The opposite of `to_dataclass`: nested dictionaries of JSON values."""
-    container = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    assert isinstance(container, dict)
-    return typing.cast(dict[str, Any], container)
+    return _container(OmegaConf.structured(config))
 
 
 def save(config: Any, path: Path) -> None:
@@ -158,20 +144,10 @@ def differences(old: Any, new: Any) -> list[str]:
     before, after = _flatten(to_plain(old)), _flatten(to_plain(new))
     free = [f"{name}." for name in FREE_TO_CHANGE]
     return [
-        f"{name}={_written(before.get(name))} → {_written(after.get(name))}"
+        f"{name}={written(before.get(name))} → {written(after.get(name))}"
         for name in {**before, **after}
         if before.get(name) != after.get(name) and not any(f"{name}.".startswith(prefix) for prefix in free)
     ]
-
-
-def describe(command: str, arguments: list[str]) -> list[tuple[str, str, str]]:
-    """(name, value after the overrides, meaning) of every field of a command, in order; sections have an empty value."""
-    schema = SCHEMAS[command]
-    groups, values = _parse(command, arguments)
-    del values
-    composed = OmegaConf.create(OmegaConf.to_container(_compose(command, groups), resolve=False))
-    filled = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(schema), composed), enum_to_str=True)
-    return list(_describe(schema, typing.cast(dict[str, Any], filled), ""))
 
 
 def group_choices(command: str) -> dict[str, list[str]]:
@@ -204,8 +180,10 @@ def _parse(command: str, arguments: list[str]) -> tuple[list[str], list[Override
     try:
         overrides = OverridesParser.create().parse_overrides(arguments)
     except HydraException as error:
-        raise InputError(f"{' '.join(arguments)!r} can not be parsed ({str(error).splitlines()[0]}); quote special characters, "
-                         "as in 'prompt=\"def f(x):\"'.") from error
+        raise InputError(
+            f"{' '.join(arguments)!r} can not be parsed ({str(error).splitlines()[0]}); quote special characters, "
+            "as in 'prompt=\"def f(x):\"'."
+        ) from error
     choices = group_choices(command)
     groups, values = [], []
     for override in overrides:
@@ -217,22 +195,53 @@ def _parse(command: str, arguments: list[str]) -> tuple[list[str], list[Override
         if choice not in choices[group]:
             offered = ", ".join(choices[group])
             raise InputError(f"{override.input_line}: there is no such {group}; choose from {offered}.")
-        groups.append(f"{'+' if group == 'experiment' else ''}{group}={choice}")
+        groups.append(f"{group}={choice}")
     return groups, values
 
 
+def _merge(command: str, arguments: list[str]) -> Any:
+    """The schema, filled from the groups' files, then from the values given, each checked as it is set."""
+    schema = SCHEMAS[command]
+    groups, values = _parse(command, arguments)
+    names = field_names(schema)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), _compose(command, groups))
+    except OmegaConfBaseException as error:
+        raise InputError(_readable(error)) from error
+    for override in values:
+        given, name = override.input_line, override.key_or_group
+        if override.package is not None or override.is_delete():
+            raise InputError(f"{given}: only NAME=VALUE sets a value.")
+        if override.is_sweep_override():
+            raise InputError(f"{given}: a command runs one configuration; start one process for each value.")
+        if name not in names:
+            hint = _nearest(name, [*names, *_groups(command)])
+            raise InputError(f"{given}: there is no option {name!r}{hint}")
+        try:
+            value = override.value()
+            if OmegaConf.is_list(OmegaConf.select(merged, name)) and isinstance(value, str):
+                value = [value]  # data.paths=book.txt means the list of one
+            OmegaConf.update(merged, name, value)
+        except OmegaConfBaseException as error:
+            raise InputError(f"{given}: {_reason(error)}") from error
+    return merged
+
+
 def _compose(command: str, groups: list[str]) -> DictConfig:
-    if command not in ("pretrain",):
+    if not _groups(command):
         return OmegaConf.create({})
     with initialize_config_dir(version_base=None, config_dir=str(config_directory().resolve())):
         return compose(config_name=command, overrides=groups)
 
 
-def _build(schema: Any, values: DictConfig) -> Any:
+def _build(schema: Any, values: Any) -> Any:
     """Dataclass instances from a merged configuration, bottom up, so that each one's own checks speak."""
     arguments = {}
     for field in dataclasses.fields(schema):
-        value = values[field.name]
+        try:
+            value = values[field.name]
+        except OmegaConfBaseException as error:  # an interpolation that leads nowhere, or to the wrong type
+            raise InputError(_readable(error)) from error
         if dataclasses.is_dataclass(field.type):
             arguments[field.name] = _build(field.type, value)
         else:
@@ -240,10 +249,16 @@ def _build(schema: Any, values: DictConfig) -> Any:
     return schema(**arguments)
 
 
+def _container(config: Any) -> dict[str, Any]:
+    return typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, enum_to_str=True))
+
+
 def _readable(error: OmegaConfBaseException) -> str:
-    key = getattr(error, "full_key", None) or getattr(error, "key", None) or "configuration"
-    reason = str(error).splitlines()[0]
-    return f"{key}: {reason}."
+    return f"{getattr(error, 'full_key', None) or getattr(error, 'key', None) or 'configuration'}: {_reason(error)}"
+
+
+def _reason(error: OmegaConfBaseException) -> str:
+    return str(error).splitlines()[0].rstrip(".") + "."
 
 
 def _nearest(name: str, names: list[str]) -> str:
@@ -251,7 +266,7 @@ def _nearest(name: str, names: list[str]) -> str:
     by_last = {n.rsplit(".", 1)[-1]: n for n in names}
     close = difflib.get_close_matches(name, names, 1, 0.6)
     close = close or [by_last[n] for n in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last, 1, 0.6)]
-    return f"; did you mean {close[0]!r}?" if close else "; `--help` lists all options"
+    return f"; did you mean {close[0]!r}?" if close else "; `--help` lists all options."
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -261,37 +276,8 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
+    """A value as the user would type it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)
-
-
-def _describe(schema: Any, values: dict[str, Any], prefix: str) -> typing.Iterator[tuple[str, str, str]]:
-    documentation = field_documentation(schema)
-    for field in dataclasses.fields(schema):
-        value = values[field.name]
-        if dataclasses.is_dataclass(field.type):
-            yield prefix + field.name, "", inspect.getdoc(field.type) or ""
-            yield from _describe(field.type, value, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name, _written(value), documentation[field.name] + _choices(field.type)
-
-
-def _choices(kind: Any) -> str:
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    enums = [k for k in kinds if isinstance(k, type) and issubclass(k, enum.Enum)]
-    return f" ({' | '.join(member.name for member in enums[0])})" if enums else ""
-
-
-def field_documentation(schema: type) -> dict[str, str]:
-    """The string that stands under each field of a dataclass, from its source."""
-    body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(schema)).body[0]).body
-    documentation = {}
-    for statement, follower in zip(body, [*body[1:], None]):
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            text = ""
-            if isinstance(follower, ast.Expr) and isinstance(follower.value, ast.Constant):
-                text = " ".join(str(follower.value.value).split())
-            documentation[statement.target.id] = text
-    return documentation

@@ -1,10 +1,11 @@
 """The checkpoint store: a directory of checkpoints, each complete or invisible.
 
-A checkpoint is a directory `step-00000100/` of safetensors files that hold slices of globally named tensors, `index.json` (name →
-type, global shape, and the file, key, offsets and lengths of each slice), `state.json` (whatever else the run is made of),
-`manifest.json` (size and SHA-256 of every file) and, written last, `COMPLETE`, which holds the manifest's own hash. It is built
-in a temporary sibling and renamed, so that a kill at any moment leaves the checkpoints before it as they were. Loading verifies
-every hash and never runs code: there is no pickle, in writing or in reading.
+A checkpoint is a directory `step-00000100/` of safetensors files that hold slices of globally named tensors,
+`index.json` (name → type, global shape, and the file, key, offsets and lengths of each slice), `state.json` (whatever
+else the run is made of), `manifest.json` (size and SHA-256 of every file) and, written last, `COMPLETE`, which holds
+the manifest's own hash. It is built in a temporary sibling and renamed, so that a kill at any moment leaves the
+checkpoints before it as they were. Loading verifies every hash and never runs code: there is no pickle, in writing or
+in reading.
 
 The store knows tensors and JSON, not models: names, prefixes and their meaning belong to the caller.
 """
@@ -66,7 +67,9 @@ class Checkpoint:
             with safe_open(self.path / _plain(part["file"]), framework="pt") as file:
                 piece = file.get_tensor(part["key"])
             if piece.dtype != whole.dtype or list(piece.shape) != part["lengths"]:
-                raise CheckpointError(f"{part['file']}: {name} is {piece.dtype} {list(piece.shape)}, the index says otherwise")
+                raise CheckpointError(
+                    f"{part['file']}: {name} is {piece.dtype} {list(piece.shape)}, the index says otherwise"
+                )
             whole[region] = piece
             covered += piece.numel()
         if covered != whole.numel():
@@ -100,7 +103,9 @@ class CheckpointStore:
         _write_json(temporary / "manifest.json", manifest)
         _write_json(temporary / "COMPLETE", {"manifest_sha256": _sha256(temporary / "manifest.json")})
         sync_directory(temporary)
-        if final.exists():  # only a checkpoint that failed verification can stand here: the run went on from an older one
+        if (
+            final.exists()
+        ):  # only a checkpoint that failed verification can stand here: the run went on from an older one
             shutil.rmtree(final)
         temporary.rename(final)
         sync_directory(self.directory)

@@ -50,7 +50,9 @@ def open_native(path: Path) -> NativeSource:
         store = CheckpointStore(path / "checkpoints", keep_last=1)
         newest = store.newest(refused=lambda reason: print(f"refused checkpoint {reason}", file=sys.stderr))
         if newest is None:
-            raise InputError(f"checkpoint={path}: holds no complete checkpoint; give a run directory or a step-… directory.")
+            raise InputError(
+                f"checkpoint={path}: holds no complete checkpoint; give a run directory or a step-… directory."
+            )
         checkpoint, run_directory = newest, path
     return NativeSource(run_directory, checkpoint, to_dataclass(ModelConfig, checkpoint.state["config"]["model"]))
 

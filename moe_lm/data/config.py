@@ -8,6 +8,9 @@ from moe_lm.errors import InputError
 MIN_VOCAB_SIZE = 384
 """The 256 bytes, the 41 control ids (see `tokenizer.py`) and some room for characters and merges."""
 
+MIN_TRAINING_BYTES = 100_000
+"""Several of the chunks that the tokenizer's trainer is fed, so that thinning out leaves some."""
+
 
 class DataSource(enum.Enum):
     """Where documents come from; the member's name is what the user types."""
@@ -97,7 +100,9 @@ class TokenizerConfig:
                 f"tokenizer.vocab_size={self.vocab_size}: must be between {MIN_VOCAB_SIZE} (bytes and control ids "
                 "need room) and 1000000."
             )
-        if self.training_bytes < 1:
-            raise InputError(f"tokenizer.training_bytes={self.training_bytes}: must be at least 1 byte.")
+        if self.training_bytes < MIN_TRAINING_BYTES:
+            raise InputError(
+                f"tokenizer.training_bytes={self.training_bytes}: must be at least {MIN_TRAINING_BYTES} bytes."
+            )
         if self.path == "":
             raise InputError("tokenizer.path='': give a sentencepiece .model file, or null to train one.")

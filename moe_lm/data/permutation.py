@@ -37,7 +37,8 @@ def permute_array(indices: NDArray[np.int64], length: int, key: int) -> NDArray[
     Returns:
         int64, one result per index.
     """
-    assert length >= 1 and (indices.size == 0 or (0 <= indices.min() and indices.max() < length))
+    assert length >= 1
+    assert indices.size == 0 or (indices.min() >= 0 and indices.max() < length)
     half_bits = max(1, ((length - 1).bit_length() + 1) // 2)
     round_keys = _mix(np.uint64(key % 2**64) + np.arange(1, NUM_ROUNDS + 1, dtype=np.uint64) * _GOLDEN)
     result = _feistel(indices.astype(np.uint64), half_bits, round_keys)

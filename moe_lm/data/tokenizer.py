@@ -4,30 +4,31 @@ Lossless: identity normalisation, no dummy space in front, byte fallback; so dec
 which sentencepiece itself uses for the space. Control symbols (`<s>`, role marks, spares) never come out of text: a
 text that contains "<s>" is encoded as those three characters, and only our own code inserts the id.
 
-Options measured on the standard library (V 4096, held-out files; bytes per token, seconds to train on 11.5 MB, and bits
-per byte of an interpolated 6-gram model over the tokens, as a hint of how learnable they are):
+Options measured on the standard library (V 4096, held-out files): bytes per token, seconds to train on 11.5 MB, and
+bits per byte of an interpolated 6-gram model over all the tokens, or over 900 k of them in random rows.
 
-    sentencepiece's defaults, fed lines                 2.14   1.2 s
-    + allow_whitespace_only_pieces (indentation)        3.09   1.5 s
-    fed chunks that span lines (newlines get pieces)    3.27   1.4 s   1.642
-    + split_by_unicode_script=False ("self.", "):\\n")   3.60   1.4 s   1.617
-    + pieces of up to 24 characters (chosen)            3.61   1.4 s   1.616
-    + split_digits                                      3.36   1.4 s   1.652
-    + treat_whitespace_as_suffix                        3.67   1.6 s   1.617
-    + split_by_whitespace=False (pieces of many words)  4.03   3.1 s   1.609
+    sentencepiece's defaults, fed lines                     2.14   1.2 s
+    and allow_whitespace_only_pieces (indentation)          3.09   1.5 s
+    and fed chunks that span lines (newlines get pieces)    3.28   1.4 s   1.642   1.798
+    and split_by_unicode_script=False (`self.`)             3.60   1.4 s   1.617   1.763
+    and pieces of up to 24 characters: chosen               3.61   1.4 s   1.616   1.755
+    chosen, with split_digits                               3.36   1.4 s   1.652   1.818
+    chosen, with treat_whitespace_as_suffix                 3.67   1.6 s   1.617   1.773
+    chosen, with split_by_whitespace=False (many words)     4.03   3.1 s   1.609   1.759
 
-The last two were dropped: 6-gram models of the first 900 k tokens did no better with them (1.773 and 1.759 against
-1.755), and a prompt then ends inside a piece more often ("import" is rare where "import " is one piece).
+The last two give fewer tokens, but tokens as much harder to predict; and a prompt then more often ends inside what
+training had as one piece ("import" where the piece is "import ").
 """
 
 import hashlib
 import io
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
 
+from moe_lm.data.config import MIN_VOCAB_SIZE
 from moe_lm.data.files import write_atomically
 from moe_lm.errors import InputError
 
@@ -44,12 +45,12 @@ MAX_PIECE_CHARACTERS = 24
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, directory: Path, training_bytes: int = 32_000_000
+    texts: Sequence[str], vocab_size: int, directory: Path, training_bytes: int = 32_000_000
 ) -> "Tokenizer":
     """Trains a BPE tokenizer and writes `tokenizer.model` into a directory (made if missing).
 
     Args:
-        texts: The documents; iterated twice when there is more than `training_bytes`, so not a generator.
+        texts: The documents; iterated twice, so not a generator.
         vocab_size: Number of ids in all, control and byte ids included.
         directory: Where the model goes.
         training_bytes: Most UTF-8 bytes to train on; more is thinned out evenly over all the text.
@@ -91,16 +92,17 @@ def train_tokenizer(
     return Tokenizer(directory / MODEL_FILE)
 
 
-def _training_chunks(texts: Iterable[str], training_bytes: int) -> Iterator[str]:
-    """Cuts texts into chunks; of more than `training_bytes`, keeps evenly spaced chunks of about that size in all."""
+def _training_chunks(texts: Sequence[str], training_bytes: int) -> Iterator[str]:
+    """Cuts texts into chunks; of more than `training_bytes`, keeps evenly spaced chunks of at most that size."""
     total = sum(len(text.encode()) for text in texts)
     seen = kept = 0
     for text in texts:
         for start in range(0, len(text), CHUNK_CHARACTERS):
             chunk = text[start : start + CHUNK_CHARACTERS]
-            seen += len(chunk.encode())
-            if kept * total <= seen * min(training_bytes, total):
-                kept += len(chunk.encode())
+            size = len(chunk.encode())
+            seen += size
+            if (kept + size) * total <= seen * min(training_bytes, total):
+                kept += size
                 # sentencepiece leaves out a sentence that holds a tab, its internal boundary mark: split there.
                 yield from (part for part in chunk.split("\t") if part)
 
@@ -109,6 +111,11 @@ def _training_error(error: RuntimeError, vocab_size: int) -> Exception:
     """Turns sentencepiece's complaints about the vocabulary's size into a user's sentence; others stay as they are."""
     text = str(error)
     too_high = re.search(r"Vocabulary size too high.*?<= (\d+)", text)
+    if "sentences_.empty()" in text or "all_chars_count" in text or (too_high and int(too_high[1]) < MIN_VOCAB_SIZE):
+        return InputError(
+            f"tokenizer.vocab_size={vocab_size}: the training text is too small for any tokenizer; "
+            "give more text, or take a tokenizer with tokenizer.path."
+        )
     if too_high:
         return InputError(
             f"tokenizer.vocab_size={vocab_size}: the training text is too small for it; "

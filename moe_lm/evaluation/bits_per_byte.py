@@ -1,7 +1,7 @@
 """Bits per byte: what the model would need to transmit the validation text, per byte of it.
 
-The sum of −log2 p over every target (the end mark of each document included), over the raw UTF-8 bytes of the documents. Unlike
-perplexity it can be compared across tokenizers, and with compressors.
+The sum of −log2 p over every target (the end mark of each document included), over the raw UTF-8 bytes of the
+documents. Unlike perplexity it can be compared across tokenizers, and with compressors.
 """
 
 import math

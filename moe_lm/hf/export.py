@@ -46,7 +46,8 @@ def export(
     output: Path,
     dtype: torch.dtype,
 ) -> None:
-    """Write weights, configuration, generation defaults and tokenizer; the directory appears under its name when complete.
+    """Write weights, configuration, generation defaults and tokenizer; the directory appears under its name when
+    complete.
 
     Args:
         config: the model.

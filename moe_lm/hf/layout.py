@@ -1,7 +1,8 @@
 """Names and shapes: the decoder in memory ↔ a Hugging Face directory on disk.
 
-In memory our names are transformers' own. On disk Mixtral has one matrix per expert (`block_sparse_moe.experts.N.w1/w2/w3`), the
-layout that vLLM and llama.cpp read and that transformers converts from; Mistral (our dense family) is the same in both places.
+In memory our names are transformers' own. On disk Mixtral has one matrix per expert
+(`block_sparse_moe.experts.N.w1/w2/w3`), the layout that vLLM and llama.cpp read and that transformers converts from;
+Mistral (our dense family) is the same in both places.
 """
 
 import re
@@ -51,5 +52,5 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def model_type(config: ModelConfig) -> str:
-    """transformers' name of the architecture."""
+    """Transformers' name of the architecture."""
     return "mixtral" if config.family is ModelFamily.mixture else "mistral"

@@ -80,7 +80,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
     single = "model.safetensors"
     try:
         with safe_open(directory / single, framework="pt") as reader:
-            return {name: single for name in reader.keys()}
+            return dict.fromkeys(reader.keys(), single)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{directory / single}: can not be read ({error}).") from error
 

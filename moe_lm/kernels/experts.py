@@ -39,7 +39,7 @@ def row_alignment(device: torch.device, dtype: torch.dtype, rows: int, experts: 
 def expert_swiglu(
     x_RD: Tensor, group_ends_E: Tensor, gate_up_proj: Tensor, down_proj: Tensor, backend: str | None = None
 ) -> Tensor:
-    """y = (silu(x·Wgᵀ) ⊙ (x·Wuᵀ))·Wdᵀ for every group of rows with its own expert's weights.
+    """Y = (silu(x·Wgᵀ) ⊙ (x·Wuᵀ))·Wdᵀ for every group of rows with its own expert's weights.
 
     Args:
         x_RD: rows grouped by expert, contiguous.

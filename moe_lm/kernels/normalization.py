@@ -1,13 +1,41 @@
-"""Root-mean-square normalisation, exactly transformers' MixtralRMSNorm: fp32 inside, cast, then times the weight."""
+"""Root-mean-square normalisation, transformers' MixtralRMSNorm: fp32 inside, cast, then times the weight.
+
+The plain version reads as the formula and makes about twenty passes over memory forward and backward. torch has no fused
+RMS norm for the CPU (`F.rms_norm` is a composite, and multiplies the weight before the cast), but its fused CPU kernels of
+two neighbours compute the parts:
+
+- batch norm in evaluation mode, with rows as channels, mean 0 and variance mean(x²), is x / sqrt(mean(x²) + eps) in one
+  pass, rounded once, where transformers rounds;
+- layer norm's backward, told that the mean is 0, gives RMS norm's gradient of x in one pass, except that it also
+  subtracts the row's mean gradient, which one more pass adds back. Its gradient of the weight is not used: it adds up
+  thousands of rows in bf16 (5 % off). A matrix product with one row does that sum, in fp32 inside.
+
+Measured, 4096 × 256 rows in bf16, forward and backward, one thread: MEASURE. On other devices the plain version stays.
+"""
 
 import torch
 from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str | None = None) -> Tensor:
-    """weight ⊙ x / sqrt(mean(x²) + eps) over the last dimension (Zhang and Sennrich 2019, equation 4)."""
-    if backend in (None, "reference"):
+    """Weight ⊙ x / sqrt(mean(x²) + eps) over the last dimension (Zhang and Sennrich 2019, equation 4).
+
+    Args:
+        x: [..., D].
+        weight: [D]; in another dtype than x it decides the result's, as in transformers.
+        backend: "reference", "fused" (CPU; x and weight of one dtype), or None to choose.
+
+    Raises:
+        ValueError: on an unknown backend.
+    """
+    if backend is None:
+        fused = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float32)
+        backend = "fused" if fused and x.numel() else "reference"
+    if backend == "reference":
         return _reference(x, weight, eps)
+    if backend == "fused":
+        y: Tensor = _FusedNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps)
+        return y.view(x.shape)
     raise ValueError(f"backend={backend!r}: choose reference or fused")
 
 
@@ -15,3 +43,34 @@ def _reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * wide.to(x.dtype)
+
+
+class _FusedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD, weight_D, eps):  # type: ignore[no-untyped-def]
+        norms_T = torch.linalg.vector_norm(x_TD, dim=-1, dtype=torch.float32)
+        variance_T = norms_T.square_().div_(x_TD.shape[1])
+        ctx.save_for_backward(x_TD, weight_D, variance_T)
+        ctx.eps = eps
+        mean_T = torch.zeros_like(variance_T)
+        # Arguments after the statistics: not training, momentum 0, eps, no cuDNN.
+        normed = torch.batch_norm(x_TD.unsqueeze(0), None, None, mean_T, variance_T, False, 0.0, eps, False)
+        return normed.squeeze(0).mul_(weight_D)
+
+    @staticmethod
+    def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
+        x_TD, weight_D, variance_T = ctx.saved_tensors
+        grad_TD, inverse_T1 = grad_TD.contiguous(), torch.rsqrt(variance_T + ctx.eps).unsqueeze(1)
+        grad_x_TD, _, _ = torch.ops.aten.native_layer_norm_backward(
+            grad_TD,
+            x_TD,
+            [x_TD.shape[1]],
+            torch.zeros_like(inverse_T1),
+            inverse_T1,
+            weight_D.float(),
+            None,
+            [True, False, False],
+        )
+        removed_T1 = torch.mv(grad_TD, weight_D).unsqueeze(1).mul_(inverse_T1 / x_TD.shape[1])
+        grad_weight_1D = inverse_T1.to(x_TD.dtype).t() @ (grad_TD * x_TD)
+        return grad_x_TD.add_(removed_T1), grad_weight_1D.squeeze(0), None

@@ -35,10 +35,11 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 
 
 def training_flops_per_token(config: ModelConfig, sequence_length: int) -> int:
-    """Forward and backward operations per token: 6 · active parameters but the look-up + 6 · L · S · N · H for attention.
+    """Forward and backward operations per token: 6 · active parameters but the look-up + 6 · L · S · N · H for
+    attention.
 
-    The attention term is half of the full square, since attention is causal (PaLM, Chowdhery et al. 2022, appendix B, halved).
-    Recomputed activations do not count: this is the work asked for, not the work done.
+    The attention term is half of the full square, since attention is causal (PaLM, Chowdhery et al. 2022, appendix B,
+    halved). Recomputed activations do not count: this is the work asked for, not the work done.
     """
     count = count_parameters(config)
     attention = config.num_hidden_layers * sequence_length * config.num_attention_heads * config.width_of_head

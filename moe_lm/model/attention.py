@@ -13,7 +13,8 @@ from moe_lm.model.config import ModelConfig
 
 
 def rotary_angles(position_ids_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, S, H] of RoPE in the half-rotation layout of Hugging Face (RoFormer, Su et al. 2021, eq. 34).
+    """Cosines and sines [B, S, H] of RoPE in the half-rotation layout of Hugging Face (RoFormer, Su et al. 2021, eq.
+    34).
 
     Angles are computed in fp32 whatever `dtype`: in bf16 the position 257 would be 256.
     """
@@ -45,7 +46,9 @@ class KeyValueCache:
 
 
 class Attention(nn.Module):
-    """Mixtral's attention: no biases, rotary positions on queries and keys, G key/value heads shared by N query heads."""
+    """Mixtral's attention: no biases, rotary positions on queries and keys, G key/value heads shared by N query
+    heads.
+    """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -65,7 +68,7 @@ class Attention(nn.Module):
         mask_BST: Tensor | None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """x [B, S, D] to [B, S, D]; `mask_BST` is true where a query may look, null for plain causal attention."""
+        """X [B, S, D] to [B, S, D]; `mask_BST` is true where a query may look, null for plain causal attention."""
         heads = (*x_BSD.shape[:2], -1, self.head_dim)
         q_BSNH = apply_rotary(F.linear(x_BSD, self.q_proj.weight).view(heads), *rotary)
         k_BSGH = apply_rotary(F.linear(x_BSD, self.k_proj.weight).view(heads), *rotary)

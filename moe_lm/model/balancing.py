@@ -1,8 +1,9 @@
 """Losses that keep the router balanced: pure functions of reduced statistics.
 
-All take sums over tokens, so that micro-batches and processes add up: with the load f given, the load-balancing loss is linear in
-the probability sums. Training therefore takes f from the step before (counts of the whole global batch): the gradient is then
-the same however the batch is cut up, where a load measured within each micro-batch would balance each micro-batch by itself.
+All take sums over tokens, so that micro-batches and processes add up: with the load f given, the load-balancing loss is
+linear in the probability sums. Training therefore takes f from the step before (counts of the whole global batch): the
+gradient is then the same however the batch is cut up, where a load measured within each micro-batch would balance each
+micro-batch by itself.
 
 Letters: L layers, E experts, K experts per token.
 """
@@ -25,9 +26,9 @@ def load_balancing_loss(
 ) -> Tensor:
     """Load-balancing loss of a batch or of a part of one.
 
-    `per_layer`: mean over layers of E · Σ_e f_e · P_e (Switch Transformer, Fedus et al. 2021, eq. 4, with f divided by K as Megatron
-    does): 1 at balance. `pooled`: K · E · Σ_e mean_l f · mean_l P, as transformers' Mixtral computes it: K at balance; pooling
-    layers before the product hides imbalances that cancel across layers.
+    `per_layer`: mean over layers of E · Σ_e f_e · P_e (Switch Transformer, Fedus et al. 2021, eq. 4, with f divided by
+    K as Megatron does): 1 at balance. `pooled`: K · E · Σ_e mean_l f · mean_l P, as transformers' Mixtral computes it:
+    K at balance; pooling layers before the product hides imbalances that cancel across layers.
 
     Args:
         probability_sum_LE: Σ over this part's tokens of the router's probabilities.

@@ -26,7 +26,8 @@ class ModelConfig:
     """Shape of the decoder and of its routing."""
 
     family: ModelFamily = ModelFamily.mixture
-    """`mixture`: routed experts (Mixtral). `dense`: one SwiGLU per layer (Mistral); the expert fields are then unused."""
+    """`mixture`: routed experts (Mixtral). `dense`: one SwiGLU per layer (Mistral); the expert fields are then
+    unused."""
     vocab_size: int = 32000
     """Rows of the embedding and of the output head; at least the tokenizer's vocabulary."""
     hidden_size: int = 4096
@@ -54,11 +55,13 @@ class ModelConfig:
     initializer_range: float = 0.02
     """Standard deviation of the initial weights; matrices that write to the residual stream get it / sqrt(2·layers)."""
     num_experts: int = 8
-    """Experts per layer in the whole model (`num_local_experts` in an export; here local would mean: on this process)."""
+    """Experts per layer in the whole model (`num_local_experts` in an export; here local would mean: on this
+    process)."""
     num_experts_per_tok: int = 2
     """Experts that each token is sent to (top-k)."""
     load_balancing: LoadBalancing = LoadBalancing.per_layer
-    """Load-balancing loss: `per_layer` (Switch, 1 at balance), `pooled` (transformers' Mixtral, top-k at balance), `none`."""
+    """Load-balancing loss: `per_layer` (Switch, 1 at balance), `pooled` (transformers' Mixtral, top-k at balance),
+    `none`."""
     router_aux_loss_coef: float = 0.01
     """Weight of the load-balancing loss."""
     router_z_loss_coef: float = 0.001

@@ -52,7 +52,7 @@ class Layer(nn.Module):
         routing_mask_BS: Tensor | None,
         cache: KeyValueCache | None,
     ) -> tuple[Tensor, RoutingStatistics | None]:
-        """x [B, S, D] to [B, S, D], and the statistics of the layer's router."""
+        """X [B, S, D] to [B, S, D], and the statistics of the layer's router."""
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, mask_BST, cache)
         y_BSD, statistics = self.mlp(self.post_attention_layernorm(x_BSD), routing_mask_BS)
         return x_BSD + y_BSD, statistics
@@ -74,7 +74,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.recompute_layers = False
-        """Activation checkpointing: keep each layer's input and routing decision, compute the rest again in backward."""
+        """Activation checkpointing: keep each layer's input and routing decision, compute the rest again in
+        backward."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -145,7 +146,9 @@ class CausalLM(nn.Module):
         routing_mask_BS: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> DecoderOutput:
-        """Hidden states and statistics, not logits: see `Decoder.forward`, and `logits` for the few that sampling needs."""
+        """Hidden states and statistics, not logits: see `Decoder.forward`, and `logits` for the few that sampling
+        needs.
+        """
         return self.model(input_ids_BS, position_ids_BS, document_ids_BS, routing_mask_BS, cache)
 
     def logits(self, hidden: Tensor) -> Tensor:

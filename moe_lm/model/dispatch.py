@@ -51,7 +51,8 @@ class LocalDispatcher:
         start_E = torch.searchsorted(sorted_expert_R, experts_E)
         size_E = torch.searchsorted(sorted_expert_R, experts_E, right=True) - start_E
         end_E = ((size_E + align - 1) // align * align).cumsum(0)
-        # Each group begins where the one before ends, filling included: shift the sorted rows by what was filled in so far.
+        # Each group begins where the one before ends, filling included: shift the sorted rows by what was filled in so
+        # far.
         shift_E = torch.cat((end_E.new_zeros(1), end_E[:-1])) - start_E
         place_R = torch.arange(len(token_R), device=x_TD.device) + shift_E.index_select(0, sorted_expert_R)
         # Upper bound known without asking the device, so that CUDA does not wait; rows past the last end stay unused.

@@ -1,4 +1,6 @@
-"""Initial weights, a function of (seed, parameter name) alone: the same whatever is built first, or on which process."""
+"""Initial weights, a function of (seed, parameter name) alone: the same whatever is built first, or on which
+process.
+"""
 
 import hashlib
 import math
@@ -14,8 +16,8 @@ _RESIDUAL_WRITERS = ("o_proj.weight", "down_proj", "down_proj.weight")
 def initialize(model: CausalLM, seed: int) -> None:
     """Fill every parameter: norms with 1, matrices with N(0, initializer_range²).
 
-    Matrices that write into the residual stream are smaller by sqrt(2·layers), so that its variance does not grow with depth
-    (GPT-2, Radford et al. 2019, section 2.3).
+    Matrices that write into the residual stream are smaller by sqrt(2·layers), so that its variance does not grow with
+    depth (GPT-2, Radford et al. 2019, section 2.3).
     """
     std = model.config.initializer_range
     for name, parameter in model.named_parameters():

@@ -1,4 +1,6 @@
-"""The mixture-of-experts feed-forward block, as in Mixtral of Experts (Jiang et al. 2024, section 2.1), and its dense sibling."""
+"""The mixture-of-experts feed-forward block, as in Mixtral of Experts (Jiang et al. 2024, section 2.1), and its dense
+sibling.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +36,7 @@ class MixtureOfExperts(nn.Module):
         self.dispatcher: TokenDispatcher = LocalDispatcher(config.num_experts)
 
     def forward(self, x_BSD: Tensor, routing_mask_BS: Tensor | None) -> tuple[Tensor, RoutingStatistics]:
-        """x [B, S, D] to [B, S, D], with the layer's routing statistics over the tokens of the mask (null: all)."""
+        """X [B, S, D] to [B, S, D], with the layer's routing statistics over the tokens of the mask (null: all)."""
         x_TD = x_BSD.flatten(0, 1)
         mask_T = None if routing_mask_BS is None else routing_mask_BS.flatten()
         assignments, statistics = self.gate(x_TD, mask_T)
@@ -54,5 +56,5 @@ class DenseFeedForward(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_BSD: Tensor, routing_mask_BS: Tensor | None) -> tuple[Tensor, None]:
-        """x [B, S, D] to [B, S, D]; nothing is routed, so there are no statistics."""
+        """X [B, S, D] to [B, S, D]; nothing is routed, so there are no statistics."""
         return self.down_proj(F.silu(self.gate_proj(x_BSD)) * self.up_proj(x_BSD)), None

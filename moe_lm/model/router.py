@@ -1,7 +1,8 @@
 """The router: which experts each token goes to, with which weight, and the statistics that balancing needs.
 
-Its output is a flat list of assignments rather than [T, K] tables, so that top-k, drops, soft gates and expert choice are
-one interface for the dispatcher; and reduced statistics rather than logits, so that nothing of size [T, E] outlives a layer.
+Its output is a flat list of assignments rather than [T, K] tables, so that top-k, drops, soft gates and expert choice
+are one interface for the dispatcher; and reduced statistics rather than logits, so that nothing of size [T, E] outlives
+a layer.
 
 Letters: T tokens, D hidden, E experts, K experts per token, R assignments (T·K here).
 """
@@ -47,7 +48,8 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor, routing_mask_T: Tensor | None) -> tuple[Assignments, RoutingStatistics]:
         """Route T tokens. Tokens outside the mask are routed as well, but do not count in the statistics."""
-        # fp32 at least: rounding a logit changes the choice itself, not only its weight. (fp64 stays fp64, for exact tests.)
+        # fp32 at least: rounding a logit changes the choice itself, not only its weight. (fp64 stays fp64, for exact
+        # tests.)
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
         probability_TE = logits_TE.softmax(dim=-1)

@@ -1,4 +1,6 @@
-"""What a training run is: optimizer, schedule, trainer, tracker, and the whole of them with model, data and checkpoint."""
+"""What a training run is: optimizer, schedule, trainer, tracker, and the whole of them with model, data and
+checkpoint.
+"""
 
 import dataclasses
 import enum
@@ -67,7 +69,8 @@ class OptimizerConfig:
     """The update rule."""
 
     name: OptimizerName = OptimizerName.adamw
-    """`adamw`, or `muon`: orthogonalised momentum for matrices (each expert by itself), AdamW for embedding, head, gate, norms."""
+    """`adamw`, or `muon`: orthogonalised momentum for matrices (each expert by itself), AdamW for embedding, head,
+    gate, norms."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
     weight_decay: float = 0.1
@@ -97,7 +100,8 @@ class ScheduleConfig:
     """The learning rate over the run, as a factor of optimizer.learning_rate."""
 
     name: ScheduleName = ScheduleName.cosine
-    """`cosine` falls from the end of warm-up; `wsd` (warm-up, stable, decay) holds, then falls linearly; `constant` holds."""
+    """`cosine` falls from the end of warm-up; `wsd` (warm-up, stable, decay) holds, then falls linearly; `constant`
+    holds."""
     warmup_steps: int = 100
     """Steps of linear warm-up from 0."""
     decay_fraction: float = 0.2
@@ -122,7 +126,8 @@ class TrainerConfig:
     micro_batch_size: int = 16
     """Sequences that one process runs at once; smaller ones accumulate, with the same gradient and less memory."""
     precision: Precision = Precision.auto
-    """`bf16`, `fp32`, or `auto`: bf16 where the hardware multiplies it natively. Master weights are fp32 in every case."""
+    """`bf16`, `fp32`, or `auto`: bf16 where the hardware multiplies it natively. Master weights are fp32 in every
+    case."""
     device: Device = Device.auto
     """`cpu`, `cuda`, or `auto`: CUDA where there is one."""
     activation_checkpointing: bool = False
@@ -187,7 +192,8 @@ class RunConfig:
     seed: int = 1
     """Seed of initial weights and data order."""
     resume: ResumePolicy = ResumePolicy.auto
-    """`auto` goes on where the run directory's newest checkpoint stands; `never` refuses a directory that has a run in it."""
+    """`auto` goes on where the run directory's newest checkpoint stands; `never` refuses a directory that has a run in
+    it."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
@@ -213,7 +219,8 @@ class RunConfig:
             )
         if self.schedule.warmup_steps > self.trainer.max_steps:
             raise InputError(
-                f"schedule.warmup_steps={self.schedule.warmup_steps}: must be at most trainer.max_steps={self.trainer.max_steps}."
+                f"schedule.warmup_steps={self.schedule.warmup_steps}: must be at most "
+                f"trainer.max_steps={self.trainer.max_steps}."
             )
 
 

@@ -31,8 +31,8 @@ def train(run: Run) -> float:
             skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
             if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise DivergedError(
-                    f"loss or gradient was not finite {skipped_in_a_row} times in a row, the last at step {progress.step}: lower "
-                    "optimizer.learning_rate, lengthen schedule.warmup_steps, or try trainer.precision=fp32."
+                    f"loss or gradient was not finite {skipped_in_a_row} times in a row, last at step {progress.step}: "
+                    "lower optimizer.learning_rate, lengthen schedule.warmup_steps, or try trainer.precision=fp32."
                 )
             last = progress.step == trainer.max_steps
             if not last and is_due(progress.step, trainer.eval_interval):

@@ -1,7 +1,7 @@
 """The training loss of one micro-batch: its share of the global batch's loss, so that shares simply add.
 
-Every term is a sum over this micro-batch's tokens divided by the number of tokens of the *global* batch. Accumulated over
-micro-batches and summed over processes, gradients are those of the undivided batch, up to rounding.
+Every term is a sum over this micro-batch's tokens divided by the number of tokens of the *global* batch. Accumulated
+over micro-batches and summed over processes, gradients are those of the undivided batch, up to rounding.
 """
 
 from typing import NamedTuple
@@ -31,9 +31,7 @@ class LossShares(NamedTuple):
     """Assignments to each expert of each layer; [0, 0] for a dense model."""
 
 
-def loss_shares(
-    model: CausalLM, batch: Batch, num_targets: int, num_routed_tokens: int, load_LE: Tensor
-) -> LossShares:
+def loss_shares(model: CausalLM, batch: Batch, num_targets: int, num_routed_tokens: int, load_LE: Tensor) -> LossShares:
     """Run the model on a micro-batch.
 
     Args:

@@ -1,11 +1,12 @@
 """Update rules: AdamW for everything, or Muon for matrices and AdamW for the rest.
 
-Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest orthogonal one. torch's own takes 2-D parameters only; here a
-stacked tensor [E, rows, columns] is E matrices, each orthogonalised by itself. The update is scaled by 0.2·√max(rows, columns)
-(Liu et al. 2025, "Muon is scalable for LLM training", eq. 4), the size of AdamW's, so that both share a learning rate and a decay.
+Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest orthogonal one. torch's own takes 2-D parameters
+only; here a stacked tensor [E, rows, columns] is E matrices, each orthogonalised by itself. The update is scaled by
+0.2·√max(rows, columns) (Liu et al. 2025, "Muon is scalable for LLM training", eq. 4), the size of AdamW's, so that both
+share a learning rate and a decay.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -61,17 +62,21 @@ class Optimizer:
         if muon:
             self._rules.append(Muon(muon, self._peak, config.muon_momentum, config.weight_decay))
 
+    def gradients(self) -> list[Tensor]:
+        """The gradients of all parameters, in their order; one without a gradient would be a bug in the model."""
+        found = [p.grad for p in self.parameters.values() if p.grad is not None]
+        assert len(found) == len(self.parameters), "a parameter has no gradient"
+        return found
+
     def gradient_norm(self) -> Tensor:
         """Global 2-norm of all gradients, fp32 scalar."""
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        assert len(gradients) == len(self.parameters), "a parameter has no gradient"
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self.gradients())))
 
     def step(self, gradient_norm: Tensor, factor: float) -> None:
         """Clip by the given norm, then update with `factor` times the peak learning rate."""
         if self.max_grad_norm > 0:
             scale = (self.max_grad_norm / (gradient_norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([p.grad for p in self.parameters.values()], scale)
+            torch._foreach_mul_(self.gradients(), scale)
         for rule in self._rules:
             for group in rule.param_groups:
                 group["lr"] = self._peak * factor
@@ -98,7 +103,9 @@ class Optimizer:
             owner[id(parameter)].state[parameter][key] = value.to(parameter.device) if value.dim() else value
 
 
-def _split(parameters: dict[str, Tensor], config: OptimizerConfig) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def _split(
+    parameters: Mapping[str, Tensor], config: OptimizerConfig
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Parameters for Muon, for AdamW with decay, and for AdamW without (norms); every parameter is in exactly one."""
     muon, decayed, plain = [], [], []
     for name, parameter in parameters.items():

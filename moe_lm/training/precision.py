@@ -1,8 +1,8 @@
 """fp32 master weights, computed with in bf16: a low-precision twin of the model, refreshed once per optimizer step.
 
-Autocast casts each weight again at every use, and does not reach grouped matrix products at all. A twin is cast once a step,
-by one multi-tensor copy, and its gradients are added to the master's in fp32 as soon as backward has produced them. This is
-what FSDP2's mixed-precision policy does for sharded models, so a sharded run rounds in the same places.
+Autocast casts each weight again at every use, and does not reach grouped matrix products at all. A twin is cast once a
+step, by one multi-tensor copy, and its gradients are added to the master's in fp32 as soon as backward has produced
+them. This is what FSDP2's mixed-precision policy does for sharded models, so a sharded run rounds in the same places.
 """
 
 import copy

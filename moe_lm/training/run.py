@@ -109,7 +109,9 @@ class Run:
 def initial_load(model: CausalLM) -> Tensor:
     """Uniform load [L, E] of a mixture; [0, 1] for a dense model, which balances nothing."""
     config = model.config
-    return load_fraction(torch.zeros(config.num_hidden_layers, config.num_experts) if config.is_mixture else torch.zeros(0, 1))
+    return load_fraction(
+        torch.zeros(config.num_hidden_layers, config.num_experts) if config.is_mixture else torch.zeros(0, 1)
+    )
 
 
 def versions() -> dict[str, str]:

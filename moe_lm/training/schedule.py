@@ -8,8 +8,8 @@ from moe_lm.training.config import ScheduleConfig, ScheduleName
 def learning_rate_factor(step: int, max_steps: int, config: ScheduleConfig) -> float:
     """Factor of the peak learning rate for the update that follows `step` finished ones, 0 <= step < max_steps.
 
-    Warm-up is linear and reaches 1 with its last step. `cosine`: Loshchilov and Hutter 2016, eq. 5; `wsd`: Hu et al. 2024
-    (MiniCPM), section 4, with a linear decay. Both reach `final_factor` with the last step of the run.
+    Warm-up is linear and reaches 1 with its last step. `cosine`: Loshchilov and Hutter 2016, eq. 5; `wsd`: Hu et al.
+    2024 (MiniCPM), section 4, with a linear decay. Both reach `final_factor` with the last step of the run.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps

@@ -29,7 +29,7 @@ class MetricsFile:
             temporary = path.with_suffix(".tmp")
             temporary.write_bytes(b"".join(kept))
             temporary.replace(path)
-        self._file: IO[str] = open(path, "a", encoding="utf-8")
+        self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line."""
@@ -51,7 +51,9 @@ def _step_of(line: bytes) -> float:
 class Tracker:
     """Accelerate's tracker behind a wall."""
 
-    def __init__(self, accelerator: Accelerator, config: TrackerConfig, directory: Path, name: str, run: dict[str, Any]):
+    def __init__(
+        self, accelerator: Accelerator, config: TrackerConfig, directory: Path, name: str, run: dict[str, Any]
+    ):
         self._accelerator = accelerator
         self._on = config.name is not TrackerName.none and accelerator.is_main_process
         if not self._on:
@@ -78,7 +80,7 @@ class Tracker:
             return
         try:
             call(*args)
-        except Exception as error:  # noqa: BLE001 - whatever a tracker raises must not reach training
+        except Exception as error:
             self._on = False
             print(f"tracker switched off, metrics.jsonl goes on: {error}", file=sys.stderr)
 
@@ -93,7 +95,9 @@ def _tracker_id(path: Path, name: str) -> str:
 
 
 class Display:
-    """Progress for a person: a live bar on a terminal, a line now and then elsewhere (logs, pipes), nothing on other ranks."""
+    """Progress for a person: a live bar on a terminal, a line now and then elsewhere (logs, pipes), nothing on other
+    ranks.
+    """
 
     SECONDS_BETWEEN_LINES = 10.0
 

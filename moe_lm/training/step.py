@@ -1,7 +1,7 @@
 """One optimizer step: micro-batches, sum over processes, norm, update.
 
-Everything a step would change besides weights and moments (the load that balances the next step) is returned, and committed
-only together with the update: a step that is skipped changes nothing.
+Everything a step would change besides weights and moments (the load that balances the next step) is returned, and
+committed only together with the update: a step that is skipped changes nothing.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ def train_step(
         shares.total.backward()
         losses += torch.stack((shares.cross_entropy, shares.load_balancing, shares.router_z))
         count_LE += shares.count_LE
-    runtime.sum([p.grad for p in optimizer.parameters.values() if p.grad is not None] + [losses, count_LE])
+    runtime.sum([*optimizer.gradients(), losses, count_LE])
     norm = optimizer.gradient_norm()
     cross_entropy, load_balancing, router_z, gradient_norm = torch.cat((losses, norm[None])).tolist()
     applied = math.isfinite(gradient_norm) and math.isfinite(cross_entropy)

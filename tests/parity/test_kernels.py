@@ -17,8 +17,8 @@ from moe_lm.kernels.normalization import rms_norm
 from moe_lm.kernels.rotary import apply_rotary
 
 CPU = torch.device("cpu")
-# bf16 keeps 8 bits: one rounding is 2⁻⁹ relative; a chain of three products stays under 2 % in norm.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+# bf16 keeps 8 bits: one rounding is 2⁻⁹ relative; a chain of three products stays well under 1 % in norm.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -267,7 +267,7 @@ def test_chunked_cross_entropy_matches_the_fp64_reference(dtype: torch.dtype, to
         lambda hidden, head: linear_cross_entropy(hidden, head, labels_T, backend="reference") * 0.3,
         inputs,
         dtype,
-    ) if tokens > 1 else None
+    )
     with torch.no_grad():
         hidden, head = (tensor.to(dtype) for tensor in inputs)
         loss = linear_cross_entropy(hidden, head, labels_T, chunk_rows=8)
@@ -314,11 +314,11 @@ def test_rms_norm_is_that_of_transformers(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", ["reference", None])
 def test_rms_norm_matches_the_fp64_reference(backend: str, dtype: torch.dtype) -> None:
-    """Catches a hand-written backward that loses the projection term or the weight's reduction."""
+    """Catches a backward without its projection term, or one that adds up thousands of rows in bf16."""
     assert_parity(
         lambda x, weight: rms_norm(x, weight, 1e-3, backend),
         lambda x, weight: rms_norm(x, weight, 1e-3, "reference"),
-        [torch.randn(5, 3, 32), torch.randn(32)],
+        [torch.randn(5, 700, 32), torch.randn(32)],
         dtype,
     )
 

@@ -1,0 +1,7 @@
+"""`moe-lm pretrain` as a file, for launchers that want one: `torchrun --nproc-per-node 2 scripts/pretrain.py`."""
+
+import sys
+
+from moe_lm.cli import main
+
+sys.exit(main(["pretrain", *sys.argv[1:]]))

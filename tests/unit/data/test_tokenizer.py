@@ -1,0 +1,224 @@
+"""Catches: text that does not come back, control ids out of text, ids that differ between runs or in transformers."""
+
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_lm.data.tokenizer import CONTROL_SYMBOLS, Tokenizer, _training_chunks, train_tokenizer
+from moe_lm.data.tokenizer_export import save_tokenizer_files
+from moe_lm.errors import InputError
+
+HARD_PIECES = [
+    *(" ", "  ", "    ", "\n", "\r\n", "\t", "\x00", "\x7f", "\x85", "\u00a0", "\u2028", "\ufeff", "\u200d", "\ufffd"),
+    *("<s>", "</s>", "<unk>", "<pad>", "<0x0A>", "<|user|>", "<|spare_0|>", "<|end|>"),
+    *("a", "aa", "é", "e\u0301", "한국어", "ф", "👩‍👩‍👧", "𝔘", "\U0010ffff", "\u2047", "\u2585", "\ue000"),
+    *(
+        "0",
+        "00",
+        "self.",
+        "__init__",
+        "(self",
+        "):\n",
+        "return ",
+        "-",
+        "--",
+        "=",
+        "#",
+        "*",
+        "def f(x):\n    return x\n",
+    ),
+]
+
+hard_text = st.lists(st.sampled_from(HARD_PIECES) | st.text(max_size=4), max_size=40).map("".join)
+
+
+def hard_strings() -> list[str]:
+    """Some 1,400 strings on which tokenizers tend to differ: runs, mixtures and every pair of hard pieces."""
+    generator = random.Random(0)
+    runs = [piece * count for piece in HARD_PIECES for count in (1, 2, 3, 7, 16, 33, 100)]
+    pairs = ["".join(pair) for pair in itertools.product(HARD_PIECES[::2], repeat=2)]
+    mixtures = ["".join(generator.choices(HARD_PIECES, k=generator.randint(3, 60))) for _ in range(700)]
+    return ["", *runs, *pairs, *mixtures]
+
+
+@settings(deadline=None, max_examples=300)
+@given(text=hard_text)
+def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text.replace("\u2581", " ")
+    assert not any(tokenizer.is_control(token) or tokenizer.is_unknown(token) for token in ids)
+
+
+def test_control_symbols_have_ids_of_their_own(tokenizer: Tokenizer) -> None:
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 3)
+    ids = {tokenizer.token_id(symbol) for symbol in CONTROL_SYMBOLS}
+    assert len(ids) == 5 + 32
+    assert all(tokenizer.is_control(token) for token in ids)
+    with pytest.raises(KeyError):
+        tokenizer.token_id("<|nobody|>")
+
+
+def test_indentation_and_line_ends_have_pieces(tokenizer: Tokenizer) -> None:
+    pieces = [tokenizer.piece(token) for token in range(tokenizer.vocab_size)]
+    assert "\u2581" * 8 in pieces
+    assert "):\n" in pieces
+    assert max(map(len, pieces)) <= 24
+
+
+def test_batches_encode_as_single_texts_do(tokenizer: Tokenizer) -> None:
+    texts = hard_strings()[:200]
+    assert tokenizer.encode_batch(texts, threads=2) == [tokenizer.encode(text) for text in texts]
+    assert tokenizer.encode_batch([]) == []
+
+
+def test_training_twice_gives_the_same_model(tokenizer: Tokenizer, sample_texts: list[str], tmp_path: Path) -> None:
+    again = train_tokenizer(sample_texts, tokenizer.vocab_size, tmp_path)
+    assert again.fingerprint == tokenizer.fingerprint
+    assert train_tokenizer(sample_texts, 1400, tmp_path).fingerprint != tokenizer.fingerprint
+
+
+def test_training_prints_nothing(sample_texts: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    train_tokenizer(sample_texts[:1], 600, tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_hard_text_can_be_trained_on(tmp_path: Path) -> None:
+    texts = [text for text in hard_strings() if text] * 3
+    tokenizer = train_tokenizer(texts, 450, tmp_path)
+    assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in texts[:500])
+
+
+def test_more_text_than_wanted_is_thinned_evenly() -> None:
+    texts = ["a" * 40_000, "b" * 40_000, "c" * 20_000]
+    chunks = list(_training_chunks(texts, 50_000))
+    sizes = [sum(len(chunk) for chunk in chunks if chunk[0] == letter) for letter in "abc"]
+    assert sizes == [20_000, 20_000, 8_000]
+    assert "".join(_training_chunks(texts, 100_000)) == "".join(texts)
+
+
+def test_vocabulary_too_large_for_the_text_names_the_largest(tmp_path: Path) -> None:
+    texts = ["".join(f"to be {number} or not to be {number * 7}, that is the question\n" for number in range(100))]
+    with pytest.raises(InputError, match=r"tokenizer.vocab_size=4096: .* the largest that works is (\d+)") as caught:
+        train_tokenizer(texts, 4096, tmp_path)
+    largest = int(str(caught.value).rstrip(".").split()[-1])
+    assert train_tokenizer(texts, largest, tmp_path).vocab_size == largest
+
+
+@pytest.mark.parametrize("text", ["x", " ", "\t\t", "\n\n", "\x00", "to be or not to be"])
+def test_text_too_small_for_any_tokenizer_is_a_sentence(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InputError, match=r"tokenizer.vocab_size=4096: .* too small for any tokenizer; give more text"):
+        train_tokenizer([text], 4096, tmp_path)
+
+
+def test_vocabulary_too_small_for_the_characters_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"tokenizer.vocab_size=400: .* too many different characters"):
+        train_tokenizer(["".join(map(chr, range(0xAC00, 0xAC00 + 3000))) * 2], 400, tmp_path)
+
+
+def test_files_that_are_no_tokenizer_are_sentences(tmp_path: Path) -> None:
+    (tmp_path / "noise.model").write_bytes(b"not a model")
+    (tmp_path / "empty.model").write_bytes(b"")
+    with pytest.raises(InputError, match=r"tokenizer.path: '.*absent.model' cannot be read"):
+        Tokenizer(tmp_path / "absent.model")
+    for name in ("noise", "empty"):
+        with pytest.raises(InputError, match=f"tokenizer.path: '.*{name}.model' is not a sentencepiece"):
+            Tokenizer(tmp_path / f"{name}.model")
+
+
+def test_transformers_gives_the_same_ids_and_text(
+    tokenizer: Tokenizer, sample_texts: list[str], tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    save_tokenizer_files(tokenizer, tmp_path, model_max_length=10_000)
+    other = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    slices = [text[start : start + 500] for text in sample_texts for start in range(0, len(text), 5000)]
+    for text in [*hard_strings(), *slices]:
+        ids = tokenizer.encode(text)
+        assert other(text, add_special_tokens=False).input_ids == ids, text
+        assert other.decode(ids) == text
+        assert other(text).input_ids == [tokenizer.bos_id, *ids]
+    assert (other.bos_token_id, other.eos_token_id, other.pad_token_id, other.unk_token_id) == (1, 2, 3, 0)
+    assert other.model_max_length == 10_000
+    assert len(other) == tokenizer.vocab_size
+    assert other.decode([1, *tokenizer.encode("text"), 2], skip_special_tokens=True) == "text"
+    assert (tmp_path / "tokenizer.model").read_bytes() == tokenizer.model_bytes
+
+
+@settings(deadline=None, max_examples=200)
+@given(text=hard_text)
+def test_transformers_agrees_on_any_text(fast_tokenizer: tuple[Tokenizer, object], text: str) -> None:
+    tokenizer, other = fast_tokenizer
+    assert other.encode(text, add_special_tokens=False) == tokenizer.encode(text)  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def fast_tokenizer(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, object]:
+    transformers = pytest.importorskip("transformers")
+    directory = tmp_path_factory.mktemp("exported")
+    save_tokenizer_files(tokenizer, directory, model_max_length=10_000)
+    return tokenizer, transformers.AutoTokenizer.from_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"model_type": "unigram", "byte_fallback": True}, "not plain BPE"),
+        ({"model_type": "bpe", "byte_fallback": False}, "no byte fallback"),
+        ({"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "nfkc"}, "changes the text"),
+        ({"model_type": "bpe", "byte_fallback": True, "user_defined_symbols": ["<x>"]}, "not plain BPE"),
+    ],
+)
+def test_models_that_cannot_be_exported_exactly_are_refused(
+    sample_texts: list[str], tmp_path: Path, options: dict[str, Any], sentence: str
+) -> None:
+    settings = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "minloglevel": 2, **options}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sample_texts[0].splitlines()),
+        model_prefix=str(tmp_path / "m"),
+        vocab_size=600,
+        **settings,
+    )
+    with pytest.raises(InputError, match=f"tokenizer.path: this sentencepiece model .*{sentence}"):
+        save_tokenizer_files(Tokenizer(tmp_path / "m.model"), tmp_path / "out", 100)
+
+
+def test_a_model_with_a_dummy_prefix_and_no_padding_is_exported_exactly(
+    sample_texts: list[str], tmp_path: Path
+) -> None:
+    """The kind that Mixtral ships."""
+    transformers = pytest.importorskip("transformers")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sample_texts[0].splitlines()),
+        model_prefix=str(tmp_path / "m"),
+        vocab_size=800,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    tokenizer = Tokenizer(tmp_path / "m.model")
+    assert tokenizer.pad_id == tokenizer.eos_id
+    save_tokenizer_files(tokenizer, tmp_path / "out", 10_000)
+    other = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in hard_strings():
+        ids = tokenizer.encode(text)
+        assert other(text, add_special_tokens=False).input_ids == ids
+        assert other.decode(ids) == tokenizer.decode(ids) == text
+
+
+def test_hard_text_of_other_languages(test_data: Path, fast_tokenizer: tuple[Tokenizer, object]) -> None:
+    tokenizer, other = fast_tokenizer
+    for name in ("tldr-ko.jsonl", "tldr-ru.jsonl", "tldr-es.jsonl"):
+        for line in (test_data / name).read_text(encoding="utf-8").splitlines()[:150]:
+            text = json.loads(line)["text"]
+            ids = tokenizer.encode(text)
+            assert tokenizer.decode(ids) == text
+            assert other.encode(text, add_special_tokens=False) == ids  # type: ignore[attr-defined]

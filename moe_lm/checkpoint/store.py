@@ -4,17 +4,21 @@ A checkpoint is a directory `step-00000100/` of safetensors files that hold slic
 `index.json` (name → type, global shape, and the file, key, offsets and lengths of each slice), `state.json` (whatever
 else the run is made of), `manifest.json` (size and SHA-256 of every file) and, written last, `COMPLETE`, which holds
 the manifest's own hash. It is built in a temporary sibling and renamed, so that a kill at any moment leaves the
-checkpoints before it as they were. Loading verifies every hash and never runs code: there is no pickle, in writing or
-in reading.
+checkpoints before it as they were. Loading verifies every hash, reads no file that the manifest does not name, and
+never runs code: there is no pickle, in writing or in reading.
 
 The store knows tensors and JSON, not models: names, prefixes and their meaning belong to the caller.
 """
 
+import dataclasses
 import hashlib
+import itertools
 import json
+import math
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,22 +40,50 @@ class CheckpointError(Exception):
     """A checkpoint that can not be trusted; the message says which file and why."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Slice:
+    """A box of a tensor, and where it is stored."""
+
+    file: str
+    key: str
+    offsets: list[int]
+    lengths: list[int]
+
+    def overlaps(self, other: "_Slice") -> bool:
+        """Whether the two boxes share a value."""
+        sides = zip(self.offsets, self.lengths, other.offsets, other.lengths)
+        return all(max(o, p) < min(o + n, p + m) for o, n, p, m in sides)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """One tensor of the index: slices that cover it, each value once."""
+
+    dtype: torch.dtype
+    shape: list[int]
+    slices: list[_Slice]
+
+
 class Checkpoint:
     """A verified checkpoint on disk. Tensors are read when asked for."""
 
     def __init__(self, path: Path):
         """Verify the directory; raise `CheckpointError` unless every byte is as it was written."""
         self.path = path
-        _verify(path)
-        self.state: dict[str, Any] = _read_json(path / "state.json")
-        self._tensors: dict[str, Any] = _read_json(path / "index.json")["tensors"]
+        try:
+            files = _verify(path)
+            self.state: dict[str, Any] = _read_object(path / "state.json")
+            tensors = _read_object(path / "index.json")["tensors"]
+            self._tensors = {name: _parse_entry(name, entry, files) for name, entry in tensors.items()}
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{Path(error.filename).name} is missing") from error
+        except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
+            raise CheckpointError(f"unreadable: {error!r}") from error
 
     @property
     def step(self) -> int:
         """Optimizer steps that the checkpoint's directory is named by."""
-        match = _NAME.fullmatch(self.path.name)
-        assert match is not None
-        return int(match[1])
+        return _step_of(self.path)
 
     def names(self, prefix: str = "") -> list[str]:
         """Names of the tensors that begin with `prefix`."""
@@ -59,22 +91,24 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor, put together from its slices, on the CPU."""
+        if name not in self._tensors:
+            raise CheckpointError(f"index.json: there is no tensor {name}")
         entry = self._tensors[name]
-        whole = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
-        covered = 0
-        for part in entry["slices"]:
-            region = tuple(slice(o, o + n) for o, n in zip(part["offsets"], part["lengths"], strict=True))
-            with safe_open(self.path / _plain(part["file"]), framework="pt") as file:
-                piece = file.get_tensor(part["key"])
-            if piece.dtype != whole.dtype or list(piece.shape) != part["lengths"]:
-                raise CheckpointError(
-                    f"{part['file']}: {name} is {piece.dtype} {list(piece.shape)}, the index says otherwise"
-                )
-            whole[region] = piece
-            covered += piece.numel()
-        if covered != whole.numel():
-            raise CheckpointError(f"index.json: the slices of {name} hold {covered} of {whole.numel()} values")
+        try:
+            whole = torch.empty(entry.shape, dtype=entry.dtype)
+            for part in entry.slices:
+                region = tuple(slice(o, o + n) for o, n in zip(part.offsets, part.lengths))
+                whole[region] = self._piece(name, entry, part)
+        except (SafetensorError, OSError, RuntimeError, TypeError) as error:
+            raise CheckpointError(f"{name} can not be read: {error}") from error
         return whole
+
+    def _piece(self, name: str, entry: _Entry, part: _Slice) -> Tensor:
+        with safe_open(self.path / part.file, framework="pt") as file:
+            piece = file.get_tensor(part.key)
+        if piece.dtype != entry.dtype or list(piece.shape) != part.lengths:
+            raise CheckpointError(f"{part.file}: {name} is {piece.dtype} {list(piece.shape)}, the index says otherwise")
+        return piece
 
 
 class CheckpointStore:
@@ -88,7 +122,7 @@ class CheckpointStore:
         """Checkpoints that were renamed into place, oldest first."""
         if not self.directory.is_dir():
             return []
-        return sorted(p for p in self.directory.iterdir() if _NAME.fullmatch(p.name) and p.is_dir())
+        return sorted((p for p in self.directory.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()), key=_step_of)
 
     def save(self, step: int, tensors: Iterable[tuple[str, Tensor]], state: dict[str, Any]) -> Path:
         """Write a checkpoint, make it durable, then delete the ones that `keep_last` no longer keeps."""
@@ -103,19 +137,19 @@ class CheckpointStore:
         _write_json(temporary / "manifest.json", manifest)
         _write_json(temporary / "COMPLETE", {"manifest_sha256": _sha256(temporary / "manifest.json")})
         sync_directory(temporary)
-        if (
-            final.exists()
-        ):  # only a checkpoint that failed verification can stand here: the run went on from an older one
+        if final.exists():
+            # Only a checkpoint that failed verification can stand here: the run went on from an older one.
             shutil.rmtree(final)
         temporary.rename(final)
         sync_directory(self.directory)
-        for old in self.paths()[: -self.keep_last]:
+        # Later steps can only be ones that failed verification: they must not push out what was just written.
+        for old in [p for p in self.paths() if _step_of(p) <= step][: -self.keep_last]:
             shutil.rmtree(old)
         return final
 
     def sweep(self) -> None:
         """Remove what a killed save left behind."""
-        for leftover in self.directory.glob(f"{_TEMPORARY}*"):
+        for leftover in self.directory.glob(f"{_TEMPORARY}step-*"):
             shutil.rmtree(leftover)
 
     def newest(self, refused: Callable[[str], None]) -> Checkpoint | None:
@@ -136,6 +170,7 @@ def _write_tensors(directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> di
         with open(directory / name, "rb") as file:
             os.fsync(file.fileno())
         for key, tensor in batch.items():
+            assert key not in index, key
             shape = list(tensor.shape)
             part = {"file": name, "key": key, "offsets": [0] * len(shape), "lengths": shape}
             index[key] = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": shape, "slices": [part]}
@@ -156,28 +191,58 @@ def _batches(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor
         yield batch
 
 
-def _verify(path: Path) -> None:
-    try:
-        manifest_sha256 = _read_json(path / "COMPLETE")["manifest_sha256"]
-        if _sha256(path / "manifest.json") != manifest_sha256:
-            raise CheckpointError("manifest.json is not the one that COMPLETE was written for")
-        for name, expected in _read_json(path / "manifest.json").items():
-            file = path / _plain(name)
-            if file.stat().st_size != expected["bytes"]:
-                raise CheckpointError(f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}")
-            if _sha256(file) != expected["sha256"]:
-                raise CheckpointError(f"{name} does not have the content it was written with (SHA-256 differs)")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{Path(error.filename).name} is missing") from error
-    except (KeyError, TypeError, OSError, SafetensorError) as error:
-        raise CheckpointError(f"unreadable: {error!r}") from error
+def _verify(path: Path) -> set[str]:
+    """Compare every file with the manifest, and the manifest with the completion mark; the names of the files."""
+    manifest_sha256 = _read_object(path / "COMPLETE")["manifest_sha256"]
+    if _sha256(path / "manifest.json") != manifest_sha256:
+        raise CheckpointError("manifest.json is not the one that COMPLETE was written for")
+    manifest = _read_object(path / "manifest.json")
+    for name, expected in manifest.items():
+        if not _FILE_NAME.fullmatch(name):
+            raise CheckpointError(f"manifest.json: {name!r} is not a file name of a checkpoint")
+        status = (path / name).lstat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{name} is not a plain file")
+        if status.st_size != expected["bytes"]:
+            raise CheckpointError(f"{name} has {status.st_size} bytes instead of {expected['bytes']}")
+        if _sha256(path / name) != expected["sha256"]:
+            raise CheckpointError(f"{name} does not have the content it was written with (SHA-256 differs)")
+    if missing := {"index.json", "state.json"} - manifest.keys():
+        raise CheckpointError(f"manifest.json does not name {min(missing)}")
+    return set(manifest)
 
 
-def _plain(name: str) -> str:
-    """A file name of our own making, never a path that leaves the checkpoint."""
-    if not _FILE_NAME.fullmatch(name):
-        raise CheckpointError(f"{name!r} is not a file name of a checkpoint")
-    return name
+def _parse_entry(name: str, entry: dict[str, Any], files: set[str]) -> _Entry:
+    """One tensor of index.json; its slices lie in verified files and inside the tensor, and cover it exactly."""
+    dtype, shape = getattr(torch, entry["dtype"], None), entry["shape"]
+    slices = [_Slice(**part) for part in entry["slices"]]
+    if not isinstance(dtype, torch.dtype) or not _are_sizes(shape):
+        raise CheckpointError(f"index.json: {name} has no valid type and shape")
+    for part in slices:
+        if part.file not in files:
+            raise CheckpointError(f"index.json: {name} lies in {part.file!r}, which manifest.json does not name")
+        fits = (
+            _are_sizes(part.offsets)
+            and _are_sizes(part.lengths)
+            and len(part.offsets) == len(part.lengths) == len(shape)
+            and all(o + n <= size for o, n, size in zip(part.offsets, part.lengths, shape))
+        )
+        if not fits:
+            raise CheckpointError(f"index.json: a slice of {name} reaches beyond its shape {shape}")
+    covered, total = sum(math.prod(part.lengths) for part in slices), math.prod(shape)
+    if covered != total or any(a.overlaps(b) for a, b in itertools.combinations(slices, 2)):
+        raise CheckpointError(f"index.json: the slices of {name} hold {covered} of {total} values, or some twice")
+    return _Entry(dtype, shape, slices)
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _step_of(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None, path
+    return int(match[1])
 
 
 def _sha256(path: Path) -> str:
@@ -185,11 +250,14 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_json(path: Path) -> Any:
+def _read_object(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path.name} is not a JSON object")
+    return value
 
 
 def _write_json(path: Path, value: Any) -> None:

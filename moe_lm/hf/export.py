@@ -1,6 +1,7 @@
 """Write a model as a Hugging Face directory, complete or not at all."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,21 +22,39 @@ MARK = "moe_lm_export.json"
 """Written into every export: names its files, so that a later export may replace them and nothing else."""
 
 
-def check_output(directory: Path) -> None:
-    """Refuse a directory that holds anything but an earlier export, before any work is done for it."""
-    if not directory.exists():
-        return
-    remedy = "give another output=, or remove it yourself."
-    if not directory.is_dir():
-        raise InputError(f"output={directory}: is a file; {remedy}")
-    present = {p.name for p in directory.iterdir()}
+def check_output(directory: Path, remedy: str = "give another output=") -> None:
+    """Refuse a directory that can not be written, or that holds anything but an earlier export, before any work is done
+    for it.
+
+    Args:
+        directory: where an export is to go.
+        remedy: what the user can change, for the sentence.
+    """
+    try:
+        present = {p.name: p for p in directory.iterdir()} if directory.exists() else {}
+        parent = next(p for p in directory.absolute().parents if p.exists())
+    except OSError as error:
+        raise InputError(f"{directory}: can not be an output directory ({error.strerror}); {remedy}.") from error
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{directory}: {parent} is not a directory that can be written; {remedy}.")
     if not present:
         return
-    if MARK not in present:
-        raise InputError(f"output={directory}: holds something that is not an export of moe-lm; {remedy}")
-    foreign = present - {MARK, *json.loads((directory / MARK).read_text())["files"]}
+    written = _earlier_export(directory / MARK)
+    if not written:
+        raise InputError(f"{directory}: holds something that is not an export of moe-lm; {remedy}, or remove it.")
+    foreign = sorted(name for name, p in present.items() if name not in written or not p.is_file())
     if foreign:
-        raise InputError(f"output={directory}: holds files that the export did not write ({min(foreign)}); {remedy}")
+        raise InputError(
+            f"{directory}: holds something that the export did not write ({foreign[0]}); {remedy}, or remove it."
+        )
+
+
+def _earlier_export(mark: Path) -> set[str]:
+    """Names of the files that an earlier export wrote; empty where there was none."""
+    try:
+        return {MARK, *json.loads(mark.read_bytes())["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def export(
@@ -47,7 +66,7 @@ def export(
     dtype: torch.dtype,
 ) -> None:
     """Write weights, configuration, generation defaults and tokenizer; the directory appears under its name when
-    complete.
+    complete, and an earlier export stays there until then.
 
     Args:
         config: the model.
@@ -58,20 +77,26 @@ def export(
         dtype: type of the weights on disk.
     """
     check_output(output)
+    output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".tmp-{output.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, replaced = output.with_name(f".tmp-{output.name}"), output.with_name(f".old-{output.name}")
+    for leftover in (temporary, replaced):  # of an export that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir()
-    _write_weights(temporary, tensors, dtype)
-    _write_configs(temporary, config, token_ids, dtype)
-    for file in tokenizer_directory.iterdir():
-        shutil.copyfile(file, temporary / file.name)
-    files = sorted(p.name for p in temporary.iterdir())
-    (temporary / MARK).write_text(json.dumps({"files": files}, indent=1) + "\n")
-    sync_directory(temporary)
-    if output.exists():
-        shutil.rmtree(output)
-    temporary.rename(output)
+    try:
+        _write_weights(temporary, tensors, dtype)
+        _write_configs(temporary, config, token_ids, dtype)
+        for file in tokenizer_directory.iterdir():
+            shutil.copyfile(file, temporary / file.name)
+        files = sorted(p.name for p in temporary.iterdir())
+        (temporary / MARK).write_text(json.dumps({"files": files}, indent=1) + "\n")
+        sync_directory(temporary)
+        if output.exists():
+            output.rename(replaced)
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
     sync_directory(output.parent)
 
 

@@ -31,7 +31,7 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
     x = x.mT if tall else x
     # Norm in fp32, and a floor instead of an added epsilon: a tiny gradient is scaled as exactly as a large one.
     norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32).clamp_min(1e-30)
-    x = (x / norms).to(torch.bfloat16 if has_fast_bf16(g.device) else torch.float32)
+    x = (x / norms).to(torch.bfloat16 if has_fast_bf16(g.device) else torch.float32).contiguous()
     for _ in range(steps):
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -1,0 +1,22 @@
+"""Shared by all tests: one thread, and the directory of outside data."""
+
+import os
+from pathlib import Path
+
+# Tests use tiny shapes, where a second thread only waits; when cores are shared, it waits for milliseconds at every barrier.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["WANDB_SILENT"] = "true"
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def outside_data() -> Path:
+    """The directory of real texts named by MOE_LM_TEST_DATA; tests that want it are skipped where it is not set."""
+    directory = os.environ.get("MOE_LM_TEST_DATA")
+    if not directory:
+        pytest.skip("MOE_LM_TEST_DATA is not set")
+    return Path(directory)

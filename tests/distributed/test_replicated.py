@@ -1,0 +1,81 @@
+"""Two real processes over gloo against one: the same run."""
+
+import sys
+
+import pytest
+import torch
+
+from tests.runs import TINY, final_tensors, metrics, moe_lm, write_corpus
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+ACCELERATE = [
+    sys.executable,
+    "-m",
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_processes",
+    "2",
+    "--main_process_port",
+    "0",
+]
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("replicated")
+    write_corpus(directory / "corpus")
+    options = [
+        "pretrain",
+        *TINY,
+        "data.paths=[corpus]",
+        "optimizer=adamw",
+        "trainer.max_steps=6",
+        "finish.export=false",
+    ]
+    moe_lm(*options, "run_name=single", cwd=directory)
+    return directory, options
+
+
+def test_two_ranks_give_the_single_process_run(single):
+    """Catches gradients averaged instead of summed, counts of one rank only, ranks that see the same rows, or weights
+    that drift apart: losses of every step within fp32 rounding, weights after six steps, validation."""
+    directory, options = single
+    sizes = ["trainer.micro_batch_size=3"]  # two micro-batches on each rank, against one of twelve rows
+    moe_lm(*options, *sizes, "run_name=double", cwd=directory, launcher=TORCHRUN)
+    one, two = directory / "runs/single", directory / "runs/double"
+    assert sorted(metrics(two)) == [1, 2, 3, 4, 5, 6]
+    for name, tolerance in (("loss", 2e-6), ("load_balancing_loss", 1e-5), ("gradient_norm", 1e-4)):
+        ours, theirs = metrics(two, name), metrics(one, name)
+        assert ours == pytest.approx(theirs, rel=tolerance), name
+    bits = "validation_bits_per_byte"
+    assert metrics(two, bits) == pytest.approx(metrics(one, bits), rel=1e-5)
+    weights, expected = final_tensors(two), final_tensors(one)
+    assert weights.keys() == expected.keys()
+    for name in weights:
+        if name.startswith("model/"):
+            torch.testing.assert_close(weights[name], expected[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(single):
+    """Catches data order or state that depends on the number of processes: six steps on one, then on two."""
+    directory, options = single
+    longer = [*options, "trainer.max_steps=8", "schedule.name=constant", "checkpoint.interval=4"]
+    moe_lm(*longer, "run_name=elastic", "trainer.micro_batch_size=6", cwd=directory)
+    whole = metrics(directory / "runs/elastic")
+    checkpoints = directory / "runs/elastic/checkpoints"
+    for file in sorted((checkpoints / "step-00000008").iterdir()):
+        file.unlink()
+    (checkpoints / "step-00000008").rmdir()
+    (directory / "runs/elastic/state.json").unlink()
+    done = moe_lm(*longer, "run_name=elastic", "trainer.micro_batch_size=6", cwd=directory, launcher=TORCHRUN)
+    assert "resumed" in done.stdout and "step 4 of 8" in done.stdout
+    assert metrics(directory / "runs/elastic") == pytest.approx(whole, rel=1e-5)
+
+
+def test_accelerate_launch_gives_the_same_run(single, monkeypatch):
+    """Catches a launcher under which every rank takes itself for the main one (its figures come out twice, or differ)."""
+    directory, options = single
+    monkeypatch.setitem(__import__("tests.runs", fromlist=["x"]).ENVIRONMENT, "ACCELERATE_USE_CPU", "true")
+    done = moe_lm(*options, "run_name=launched", "trainer.micro_batch_size=6", cwd=directory, launcher=ACCELERATE)
+    assert done.stdout.count("parameters,") == 1 and "2 x cpu" in done.stdout
+    assert metrics(directory / "runs/launched") == pytest.approx(metrics(directory / "runs/single"), rel=2e-6)

@@ -1,0 +1,167 @@
+"""Whole runs of `moe-lm pretrain` as processes: learning, resuming, finishing, exporting, generating, tracking."""
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.runs import ENVIRONMENT, TINY, final_tensors, metrics, moe_lm, write_corpus
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A directory with a corpus and one finished run of 60 steps."""
+    directory = tmp_path_factory.mktemp("pretrain")
+    write_corpus(directory / "corpus")
+    options = ["pretrain", *TINY, "data.paths=[corpus]", "trainer.max_steps=60"]
+    done = moe_lm(*options, "run_name=whole", cwd=directory)
+    return directory, options, done
+
+
+def test_a_run_learns_and_says_where_everything_is(finished):
+    """Catches a run that does not learn, and a contract that is broken: files, figures and closing lines."""
+    directory, _, done = finished
+    run = directory / "runs/whole"
+    losses = metrics(run)
+    assert losses[1] == pytest.approx(torch.tensor(400.0).log().item(), rel=0.05)
+    assert losses[60] < 0.6 * losses[1]
+    bits = metrics(run, "validation_bits_per_byte")
+    assert bits[60] < bits[5]
+    state = json.loads((run / "state.json").read_text())
+    assert state["exit_code"] == 0 and state["validation"]["bits_per_byte"] == bits[60]
+    for part in ("config.yaml", "tokenizer/tokenizer.model", "hf/config.json", "checkpoints/step-00000060/COMPLETE"):
+        assert (run / part).exists(), part
+    for words in ("gzip -9", "xz -9", "sample:", "runs/whole", "runs/whole/hf"):
+        assert words in done.stdout
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert sum(map(sum, line["expert_counts"])) == 2 * 2 * line["targets"] + 0 * 1 or line["targets"] < 12 * 32
+
+
+def test_a_finished_run_says_so(finished):
+    """Catches a finished run that trains again, or an exit code other than 0 for it."""
+    directory, options, _ = finished
+    before = (directory / "runs/whole/metrics.jsonl").read_bytes()
+    done = moe_lm(*options, "run_name=whole", cwd=directory)
+    assert "is finished" in done.stdout and (directory / "runs/whole/metrics.jsonl").read_bytes() == before
+
+
+def test_another_configuration_is_refused_by_name(finished):
+    """Catches a run that silently goes on as another one; fields that do not touch learning may change."""
+    directory, options, _ = finished
+    changed = [
+        *options,
+        "run_name=whole",
+        "optimizer.learning_rate=0.5",
+        "model.num_experts=4",
+        "trainer.eval_interval=7",
+    ]
+    done = moe_lm(*changed, cwd=directory, check=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "optimizer.learning_rate=0.002 → 0.5" in done.stderr and "model.num_experts=8 → 4" in done.stderr
+    assert "eval_interval" not in done.stderr
+
+
+def test_a_killed_run_goes_on_bit_for_bit(finished):
+    """Catches any state that a checkpoint misses: killed outright after a checkpoint, the run ends with the same losses
+    at every step and the same bytes of weights and moments as the one that was never interrupted."""
+    directory, options, _ = finished
+    run = directory / "runs/killed"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moe_lm", *options, "run_name=killed"],
+        cwd=directory,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints/step-00000008").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run / "state.json").exists(), "the run ended before it could be killed"
+    done = moe_lm(*options, "run_name=killed", cwd=directory)
+    assert "resumed" in done.stdout
+    whole = directory / "runs/whole"
+    for name in ("loss", "gradient_norm", "load_violation", "targets", "validation_bits_per_byte"):
+        assert metrics(run, name) == metrics(whole, name), name
+    ours, theirs = final_tensors(run), final_tensors(whole)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    exports = [d / "hf/model.safetensors" for d in (run, whole)]
+    assert len({hashlib.sha256(e.read_bytes()).hexdigest() for e in exports}) == 1
+
+
+def test_a_damaged_checkpoint_is_passed_over(finished):
+    """Catches a resume from damaged weights: the newest checkpoint has a flipped bit, the one before is used, both said."""
+    directory, options, _ = finished
+    short = [*options, "trainer.max_steps=10", "run_name=damaged", "finish.export=false"]
+    moe_lm(*short, cwd=directory)
+    run = directory / "runs/damaged"
+    (run / "state.json").unlink()
+    path = run / "checkpoints/step-00000010/tensors-00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    done = moe_lm(*short, cwd=directory)
+    assert "refused checkpoint" in done.stdout and "tensors-00000.safetensors" in done.stdout
+    assert "step 8 of 10" in done.stdout
+
+
+def test_the_export_is_the_model(finished):
+    """Catches an export that differs from the checkpoint, or a tokenizer that does; and generation from all three kinds."""
+    directory, _, _ = finished
+    run = directory / "runs/whole"
+    model = AutoModelForCausalLM.from_pretrained(run / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(run / "hf")
+    weights = {n.removeprefix("model/"): t for n, t in final_tensors(run).items() if n.startswith("model/")}
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+    prompt = "line 7 of file"
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    theirs = model.generate(ids, max_new_tokens=12, do_sample=False)[0]
+    expected = tokenizer.decode(theirs, skip_special_tokens=True)
+    assert expected.startswith(prompt)
+    again = moe_lm("export", "checkpoint=runs/whole", "output=again", "dtype=bf16", cwd=directory)
+    assert "again" in again.stdout and (directory / "again/model.safetensors").exists()
+    options = [f"prompt={prompt}", "max_new_tokens=12", "temperature=0"]
+    for source in ("runs/whole", "runs/whole/checkpoints/step-00000060", "runs/whole/hf"):
+        done = moe_lm("generate", f"checkpoint={source}", *options, cwd=directory)
+        assert done.stdout.rstrip("\n") == expected.rstrip("\n"), source
+
+
+def test_dense_family_trains_and_exports_as_mistral(finished):
+    """Catches a dense model that trips over routing somewhere on the way to its export."""
+    directory, options, _ = finished
+    moe_lm(*options, "model=dense", *TINY[:4], "trainer.max_steps=6", "run_name=dense", cwd=directory)
+    config = json.loads((directory / "runs/dense/hf/config.json").read_text())
+    assert config["model_type"] == "mistral" and config["architectures"] == ["MistralForCausalLM"]
+    AutoModelForCausalLM.from_pretrained(directory / "runs/dense/hf")
+
+
+def test_wandb_offline_keeps_its_run_on_resume(finished):
+    """Catches a tracker that breaks the run or starts a second curve on resume; metrics.jsonl is complete either way."""
+    directory, options, _ = finished
+    tracked = [*options, "tracker=wandb", "tracker.mode=offline", "run_name=tracked", "trainer.max_steps=9"]
+    moe_lm(*tracked, cwd=directory)
+    run = directory / "runs/tracked"
+    identity = json.loads((run / "tracker.json").read_text())["id"]
+    (run / "state.json").unlink()
+    moe_lm(*tracked, cwd=directory)
+    offline = [p.name for p in (run / "wandb").iterdir() if p.name.startswith("offline-run-")]
+    assert len(offline) == 2 and all(name.endswith(identity) for name in offline)
+    assert sorted(metrics(run)) == list(range(1, 10))
+
+
+def test_json_lines_with_a_field_and_activation_checkpointing(finished):
+    """Catches a JSONL source or recomputation that only works in unit tests."""
+    directory, options, _ = finished
+    rows = [json.dumps({"body": f"row {i}: " + "words and more words " * 5}) for i in range(200)]
+    (directory / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    source = ["data=jsonl", "data.paths=rows.jsonl", "data.text_field=body", "trainer.activation_checkpointing=true"]
+    moe_lm(*options, *source, "trainer.max_steps=4", "run_name=rows", cwd=directory)
+    assert sorted(metrics(directory / "runs/rows")) == [1, 2, 3, 4]

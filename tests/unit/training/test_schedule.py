@@ -1,0 +1,43 @@
+"""Learning rates by step."""
+
+import pytest
+
+from moe_lm.training.config import ScheduleConfig, ScheduleName
+from moe_lm.training.schedule import is_due, learning_rate_factor
+
+
+def _factors(name: ScheduleName, max_steps: int = 100, **options) -> list[float]:
+    config = ScheduleConfig(name=name, warmup_steps=10, final_factor=0.1, **options)
+    return [learning_rate_factor(step, max_steps, config) for step in range(max_steps)]
+
+
+@pytest.mark.parametrize("name", ScheduleName)
+def test_warmup_is_linear_and_reaches_the_peak(name):
+    """Catches a first step with a rate of zero, or a warm-up that is one step too long."""
+    factors = _factors(name)
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert max(factors) == 1.0
+
+
+def test_shapes_after_warmup():
+    """Catches a schedule that does not end where it says, rises again, or decays at the wrong time."""
+    cosine, wsd, constant = (_factors(name, decay_fraction=0.4) for name in ScheduleName)
+    assert cosine[-1] == pytest.approx(0.1) and wsd[-1] == pytest.approx(0.1) and constant[-1] == 1.0
+    assert all(a >= b for a, b in zip(cosine[9:], cosine[10:], strict=False))
+    assert cosine[54] == pytest.approx(0.55)
+    assert wsd[9:60] == [1.0] * 51 and wsd[60] < 1.0
+    assert wsd[79] == pytest.approx(0.55)
+
+
+def test_degenerate_lengths():
+    """Catches divisions by zero: no warm-up, warm-up as long as the run, no decay."""
+    for name in ScheduleName:
+        assert learning_rate_factor(0, 1, ScheduleConfig(name=name, warmup_steps=0)) <= 1.0
+        assert learning_rate_factor(4, 5, ScheduleConfig(name=name, warmup_steps=5)) == 1.0
+    assert learning_rate_factor(9, 10, ScheduleConfig(ScheduleName.wsd, 0, decay_fraction=0.0)) == 1.0
+
+
+def test_is_due():
+    """Catches an interval of 0 that divides, or something due at the wrong step."""
+    assert [s for s in range(1, 10) if is_due(s, 3)] == [3, 6, 9]
+    assert not any(is_due(s, 0) for s in range(10))

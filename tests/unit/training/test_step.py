@@ -1,0 +1,163 @@
+"""One optimizer step: accumulation, precision, and what a skipped step leaves behind."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_lm.data.batch import Batch
+from moe_lm.data.loader import StepBatch
+from moe_lm.model.config import LoadBalancing, ModelConfig, ModelFamily
+from moe_lm.model.decoder import CausalLM
+from moe_lm.model.initialization import initialize
+from moe_lm.parallel.runtime import Runtime
+from moe_lm.training.config import OptimizerConfig, Precision
+from moe_lm.training.optimizer import Optimizer
+from moe_lm.training.precision import ComputeModel, compute_dtype
+from moe_lm.training.run import initial_load
+from moe_lm.training.step import next_load, train_step
+
+
+def _config(**options) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        router_aux_loss_coef=0.1,
+        router_z_loss_coef=0.01,
+        **options,
+    )
+
+
+def _rows(number: int) -> list[Batch]:
+    """Rows of very different numbers of targets and of padding: what a mean over micro-batches would get wrong."""
+    generator = torch.Generator().manual_seed(4)
+    rows = []
+    for row in range(number):
+        tokens = torch.randint(61, (1, 24), generator=generator)
+        length = 24 - 5 * (row % 4)
+        mask = torch.arange(24)[None] < length
+        labels = torch.where(mask & (torch.rand(1, 24, generator=generator) < 0.2 + 0.1 * row), tokens.roll(-1), -100)
+        positions = torch.arange(24)[None]
+        rows.append(Batch(tokens, labels, positions, mask.long(), mask, torch.zeros_like(tokens)))
+    return rows
+
+
+def _join(rows: list[Batch]) -> Batch:
+    return Batch(*(torch.cat([getattr(r, f) for r in rows]) for f in rows[0].__dataclass_fields__))
+
+
+def _step_batch(rows: list[Batch], size: int) -> StepBatch:
+    micro_batches = [_join(rows[i : i + size]) for i in range(0, len(rows), size)]
+    whole = _join(rows)
+    targets, routed = int((whole.labels >= 0).sum()), int(whole.routing_mask.sum())
+    return StepBatch(micro_batches, targets, routed, list(range(len(rows))))
+
+
+class _Trained:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
+        self.model = CausalLM(config)
+        initialize(self.model, 2)
+        self.compute = ComputeModel(self.model, dtype)
+        self.optimizer = Optimizer(self.model, OptimizerConfig(learning_rate=1e-2))
+        self.load = initial_load(self.model)
+
+    def step(self, batch: StepBatch):
+        result = train_step(self.compute, self.optimizer, Runtime("cpu"), batch, self.load, 1.0)
+        self.load = next_load(result, self.load)
+        return result
+
+
+@pytest.mark.parametrize("family", ModelFamily)
+@pytest.mark.parametrize("formula", LoadBalancing)
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_accumulation_changes_nothing(size, formula, family):
+    """Catches any loss normalised by the micro-batch: gradients, losses and loads equal the undivided batch's."""
+    rows = _rows(8)
+    whole, parts = (_Trained(_config(load_balancing=formula, family=family)) for _ in range(2))
+    for _ in range(2):  # the second step balances by the first one's load
+        one, many = whole.step(_step_batch(rows, 8)), parts.step(_step_batch(rows, size))
+        assert many.cross_entropy == pytest.approx(one.cross_entropy, rel=1e-5)
+        assert many.load_balancing == pytest.approx(one.load_balancing, rel=1e-5)
+        assert many.router_z == pytest.approx(one.router_z, rel=1e-5)
+        assert many.gradient_norm == pytest.approx(one.gradient_norm, rel=1e-4)
+        assert torch.equal(one.count_LE, many.count_LE)
+        for (name, a), b in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
+            torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_cross_entropy_is_the_mean_over_targets():
+    """Catches padding or unlabelled positions in the reported loss, against plain torch on full logits."""
+    rows = _rows(4)
+    trained, batch = _Trained(_config()), _join(rows)
+    with torch.no_grad():
+        hidden = trained.model(batch.input_ids, batch.position_ids, batch.document_ids, batch.routing_mask).hidden_BSD
+        logits = trained.model.logits(hidden)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+    assert trained.step(_step_batch(rows, 2)).cross_entropy == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_bf16_twin_follows_fp32_masters():
+    """Catches a twin that is not refreshed, gradients that are lost or kept in bf16, or a router that was rounded."""
+    trained = _Trained(_config(), torch.bfloat16)
+    exact = _Trained(_config())
+    rows = _rows(8)
+    losses = [(trained.step(_step_batch(rows, 4)).cross_entropy, exact.step(_step_batch(rows, 4)).cross_entropy)]
+    for name, parameter in trained.model.named_parameters():
+        assert parameter.dtype is torch.float32 and parameter.grad.dtype is torch.float32, name
+    for mine, twin in zip(trained.model.parameters(), trained.compute.module.parameters(), strict=True):
+        assert twin is mine or torch.equal(twin, mine.bfloat16())
+        assert twin is mine or twin.grad is None
+    gate = "model.layers.0.mlp.gate.weight"
+    assert trained.compute.module.get_parameter(gate) is trained.model.get_parameter(gate)
+    losses += [(trained.step(_step_batch(rows, 4)).cross_entropy, exact.step(_step_batch(rows, 4)).cross_entropy)]
+    assert losses[1][0] < losses[0][0]
+    assert all(low == pytest.approx(high, rel=0.02) for low, high in losses)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_that_is_not_finite_changes_nothing(dtype):
+    """Catches the one NaN that destroys weights, moments or the load: after it, everything is bitwise as before."""
+    trained = _Trained(_config(), dtype)
+    rows = _rows(4)
+    trained.step(_step_batch(rows, 2))
+    before = copy.deepcopy(
+        (dict(trained.model.named_parameters()), dict(trained.optimizer.state_tensors()), trained.load)
+    )
+    parameter = trained.compute.module.model.layers[0].self_attn.o_proj.weight
+    hook = parameter.register_hook(lambda gradient: gradient * float("nan"))
+    result = trained.step(_step_batch(rows, 2))
+    hook.remove()
+    assert not result.applied
+    weights, moments, load = before
+    assert all(torch.equal(p, weights[n]) for n, p in trained.model.named_parameters())
+    assert all(torch.equal(t, moments[n]) for n, t in trained.optimizer.state_tensors())
+    assert torch.equal(trained.load, load)
+    assert trained.step(_step_batch(rows, 2)).applied
+
+
+def test_tied_embeddings_train_in_both_precisions():
+    """Catches a twin whose head and embedding come apart, or a gradient of one use that is dropped."""
+    rows = _rows(4)
+    for dtype in (torch.float32, torch.bfloat16):
+        trained = _Trained(_config(tie_word_embeddings=True), dtype)
+        module = trained.compute.module
+        assert module.lm_head.weight is module.model.embed_tokens.weight
+        first = trained.step(_step_batch(rows, 2)).cross_entropy
+        assert trained.step(_step_batch(rows, 2)).cross_entropy < first
+
+
+def test_precision_is_resolved_by_hardware():
+    """Catches bf16 forced where it was not asked for, or refused where it was."""
+    cpu = torch.device("cpu")
+    assert compute_dtype(Precision.fp32, cpu) is torch.float32
+    assert compute_dtype(Precision.bf16, cpu) is torch.bfloat16
+    flags = Path("/proc/cpuinfo")
+    if flags.exists():
+        native = any(name in flags.read_text() for name in ("avx512_bf16", "amx_bf16"))
+        assert compute_dtype(Precision.auto, cpu) is (torch.bfloat16 if native else torch.float32)

@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _run(command, rest)
     except InputError as error:
-        print(f"moe-lm: {error}", file=sys.stderr)
+        print("moe-lm:", *str(error).splitlines(), file=sys.stderr)  # one line, whatever the user's values hold
         return 2
     except KeyboardInterrupt:
         print("\nmoe-lm: interrupted; the same command goes on from the newest checkpoint.", file=sys.stderr)

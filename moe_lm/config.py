@@ -8,6 +8,8 @@ that a misspelling is answered with the nearest valid name, with a leading `+` o
 import dataclasses
 import difflib
 import enum
+import math
+import types
 import typing
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationValidationError, OmegaConfBaseException
 
 from moe_lm.errors import InputError
 from moe_lm.training.config import Device, RunConfig
@@ -44,6 +46,8 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         _require_given("checkpoint", self.checkpoint)
+        if self.output == "":
+            raise InputError("output='': give a directory, or null for `hf` in the run's directory.")
 
 
 @dataclasses.dataclass
@@ -73,10 +77,12 @@ class GenerateConfig:
             raise InputError(f"temperature={self.temperature}: must not be negative.")
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"top_k={self.top_k}: must be at least 1, or null for all tokens.")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed={self.seed}: must not be negative, and must be below 2**63.")
 
 
 def _require_given(name: str, value: str | None) -> None:
-    if value is None:
+    if not value:
         raise InputError(f"{name}: is required; give {name}=DIRECTORY.")
 
 
@@ -110,7 +116,10 @@ def load(command: str, arguments: list[str]) -> Any:
 
 def load_values(command: str, arguments: list[str]) -> dict[str, Any]:
     """The same as nested dictionaries of JSON values, without the checks across fields; null where nothing is given."""
-    return _container(_merge(command, arguments))
+    try:
+        return _container(_merge(command, arguments))
+    except OmegaConfBaseException as error:
+        raise InputError(_readable(error)) from error
 
 
 def to_dataclass(schema: type, values: Any) -> Any:
@@ -136,7 +145,10 @@ def save(config: Any, path: Path) -> None:
 
 def load_saved(schema: type, path: Path) -> Any:
     """Read what `save` wrote."""
-    return to_dataclass(schema, OmegaConf.load(path))
+    try:
+        return to_dataclass(schema, OmegaConf.load(path))
+    except Exception as error:  # OmegaConf lets through whatever its YAML reader raises
+        raise InputError(f"{path}: is not a saved configuration ({error}); restore it, or remove the run.") from error
 
 
 def differences(old: Any, new: Any) -> list[str]:
@@ -155,15 +167,15 @@ def group_choices(command: str) -> dict[str, list[str]]:
     return {group: sorted(p.stem for p in (config_directory() / group).glob("*.yaml")) for group in _groups(command)}
 
 
-def field_names(schema: type, prefix: str = "") -> list[str]:
-    """Dotted names of all leaf fields of a dataclass."""
-    names = []
+def field_types(schema: type, prefix: str = "") -> dict[str, Any]:
+    """Types of all leaf fields of a dataclass by their dotted names."""
+    kinds: dict[str, Any] = {}
     for field in dataclasses.fields(schema):
         if dataclasses.is_dataclass(field.type):
-            names += field_names(typing.cast(type, field.type), f"{prefix}{field.name}.")
+            kinds |= field_types(typing.cast(type, field.type), f"{prefix}{field.name}.")
         else:
-            names.append(prefix + field.name)
-    return names
+            kinds[prefix + field.name] = field.type
+    return kinds
 
 
 def _groups(command: str) -> list[str]:
@@ -173,57 +185,56 @@ def _groups(command: str) -> list[str]:
 
 
 def _parse(command: str, arguments: list[str]) -> tuple[list[str], list[Override]]:
-    """Split overrides into group choices, checked against the groups' files, and values."""
+    """Split overrides into group choices, checked against the groups' files, and values of fields that exist."""
+    choices, names = group_choices(command), list(field_types(SCHEMAS[command]))
+    given: dict[str, Override] = {}
     for argument in arguments:
-        if "=" not in argument:
+        key, equals, _ = argument.partition("=")
+        name = key.lstrip("+~")
+        if key.startswith("-") or not (equals or key.startswith("~")):
             raise InputError(f"{argument!r}: options are written NAME=VALUE; `moe-lm {command} --help` lists them.")
+        if name not in names and name not in choices:
+            raise InputError(f"{argument}: there is no option {name!r}{_nearest(name, [*names, *choices])}")
+        override = _parse_one(argument)
+        if override.is_delete():
+            raise InputError(f"{argument}: only NAME=VALUE sets a value.")
+        if override.is_sweep_override():
+            raise InputError(f"{argument}: a command runs one configuration; start one process for each value.")
+        if name in choices and override.value() not in choices[name]:
+            offered = ", ".join(choices[name])
+            raise InputError(f"{argument}: there is no such {name}; choose from {offered}.")
+        if given.setdefault(name, override).value() != override.value():
+            raise InputError(f"{argument}: contradicts {given[name].input_line}; give {name} once.")
+    groups = [f"{name}={override.value()}" for name, override in given.items() if name in choices]
+    return groups, [override for name, override in given.items() if name not in choices]
+
+
+def _parse_one(argument: str) -> Override:
     try:
-        overrides = OverridesParser.create().parse_overrides(arguments)
+        return OverridesParser.create().parse_override(argument)
     except HydraException as error:
-        raise InputError(
-            f"{' '.join(arguments)!r} can not be parsed ({str(error).splitlines()[0]}); quote special characters, "
-            "as in 'prompt=\"def f(x):\"'."
-        ) from error
-    choices = group_choices(command)
-    groups, values = [], []
-    for override in overrides:
-        group = override.key_or_group
-        if group not in choices or override.is_delete():
-            values.append(override)
-            continue
-        choice = override.value()
-        if choice not in choices[group]:
-            offered = ", ".join(choices[group])
-            raise InputError(f"{override.input_line}: there is no such {group}; choose from {offered}.")
-        groups.append(f"{group}={choice}")
-    return groups, values
+        key, _, value = argument.partition("=")
+        quoted = value.replace('"', '\\"')
+        raise InputError(f"{argument}: can not be parsed; quote the value, as in '{key}=\"{quoted}\"'.") from error
 
 
 def _merge(command: str, arguments: list[str]) -> Any:
     """The schema, filled from the groups' files, then from the values given, each checked as it is set."""
     schema = SCHEMAS[command]
     groups, values = _parse(command, arguments)
-    names = field_names(schema)
+    kinds = field_types(schema)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), _compose(command, groups))
     except OmegaConfBaseException as error:
         raise InputError(_readable(error)) from error
     for override in values:
-        given, name = override.input_line, override.key_or_group
-        if override.package is not None or override.is_delete():
-            raise InputError(f"{given}: only NAME=VALUE sets a value.")
-        if override.is_sweep_override():
-            raise InputError(f"{given}: a command runs one configuration; start one process for each value.")
-        if name not in names:
-            hint = _nearest(name, [*names, *_groups(command)])
-            raise InputError(f"{given}: there is no option {name!r}{hint}")
+        name, value = override.key_or_group, override.value()
+        if isinstance(value, str) and typing.get_origin(kinds[name]) is list:
+            value = [value]  # data.paths=book.txt means the list of one
         try:
-            value = override.value()
-            if OmegaConf.is_list(OmegaConf.select(merged, name)) and isinstance(value, str):
-                value = [value]  # data.paths=book.txt means the list of one
             OmegaConf.update(merged, name, value)
         except OmegaConfBaseException as error:
-            raise InputError(f"{given}: {_reason(error)}") from error
+            raise InputError(f"{override.input_line}: must be {_expected(kinds[name])}.") from error
     return merged
 
 
@@ -234,19 +245,42 @@ def _compose(command: str, groups: list[str]) -> DictConfig:
         return compose(config_name=command, overrides=groups)
 
 
-def _build(schema: Any, values: Any) -> Any:
+def _build(schema: Any, values: Any, prefix: str = "") -> Any:
     """Dataclass instances from a merged configuration, bottom up, so that each one's own checks speak."""
     arguments = {}
     for field in dataclasses.fields(schema):
-        try:
-            value = values[field.name]
-        except OmegaConfBaseException as error:  # an interpolation that leads nowhere, or to the wrong type
-            raise InputError(_readable(error)) from error
+        name = prefix + field.name
+        value = _resolve(values, field, name)
         if dataclasses.is_dataclass(field.type):
-            arguments[field.name] = _build(field.type, value)
-        else:
-            arguments[field.name] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+            arguments[field.name] = _build(field.type, value, f"{name}.")
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{name}={value}: must be a finite number.")
+        if OmegaConf.is_config(value):
+            value = OmegaConf.to_container(value)
+            if not all(isinstance(item, str) and item for item in value):
+                raise InputError(f"{name}={value}: must be {_expected(field.type)}, none of them empty.")
+        arguments[field.name] = value
     return schema(**arguments)
+
+
+def _resolve(values: Any, field: dataclasses.Field, name: str) -> Any:
+    """A field's value; an interpolation that leads nowhere, or to the wrong type, is the user's mistake."""
+    try:
+        return values[field.name]
+    except OmegaConfBaseException as error:
+        wrong_type = isinstance(error, InterpolationValidationError)
+        reason = f"must be {_expected(field.type)}." if wrong_type else _reason(error)
+        raise InputError(f"{name}={OmegaConf.to_container(values, resolve=False)[field.name]}: {reason}") from error
+
+
+def _expected(kind: Any) -> str:
+    """What a field of this type takes, in words."""
+    if isinstance(kind, types.UnionType):
+        return " or ".join("null" if k is types.NoneType else _expected(k) for k in typing.get_args(kind))
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return f"one of {', '.join(member.name for member in kind)}"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, "a list of texts")
 
 
 def _container(config: Any) -> dict[str, Any]:

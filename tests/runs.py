@@ -48,7 +48,7 @@ def write_corpus(directory: Path, files: int = 30) -> Path:
 def moe_lm(*arguments: str, cwd: Path, launcher: list[str] | None = None, check: bool = True):
     """Run the command line in a process of its own, directly or under a launcher."""
     command = [*(launcher or [sys.executable]), "-m", "moe_lm", *arguments]
-    done = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 

@@ -6,13 +6,17 @@ import torch
 
 from moe_lm.commands.model_source import open_model
 from moe_lm.config import GenerateConfig
+from moe_lm.errors import InputError
 from moe_lm.evaluation.generation import generate
 from moe_lm.parallel.runtime import Runtime
+from moe_lm.training.config import Device
 
 
 def run(config: GenerateConfig) -> int:
     """Print the prompt and its continuation."""
     assert config.checkpoint is not None
+    if config.device is Device.cuda and not torch.cuda.is_available():
+        raise InputError("device=cuda: no CUDA device is visible here; use device=auto or cpu.")
     device: torch.device = Runtime(config.device.value).device
     model, tokenizer = open_model(Path(config.checkpoint), device)
     prompt_ids = [tokenizer.bos_id, *tokenizer.encode(config.prompt)]

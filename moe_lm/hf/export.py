@@ -80,8 +80,7 @@ def export(
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary, replaced = output.with_name(f".tmp-{output.name}"), output.with_name(f".old-{output.name}")
-    for leftover in (temporary, replaced):  # of an export that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         _write_weights(temporary, tensors, dtype)
@@ -92,11 +91,12 @@ def export(
         (temporary / MARK).write_text(json.dumps({"files": files}, indent=1) + "\n")
         sync_directory(temporary)
         if output.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
             output.rename(replaced)
         temporary.rename(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
     sync_directory(output.parent)
 
 

@@ -64,9 +64,11 @@ def _field(path: Path, raw: dict[str, Any], name: str, kind: type) -> Any:
     value = raw.get(name)
     if value is None:
         raise InputError(f"{path}: {name} is missing.")
-    if type(value) is not kind and not (kind is float and type(value) is int):
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
         raise InputError(f"{path}: {name}={value!r} is not of type {kind.__name__}.")
-    return kind(value)
+    return value
 
 
 @torch.no_grad()

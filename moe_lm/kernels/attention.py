@@ -2,22 +2,23 @@
 
 Letters: B batch, S queries, T keys, N heads, G key/value heads, H head_dim, J = N/G heads that share a key/value head.
 
-Which backend, measured with two AMX cores, torch 2.13, tuned allocator, document mask, milliseconds forward (forward and
-backward), scaled_dot_product_attention against "cpu":
+Which backend: milliseconds forward (forward and backward), two AMX cores, torch 2.13, tuned allocator, document mask:
 
-    bf16  B 16 S 128 N 8 G 2 H 32    1.5 (25)    MEASURE
-    bf16  B 16 S 256 N 4 G 4 H 64    2.8 (19)    MEASURE
-    bf16  B 16 S 256 N 8 G 2 H 32    4.8 (36)    MEASURE
-    bf16  B 8  S 512 N 8 G 2 H 32    8.2 (48)    MEASURE
-    bf16  B 8  S 512 N 8 G 8 H 64    9.1 (58)    MEASURE
-    fp32  B 16 S 256 N 4 G 4 H 64    5.8 (19)    MEASURE
-    fp32  B 8  S 512 N 8 G 2 H 32    15 (42)     MEASURE
+                                    scaled_dot_product_attention    "cpu"
+    bf16  B 16 S 128 N 8 G 2 H 32        1.6 (26)                  2.1 (4.9)
+    bf16  B 16 S 256 N 4 G 4 H 64        2.9 (20)                  3.9 (9.3)
+    bf16  B 16 S 256 N 8 G 2 H 32        5.1 (38)                  5.1 (11)
+    bf16  B 8  S 512 N 8 G 2 H 32        8.8 (53)                  8.8 (20)
+    bf16  B 8  S 512 N 8 G 8 H 64        9.5 (63)                  13 (33)
+    fp32  B 16 S 256 N 4 G 4 H 64        6.3 (19)                  7.6 (22)
+    fp32  B 8  S 512 N 8 G 2 H 32        15 (44)                   17 (39)
 
-So the flash kernel wins without gradients and in fp32, and loses in bf16 training, where its backward is the slow part:
-there the probabilities are written out and kept (B·N·S·T/2 numbers per layer and a little), and every step is a plain matrix
-product or softmax over as many rows as fit the cache. Queries go in blocks of 128, each against the keys up to its own end, which
-skips most of what causality hides. Heads that share keys are stacked as further queries, so that keys are never expanded
-and their gradient is summed inside the product. On CUDA the fused kernels have no rival.
+So the flash kernel wins without gradients and ties in fp32, but loses in bf16 training, where its backward is the slow
+part: there the probabilities are written out and kept (about B·N·S·T/2 numbers per layer), and every step is a plain
+matrix product or softmax over as many rows as a bound on the scores allows (one row at a time was 2× slower: starting
+threads dominates). Queries go in blocks of 128, each against the keys up to its own end, which skips much of what
+causality hides. Heads that share keys are stacked as further queries, so that keys are never expanded and their gradient
+is summed inside the product. On CUDA the fused kernels have no rival.
 """
 
 import math
@@ -28,7 +29,7 @@ from torch.nn import functional as F
 
 _QUERY_BLOCK = 128
 _SCORES_AT_ONCE = 2**22
-"""Scores computed before the softmax takes them: enough that starting threads is cheap, few enough for the caches."""
+"""Scores computed at one time: enough that starting threads is cheap, and a bound on scratch memory (8 MB in bf16)."""
 
 
 def attention_mask(

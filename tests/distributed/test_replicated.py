@@ -1,13 +1,14 @@
 """Two real processes over gloo against one: the same run."""
 
+import socket
 import sys
 
 import pytest
 import torch
 
-from tests.runs import TINY, final_tensors, metrics, moe_lm, write_corpus
+from tests.runs import ENVIRONMENT, TINY, final_tensors, metrics, moe_lm, write_corpus
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ACCELERATE = [
     sys.executable,
     "-m",
@@ -75,7 +76,11 @@ def test_a_run_goes_on_with_another_number_of_processes(single):
 def test_accelerate_launch_gives_the_same_run(single, monkeypatch):
     """Catches a launcher under which every rank takes itself for the main one (its figures come out twice, or differ)."""
     directory, options = single
-    monkeypatch.setitem(__import__("tests.runs", fromlist=["x"]).ENVIRONMENT, "ACCELERATE_USE_CPU", "true")
-    done = moe_lm(*options, "run_name=launched", "trainer.micro_batch_size=6", cwd=directory, launcher=ACCELERATE)
+    monkeypatch.setitem(ENVIRONMENT, "ACCELERATE_USE_CPU", "true")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [*ACCELERATE, "--main_process_port", str(port)]
+    done = moe_lm(*options, "run_name=launched", "trainer.micro_batch_size=6", cwd=directory, launcher=launcher)
     assert done.stdout.count("parameters,") == 1 and "2 x cpu" in done.stdout
     assert metrics(directory / "runs/launched") == pytest.approx(metrics(directory / "runs/single"), rel=2e-6)

@@ -136,7 +136,9 @@ def test_experts_without_gradients_of_weights(backend: str) -> None:
     for index in range(3):
         tensors = [tensor.detach().requires_grad_(position == index) for position, tensor in enumerate(inputs)]
         swiglu(backend, ends)(*tensors).backward(torch.ones(8, 16))
-        assert_close([tensors[index].grad], [expected[index + 1]], torch.float32)
+        gradient = tensors[index].grad
+        assert gradient is not None
+        assert_close([gradient], [expected[index + 1]], torch.float32)
 
 
 def test_experts_compose_with_selective_checkpointing() -> None:
@@ -186,7 +188,7 @@ def test_attention_mask_against_the_definition() -> None:
             assert mask.shape == (2, 7 - offset, 7) and mask.dtype == torch.bool
             for row, query, key in torch.cartesian_prod(torch.arange(2), torch.arange(7 - offset), torch.arange(7)):
                 i, j = int(query) + offset, int(key)
-                visible = j <= i and documents_BT[row, i] == documents_BT[row, j]
+                visible = j <= i and bool(documents_BT[row, i] == documents_BT[row, j])
                 if window is not None:
                     visible = visible and j > i - window
                 assert bool(mask[row, query, key]) == bool(visible)
@@ -249,7 +251,7 @@ def test_attention_takes_strided_inputs() -> None:
     fused = torch.randn(2, 6, 8, 8, dtype=torch.bfloat16, requires_grad=True)
     q, k, v = fused.split((4, 2, 2), dim=2)
     attention(q, k, v, None, "cpu").float().sum().backward()
-    assert torch.isfinite(fused.grad).all()
+    assert fused.grad is not None and torch.isfinite(fused.grad).all()
 
 
 # --- loss ------------------------------------------------------------------------------------------------------------

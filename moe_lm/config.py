@@ -21,70 +21,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationValidationError, OmegaConfBaseException
 
+from moe_lm.commands.config import ExportConfig, GenerateConfig
 from moe_lm.errors import InputError
-from moe_lm.training.config import Device, RunConfig
-
-
-class ExportType(enum.Enum):
-    """Type of the weights of an export."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-@dataclasses.dataclass
-class ExportConfig:
-    """`moe-lm export`."""
-
-    checkpoint: str | None = None
-    """Run directory (its newest checkpoint) or one checkpoint directory."""
-    output: str | None = None
-    """Directory to write; null means `hf` in the run's directory. An earlier export there is replaced, nothing else
-    is."""
-    dtype: ExportType = ExportType.fp32
-    """Type of the weights on disk: `fp32` is exactly what was trained, `bf16` half as large."""
-
-    def __post_init__(self) -> None:
-        _require_given("checkpoint", self.checkpoint)
-        if self.output == "":
-            raise InputError("output='': give a directory, or null for `hf` in the run's directory.")
-
-
-@dataclasses.dataclass
-class GenerateConfig:
-    """`moe-lm generate`."""
-
-    checkpoint: str | None = None
-    """Run directory (its newest checkpoint), one checkpoint directory, or an exported Hugging Face directory."""
-    prompt: str = ""
-    """Text to continue."""
-    max_new_tokens: int = 200
-    """Most tokens to make; the text may end before."""
-    temperature: float = 0.8
-    """0 takes the most probable token every time; 1 samples from the model's own distribution."""
-    top_k: int | None = 50
-    """Sample among this many most probable tokens; null means all."""
-    seed: int = 0
-    """Seed of the sampling."""
-    device: Device = Device.auto
-    """`cpu`, `cuda`, or `auto`."""
-
-    def __post_init__(self) -> None:
-        _require_given("checkpoint", self.checkpoint)
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens={self.max_new_tokens}: must be at least 1.")
-        if self.temperature < 0:
-            raise InputError(f"temperature={self.temperature}: must not be negative.")
-        if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"top_k={self.top_k}: must be at least 1, or null for all tokens.")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"seed={self.seed}: must not be negative, and must be below 2**63.")
-
-
-def _require_given(name: str, value: str | None) -> None:
-    if not value:
-        raise InputError(f"{name}: is required; give {name}=DIRECTORY.")
-
+from moe_lm.training.config import RunConfig
 
 SCHEMAS: dict[str, type] = {"pretrain": RunConfig, "export": ExportConfig, "generate": GenerateConfig}
 
@@ -92,6 +31,8 @@ FREE_TO_CHANGE = (
     "output_dir",
     "resume",
     "trainer.device",
+    "trainer.micro_batch_size",
+    "trainer.activation_checkpointing",
     "trainer.log_interval",
     "trainer.eval_interval",
     "trainer.eval_sequences",
@@ -99,7 +40,7 @@ FREE_TO_CHANGE = (
     "tracker",
     "finish",
 )
-"""Fields (or sections) of a run that may differ when it is resumed: they do not touch what is learned."""
+"""Fields (or sections) of a run that may differ when it is resumed: they change what is learned by rounding at most."""
 
 
 def config_directory() -> Path:
@@ -167,6 +108,11 @@ def group_choices(command: str) -> dict[str, list[str]]:
     return {group: sorted(p.stem for p in (config_directory() / group).glob("*.yaml")) for group in _groups(command)}
 
 
+def field_names(schema: type) -> list[str]:
+    """Dotted names of all leaf fields of a dataclass."""
+    return list(field_types(schema))
+
+
 def field_types(schema: type, prefix: str = "") -> dict[str, Any]:
     """Types of all leaf fields of a dataclass by their dotted names."""
     kinds: dict[str, Any] = {}
@@ -185,8 +131,11 @@ def _groups(command: str) -> list[str]:
 
 
 def _parse(command: str, arguments: list[str]) -> tuple[list[str], list[Override]]:
-    """Split overrides into group choices, checked against the groups' files, and values of fields that exist."""
-    choices, names = group_choices(command), list(field_types(SCHEMAS[command]))
+    """Split overrides into group choices, checked against the groups' files, and values of fields that exist.
+
+    Of an option given twice the last counts, so that scripts can append to a list of options.
+    """
+    choices, names = group_choices(command), field_names(SCHEMAS[command])
     given: dict[str, Override] = {}
     for argument in arguments:
         key, equals, _ = argument.partition("=")
@@ -203,8 +152,7 @@ def _parse(command: str, arguments: list[str]) -> tuple[list[str], list[Override
         if name in choices and override.value() not in choices[name]:
             offered = ", ".join(choices[name])
             raise InputError(f"{argument}: there is no such {name}; choose from {offered}.")
-        if given.setdefault(name, override).value() != override.value():
-            raise InputError(f"{argument}: contradicts {given[name].input_line}; give {name} once.")
+        given[name] = override
     groups = [f"{name}={override.value()}" for name, override in given.items() if name in choices]
     return groups, [override for name, override in given.items() if name not in choices]
 
@@ -256,10 +204,8 @@ def _build(schema: Any, values: Any, prefix: str = "") -> Any:
             continue
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{name}={value}: must be a finite number.")
-        if OmegaConf.is_config(value):
-            value = OmegaConf.to_container(value)
-            if not all(isinstance(item, str) and item for item in value):
-                raise InputError(f"{name}={value}: must be {_expected(field.type)}, none of them empty.")
+        if isinstance(value, list) and not all(isinstance(item, str) and item for item in value):
+            raise InputError(f"{name}={value}: must be {_expected(field.type)}, none of them empty.")
         arguments[field.name] = value
     return schema(**arguments)
 
@@ -267,11 +213,13 @@ def _build(schema: Any, values: Any, prefix: str = "") -> Any:
 def _resolve(values: Any, field: dataclasses.Field, name: str) -> Any:
     """A field's value; an interpolation that leads nowhere, or to the wrong type, is the user's mistake."""
     try:
-        return values[field.name]
+        value = values[field.name]
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_list(value) else value
     except OmegaConfBaseException as error:
         wrong_type = isinstance(error, InterpolationValidationError)
         reason = f"must be {_expected(field.type)}." if wrong_type else _reason(error)
-        raise InputError(f"{name}={OmegaConf.to_container(values, resolve=False)[field.name]}: {reason}") from error
+        unresolved = typing.cast(dict, OmegaConf.to_container(values, resolve=False))
+        raise InputError(f"{name}={unresolved[field.name]}: {reason}") from error
 
 
 def _expected(kind: Any) -> str:
@@ -297,6 +245,7 @@ def _reason(error: OmegaConfBaseException) -> str:
 
 def _nearest(name: str, names: list[str]) -> str:
     """`, did you mean …?`, by the whole name or by its last part."""
+    name = name.partition("@")[0]  # Hydra's way to place a group elsewhere
     by_last = {n.rsplit(".", 1)[-1]: n for n in names}
     close = difflib.get_close_matches(name, names, 1, 0.6)
     close = close or [by_last[n] for n in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last, 1, 0.6)]

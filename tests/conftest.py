@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-# Tests use tiny shapes, where a second thread only waits; when cores are shared, it waits for milliseconds at every barrier.
+# Tests use tiny shapes, where a second thread only waits; when cores are shared, it waits for milliseconds at every
+# barrier.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_SILENT"] = "true"
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
+from moe_lm.commands.config import ExportConfig, ExportType
 from moe_lm.commands.model_source import open_native, write_export
-from moe_lm.config import ExportConfig, ExportType
 from moe_lm.hf.export import check_output
 
 
@@ -17,5 +17,5 @@ def run(config: ExportConfig) -> int:
     check_output(output)
     dtype = torch.float32 if config.dtype is ExportType.fp32 else torch.bfloat16
     write_export(source.config, source.parameters(), source.tokenizer_directory, output, dtype)
-    print(f"exported step {source.checkpoint.step} of {source.run_directory} to {output}")
+    print(f"exported {source.checkpoint.path} to {output}")
     return 0

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
+from moe_lm.commands.config import GenerateConfig
 from moe_lm.commands.model_source import open_model
-from moe_lm.config import GenerateConfig
 from moe_lm.errors import InputError
 from moe_lm.evaluation.generation import generate
 from moe_lm.parallel.runtime import Runtime

@@ -1,6 +1,7 @@
 """Where commands take a trained model from: a run directory, one of its checkpoints, or a Hugging Face directory."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -45,7 +46,7 @@ def open_native(path: Path) -> NativeSource:
             checkpoint = Checkpoint(path)
         except CheckpointError as error:
             raise InputError(f"checkpoint={path}: {error}.") from error
-        run_directory = path.parent.parent
+        run_directory = path.absolute().parent.parent
     else:
         store = CheckpointStore(path / "checkpoints", keep_last=1)
         newest = store.newest(refused=lambda reason: print(f"refused checkpoint {reason}", file=sys.stderr))
@@ -54,6 +55,8 @@ def open_native(path: Path) -> NativeSource:
                 f"checkpoint={path}: holds no complete checkpoint; give a run directory or a step-… directory."
             )
         checkpoint, run_directory = newest, path
+    if "config" not in checkpoint.state:
+        raise InputError(f"checkpoint={path}: was not written by a run of moe-lm; its state.json has no config.")
     return NativeSource(run_directory, checkpoint, to_dataclass(ModelConfig, checkpoint.state["config"]["model"]))
 
 
@@ -70,9 +73,20 @@ def open_model(path: Path, device: torch.device) -> tuple[CausalLM, Tokenizer]:
             for name, tensor in source.parameters():
                 parameters.pop(name).copy_(tensor)
         assert not parameters, f"the checkpoint lacks {sorted(parameters)}"
-    if not (tokenizer_directory / MODEL_FILE).exists():
-        raise InputError(f"checkpoint={path}: there is no {MODEL_FILE} in {tokenizer_directory}.")
-    return model.to(device), Tokenizer(tokenizer_directory / MODEL_FILE)
+    tokenizer = open_tokenizer(tokenizer_directory)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise InputError(
+            f"checkpoint={path}: the tokenizer in {tokenizer_directory} has {tokenizer.vocab_size} ids, the model only "
+            f"{model.config.vocab_size}; they do not belong together."
+        )
+    return model.to(device), tokenizer
+
+
+def open_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer that stands beside a model."""
+    if not (directory / MODEL_FILE).exists():
+        raise InputError(f"checkpoint: there is no {MODEL_FILE} in {directory}, so its text can not be read.")
+    return Tokenizer(directory / MODEL_FILE)
 
 
 def write_export(
@@ -83,11 +97,11 @@ def write_export(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Export with the control ids of the tokenizer in `tokenizer_directory`."""
-    tokenizer = Tokenizer(tokenizer_directory / MODEL_FILE)
+    tokenizer = open_tokenizer(tokenizer_directory)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     export(config, parameters, tokenizer_directory, ids, output, dtype)
 
 
 def _require_directory(path: Path) -> None:
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise InputError(f"checkpoint={path}: there is no such directory.")

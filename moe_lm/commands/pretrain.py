@@ -1,11 +1,13 @@
 """`moe-lm pretrain`: prepare the data, train, evaluate, sample, export, and say where everything is."""
 
+import contextlib
 import os
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from moe_lm.checkpoint.store import CheckpointStore
+from moe_lm.checkpoint.store import Checkpoint, CheckpointStore
 from moe_lm.commands.model_source import write_export
 from moe_lm.config import differences, load_saved, save
 from moe_lm.data.files import write_json
@@ -23,59 +25,78 @@ from moe_lm.training.run import Run
 
 Say = Callable[[str], None]
 
+CONFIG_FILE = "config.yaml"
+"""The fully resolved configuration, in the run's directory."""
+
 
 def run(config: RunConfig) -> int:
     """Start a run, go on with it, or say that it is finished."""
     start = time.monotonic()
     directory = Path(config.output_dir) / config.run_name
     validate_batch_sizes(config.trainer.global_batch_size, config.trainer.micro_batch_size, launched_world_size())
-    if launched_rank() == 0:
-        _open_directory(config, directory)
-    runtime = Runtime(config.trainer.device.value, None if config.tracker.name is TrackerName.none else "wandb")
+    with contextlib.ExitStack() as stack:
+        with _nothing_left_by_bad_input(directory):
+            if launched_rank() == 0:
+                _open_directory(config, directory)
+            runtime = Runtime(config.trainer.device.value, None if config.tracker.name is TrackerName.none else "wandb")
+            stack.callback(runtime.close)
 
-    def say(text: str) -> None:
-        if runtime.is_main:
-            print(text, flush=True)
+            def say(text: str) -> None:
+                if runtime.is_main:
+                    print(text, flush=True)
 
-    try:
-        data = _prepare(config, directory, runtime, say)
-        training = Run(config, runtime, data, directory)
+            data = _prepare(config, directory, runtime, say)
+            training = Run(config, runtime, data, directory)
         if _resume(training, say):
-            count = count_parameters(config.model)
+            count, dtype = count_parameters(config.model), str(training.compute.dtype).removeprefix("torch.")
             say(
                 f"{count.total / 1e6:.1f} M parameters, {count.active / 1e6:.1f} M active per token; computing in "
-                f"{str(training.compute.dtype).removeprefix('torch.')} on {runtime.world_size} x {runtime.device.type}; ready "
-                f"after {time.monotonic() - start:.0f} s"
+                f"{dtype} on {runtime.world_size} x {runtime.device.type}; ready after {time.monotonic() - start:.0f} s"
             )
             final = train(training)
             if runtime.is_main:
                 _finish(training, final, say)
             runtime.barrier()
-    finally:
-        runtime.close()
     return 0
+
+
+@contextlib.contextmanager
+def _nothing_left_by_bad_input(directory: Path) -> Iterator[None]:
+    """Remove a run directory that this command made, where the user's mistake ends it before training began."""
+    made_here = launched_rank() == 0 and not os.path.exists(directory)
+    try:
+        yield
+    except InputError:
+        if made_here:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
 
 
 def _open_directory(config: RunConfig, directory: Path) -> None:
     """Create the run directory, or check that the run in it is the one asked for."""
-    saved = directory / "config.yaml"
-    begun = saved.exists() and bool(CheckpointStore(directory / "checkpoints", 1).paths())
-    if begun and config.resume is ResumePolicy.never:
-        raise InputError(f"resume=never: {directory} holds a run already; give another run_name=, or resume=auto.")
-    if begun and (changed := differences(load_saved(RunConfig, saved), config)):
-        raise InputError(
-            f"{directory} was started with another configuration: {'; '.join(changed)}. Give the old values to go on "
-            "with it, or another run_name= to start anew."
-        )
-    if config.finish.export:
-        check_output(directory / "hf")
+    if not config.output_dir:
+        raise InputError("output_dir='': give a directory; '.' is the present one.")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        save(config, saved)
+        if CheckpointStore(directory / "checkpoints", 1).paths():
+            _check_same_run(config, directory)
+        if config.finish.export:
+            check_output(directory / "hf", "give another run_name=, or finish.export=false")
+        save(config, directory / CONFIG_FILE)
     except OSError as error:
         raise InputError(
             f"output_dir={config.output_dir}: {directory} can not be written ({error.strerror}); give another one."
         ) from error
+
+
+def _check_same_run(config: RunConfig, directory: Path) -> None:
+    if config.resume is ResumePolicy.never:
+        raise InputError(f"resume=never: {directory} holds a run already; give another run_name=, or resume=auto.")
+    if changed := differences(load_saved(RunConfig, directory / CONFIG_FILE), config):
+        raise InputError(
+            f"{directory} was started with another configuration: {'; '.join(changed)}. Give the old values to go on "
+            "with it, or another run_name= to start anew."
+        )
 
 
 def _prepare(config: RunConfig, directory: Path, runtime: Runtime, say: Say) -> PreparedData:
@@ -98,9 +119,21 @@ def _resume(training: Run, say: Say) -> bool:
         name = training.config.run_name
         say(f"run {name} is finished ({max_steps} steps): see {training.directory}; another run_name= starts a new one")
         return False
+    _check_same_data(training, checkpoint)
     training.load(checkpoint)
     say(f"resumed {checkpoint.path} (step {checkpoint.step} of {max_steps})")
     return True
+
+
+def _check_same_data(training: Run, checkpoint: Checkpoint) -> None:
+    """Refuse data that was deleted and prepared again from other text: resuming would be another run."""
+    data = training.data
+    now = {"corpus_fingerprint": data.corpus_fingerprint, "tokenizer_fingerprint": data.tokenizer.fingerprint}
+    if changed := [name for name, value in now.items() if checkpoint.state[name] != value]:
+        raise InputError(
+            f"{training.directory / 'data'} was prepared from other text than {checkpoint.path} was trained on "
+            f"({', '.join(changed)}); bring that text back, or give another run_name= to start anew."
+        )
 
 
 def _finish(training: Run, bits_per_byte: float, say: Say) -> None:

@@ -17,8 +17,8 @@ So the flash kernel wins without gradients and ties in fp32, but loses in bf16 t
 part: there the probabilities are written out and kept (about B·N·S·T/2 numbers per layer), and every step is a plain
 matrix product or softmax over as many rows as a bound on the scores allows (one row at a time was 2× slower: starting
 threads dominates). Queries go in blocks of 128, each against the keys up to its own end, which skips much of what
-causality hides. Heads that share keys are stacked as further queries, so that keys are never expanded and their gradient
-is summed inside the product. On CUDA the fused kernels have no rival.
+causality hides. Heads that share keys are stacked as further queries, so that keys are never expanded and their
+gradient is summed inside the product. CUDA takes its fused kernels, unmeasured here.
 """
 
 import math
@@ -118,7 +118,7 @@ def _sdpa(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, mask_BST: Tensor | Non
 
 
 def _query_blocks(queries: int, keys: int) -> list[tuple[int, int, int]]:
-    """(first query, end of queries, end of keys) of each block; causality bounds the keys when queries and keys align."""
+    """(first query, end of queries, end of keys) per block; causality bounds the keys when queries and keys align."""
     if queries != keys:
         return [(0, queries, keys)]
     ends = [min(start + _QUERY_BLOCK, queries) for start in range(0, queries, _QUERY_BLOCK)]

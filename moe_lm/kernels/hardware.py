@@ -1,14 +1,15 @@
 """Whether the processor multiplies bf16 matrices in hardware, asked when it matters and never at import.
 
-`torch.ops.mkldnn._is_mkldnn_bf16_supported` says yes wherever bf16 can be emulated, where it is slower than fp32: so the
-instruction sets themselves are asked for. Both questions exist in torch 2.11 and 2.13; a build without them counts as no.
+`torch.ops.mkldnn._is_mkldnn_bf16_supported` says yes wherever bf16 can be emulated, where it is slower than fp32: so
+the instruction sets themselves are asked for. The questions are private functions of torch: a version without them
+counts as no.
 """
 
 import torch
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """True where bf16 matrix products run on hardware made for them (CPU: AMX or AVX512-BF16; CUDA: Ampere or later)."""
+    """True where bf16 matrix products run on hardware made for them (CPU: AMX, AVX512-BF16; CUDA: Ampere on)."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":

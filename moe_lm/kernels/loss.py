@@ -1,9 +1,10 @@
 """Cross-entropy straight from hidden states: the [T, V] logits never exist.
 
-Letters: T tokens, D hidden, V vocabulary. Full logits of 4,096 × 8,192 cost 0.5–0.9 s of a 2.5 s step on the reference
-CPU through page faults and an fp32 log-softmax. The "chunked" backend takes some rows at a time and, since the gradient of
-a sum of losses needs nothing from later layers, computes it right there in the forward (Liger's and Cut cross-entropy's
-idea); the backward only scales. torch's own `F.linear_cross_entropy` is missing in 2.11.
+Letters: T tokens, D hidden, V vocabulary. The "chunked" backend takes some rows at a time and, since the gradient
+of a sum of losses needs nothing from later layers, computes it right there in the forward (Liger's and Cut
+cross-entropy's idea); the backward only scales. Measured at T 4096, V 4096, D 256 in bf16, two AMX cores: 36–47 ms
+against 51 for the whole logits, and 1/8 of their memory; larger chunks gain little. torch's own
+`F.linear_cross_entropy` is missing in 2.11.
 """
 
 import torch
@@ -81,8 +82,8 @@ def _loss_and_gradients(
         total -= log_probability.gather(1, labels).where(kept, 0).sum()
         if not (needs_hidden or needs_head):
             continue
-        # d loss / d logits = softmax − one-hot, written over the logits. Ignored rows are taken out of the two products'
-        # D-wide sides, not of this V-wide one.
+        # d loss / d logits = softmax − one-hot, written over the logits. Ignored rows are taken out of the two
+        # products' D-wide sides, not of this V-wide one.
         gradient = log_probability.exp_().scatter_add_(1, labels, torch.full_like(labels, -1, dtype=wide))
         gradient = logits.copy_(gradient)
         if grad_hidden is not None:

@@ -1,9 +1,9 @@
 """Orthogonalisation of update matrices by a quintic Newton–Schulz iteration, as Muon needs it.
 
-The coefficients are Muon's (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): they push singular values into
-about [0.7, 1.2] in five steps instead of converging to 1, which trains as well and costs less. Stacked experts are a
-batch: each matrix is normalised and orthogonalised by itself. The smaller side is squared, so the work is min(m, n)²·max(m, n).
-bf16 where the hardware multiplies it, for the iteration corrects rounding as it goes; fp32 elsewhere.
+The coefficients are Muon's (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): they push singular values
+into about [0.7, 1.2] in five steps instead of converging to 1, which trains as well and costs less. Stacked experts are
+a batch: each matrix is normalised and orthogonalised by itself. The smaller side is squared, so the work is min(m,
+n)²·max(m, n). bf16 where the hardware multiplies it, for the iteration corrects rounding as it goes; fp32 elsewhere.
 """
 
 import torch

@@ -1,8 +1,7 @@
 """Rotary position embedding, half rotation as in transformers' Mixtral; the plain version only.
 
 Three hand-written CPU versions were measured in bf16 (addcmul on halves, rotation as a matrix product, roll): from 1.4×
-faster with head_dim 64 to 1.5× slower with 32, where halves are too short to vectorise. Rotating q and k in one call saves
-as much: pass them as heads of one tensor.
+faster with head_dim 64 to 1.5× slower with 32, where halves are too short to vectorise.
 """
 
 import torch

@@ -45,7 +45,7 @@ class LocalDispatcher:
     def dispatch(self, x_TD: Tensor, assignments: Assignments) -> tuple[Tensor, Tensor, LocalHandle]:
         """See `TokenDispatcher`."""
         token_R, expert_R, weight_R = assignments
-        align = row_alignment(x_TD.device, x_TD.dtype, len(token_R))
+        align = row_alignment(x_TD.device, x_TD.dtype, len(token_R), self.num_experts)
         sorted_expert_R, order_R = torch.sort(expert_R, stable=True)
         experts_E = torch.arange(self.num_experts, device=x_TD.device)
         start_E = torch.searchsorted(sorted_expert_R, experts_E)

@@ -39,6 +39,7 @@ def train(run: Run) -> float:
                 telemetry.validation(validate(run, trainer.eval_sequences), complete=False)
             if last or is_due(progress.step, config.checkpoint.interval):
                 run.save()
+                telemetry.restart_clock()
         final = validate(run, None)
         telemetry.validation(final, complete=True)
     return final

@@ -1,5 +1,7 @@
-"""What this machine can do at most: the yardstick of model-FLOPs utilisation."""
+"""What this machine can do at most, the yardstick of model-FLOPs utilisation, and what of it a run has used."""
 
+import resource
+import sys
 import time
 
 import torch
@@ -20,6 +22,14 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, seco
         _synchronize(device)
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most memory that this process has held so far, in bytes: on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _synchronize(device: torch.device) -> None:

@@ -43,7 +43,7 @@ class MetricsFile:
 
 def _step_of(line: bytes) -> float:
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else float("inf")
     except (ValueError, KeyError, TypeError):
         return float("inf")  # a line that a kill cut short
 
@@ -58,6 +58,9 @@ class Tracker:
         self._on = config.name is not TrackerName.none and accelerator.is_main_process
         if not self._on:
             return
+        self._guard(self._start, config, directory, name, run)
+
+    def _start(self, config: TrackerConfig, directory: Path, name: str, run: dict[str, Any]) -> None:
         options = {
             "id": _tracker_id(directory / "tracker.json", name),
             "resume": "allow",
@@ -65,7 +68,7 @@ class Tracker:
             "dir": str(directory),
             "mode": config.mode.value,
         }
-        self._guard(accelerator.init_trackers, config.project, run, {"wandb": options})
+        self._accelerator.init_trackers(config.project, run, {"wandb": options})
 
     def log(self, values: dict[str, Any], step: int) -> None:
         """Send numbers; structured values stay in metrics.jsonl."""
@@ -73,7 +76,12 @@ class Tracker:
 
     def close(self) -> None:
         """Let the tracker finish."""
-        self._guard(self._accelerator.end_training)
+        self._guard(self._finish)
+
+    def _finish(self) -> None:
+        # Not `Accelerator.end_training`, which also takes the process group from under the barriers that follow.
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
 
     def _guard(self, call: Any, *args: Any) -> None:
         if not self._on:

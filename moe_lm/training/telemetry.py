@@ -5,7 +5,7 @@ from typing import Any
 
 from moe_lm.model.accounting import training_flops_per_token
 from moe_lm.model.balancing import load_violation
-from moe_lm.training.machine import matmul_rate
+from moe_lm.training.machine import matmul_rate, peak_memory
 from moe_lm.training.run import Run
 from moe_lm.training.schedule import is_due
 from moe_lm.training.sinks import Display, MetricsFile, Tracker
@@ -24,6 +24,10 @@ class Telemetry:
         self._display = Display(runtime.is_main, config.trainer.max_steps, self._progress.step)
         rate = matmul_rate(runtime.device, run.compute.dtype) * runtime.world_size
         self._utilization_per_token = training_flops_per_token(config.model, config.data.sequence_length) / rate
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Begin the next step's time now: saving and validating do not count as training."""
         self._mark = time.perf_counter()
 
     def __enter__(self) -> "Telemetry":
@@ -55,21 +59,26 @@ class Telemetry:
             "flops_utilization": tokens_per_second * self._utilization_per_token,
         }
         if is_due(step, self._log_interval) or step == 1 or not result.applied:
-            self._write({**values, "applied": result.applied, "expert_counts": result.count_LE.int().tolist()})
+            detail = {
+                "applied": result.applied,
+                "peak_memory_bytes": peak_memory(self._run.runtime.device),
+                "expert_counts": result.count_LE.int().tolist(),
+            }
+            self._write({**values, **detail})
         self._display.step(step, _figures(values))
         if not result.applied:
             cause = f"loss {result.cross_entropy}, gradient norm {result.gradient_norm}"
             self._display.line(f"step {step}: update skipped, {cause}")
 
     def validation(self, value: float, complete: bool) -> None:
-        """Record a validation; time spent on it is not counted as training."""
+        """Record a validation."""
         best = self._progress.best_bits_per_byte
         self._progress.best_bits_per_byte = value if best is None else min(best, value)
         step = self._progress.step
         self._write({"step": step, "validation_bits_per_byte": value, "complete": complete})
         extent = "whole validation set" if complete else "estimate"
         self._display.line(f"step {step}: validation {value:.4f} bits per byte ({extent})")
-        self._mark = time.perf_counter()
+        self.restart_clock()
 
     def _write(self, values: dict[str, Any]) -> None:
         if self._metrics is not None:

@@ -74,7 +74,8 @@ def test_a_run_goes_on_with_another_number_of_processes(single):
 
 
 def test_accelerate_launch_gives_the_same_run(single, monkeypatch):
-    """Catches a launcher under which every rank takes itself for the main one (its figures come out twice, or differ)."""
+    """Catches a launcher under which every rank takes itself for the main one (its figures come out twice, or
+    differ)."""
     directory, options = single
     monkeypatch.setitem(ENVIRONMENT, "ACCELERATE_USE_CPU", "true")
     with socket.socket() as probe:

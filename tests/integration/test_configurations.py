@@ -31,7 +31,8 @@ def test_command_line_wins_over_groups():
 
 
 def test_differences_name_every_field_that_matters():
-    """Catches a field that could change on resume without anyone noticing: all but the listed free ones are compared."""
+    """Catches a field that could change on resume without anyone noticing: all but the listed free ones are
+    compared."""
     one, other = load("pretrain", []), load("pretrain", ["seed=9", "trainer.log_interval=3", "model.rope_theta=5"])
     assert differences(one, other) == ["seed=1 → 9", "model.rope_theta=10000.0 → 5.0"]
     assert "seed" in field_names(RunConfig)

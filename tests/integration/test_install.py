@@ -14,7 +14,8 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """A fresh environment that holds the wheel; the dependencies are this environment's, the editable install is not."""
+    """A fresh environment that holds the wheel; the dependencies are this environment's, the editable install is
+    not."""
     directory = tmp_path_factory.mktemp("installed")
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", "dist"]
     subprocess.run([*build, str(REPOSITORY)], cwd=directory, check=True)

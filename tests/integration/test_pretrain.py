@@ -98,7 +98,8 @@ def test_a_killed_run_goes_on_bit_for_bit(finished):
 
 
 def test_a_damaged_checkpoint_is_passed_over(finished):
-    """Catches a resume from damaged weights: the newest checkpoint has a flipped bit, the one before is used, both said."""
+    """Catches a resume from damaged weights: the newest checkpoint has a flipped bit, the one before is used, both
+    said."""
     directory, options, _ = finished
     short = [*options, "trainer.max_steps=10", "run_name=damaged", "finish.export=false"]
     moe_lm(*short, cwd=directory)
@@ -114,7 +115,8 @@ def test_a_damaged_checkpoint_is_passed_over(finished):
 
 
 def test_the_export_is_the_model(finished):
-    """Catches an export that differs from the checkpoint, or a tokenizer that does; and generation from all three kinds."""
+    """Catches an export that differs from the checkpoint, or a tokenizer that does; and generation from all three
+    kinds."""
     directory, _, _ = finished
     run = directory / "runs/whole"
     model = AutoModelForCausalLM.from_pretrained(run / "hf")
@@ -144,7 +146,8 @@ def test_dense_family_trains_and_exports_as_mistral(finished):
 
 
 def test_wandb_offline_keeps_its_run_on_resume(finished):
-    """Catches a tracker that breaks the run or starts a second curve on resume; metrics.jsonl is complete either way."""
+    """Catches a tracker that breaks the run or starts a second curve on resume; metrics.jsonl is complete either
+    way."""
     directory, options, _ = finished
     tracked = [*options, "tracker=wandb", "tracker.mode=offline", "run_name=tracked", "trainer.max_steps=9"]
     moe_lm(*tracked, cwd=directory)

@@ -341,7 +341,7 @@ def test_rotary_is_that_of_transformers(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("shape", [(48, 32), (32, 48), (40, 40), (3, 48, 32), (2, 3, 16, 24)])
 def test_orthogonalize_brings_singular_values_near_one(shape: tuple[int, ...]) -> None:
-    """Catches wrong coefficients, a missing transpose, or one norm for a whole stack; Muon's band is about [0.7, 1.2]."""
+    """Catches wrong coefficients, a missing transpose, or one norm for a whole stack; Muon aims at [0.7, 1.2]."""
     values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)).float())
     assert values.min() > 0.3 and values.max() < 1.35
     assert 0.6 < values.median() < 1.25

@@ -10,7 +10,8 @@ from moe_lm.model.config import LoadBalancing
 @pytest.mark.parametrize("formula", [LoadBalancing.per_layer, LoadBalancing.pooled])
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_value_at_balance_and_at_collapse(formula, top_k):
-    """Catches a missing factor of E or K: 1 (pooled: K) at balance, E (K·E for top-1 pooled) when one expert takes all."""
+    """Catches a missing factor of E or K: 1 (pooled: K) at balance, E (K·E for top-1 pooled) when one expert takes
+    all."""
     unit = top_k if formula is LoadBalancing.pooled else 1
     balanced = torch.full((3, 8), 100 / 8)
     loss = load_balancing_loss(balanced, load_fraction(balanced * top_k), 100, top_k, formula)

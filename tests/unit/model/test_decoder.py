@@ -80,8 +80,8 @@ def test_recomputed_layers_give_the_same_gradients():
 
 
 def test_recomputation_keeps_the_routing_decision():
-    """Catches a backward that routes again: the gate is changed between forward and backward, and only the choice of the
-    forward may count. Every expert that got no token in the forward must keep an exactly zero gradient."""
+    """Catches a backward that routes again: the gate is changed between forward and backward, and only the choice of
+    the forward may count. Every expert that got no token in the forward must keep an exactly zero gradient."""
     config = dataclasses.replace(CONFIG, num_hidden_layers=1, num_experts_per_tok=1)
     model = _model(config)
     model.model.recompute_layers = True

@@ -65,7 +65,8 @@ def test_gradients_reach_tokens_and_weights():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_router_chooses_the_k_largest_and_renormalises(top_k, dtype):
-    """Catches a wrong expert, weights that do not sum to one, or logits rounded to the compute type before the choice."""
+    """Catches a wrong expert, weights that do not sum to one, or logits rounded to the compute type before the
+    choice."""
     router = Router(
         ModelConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_experts_per_tok=top_k)
     )

@@ -55,7 +55,8 @@ def test_decay_is_decoupled_and_spares_norms(name):
 
 
 def test_adamw_is_torchs():
-    """Catches a wrong beta, epsilon, rate or clipping: three clipped steps against torch's own AdamW and clip_grad_norm_."""
+    """Catches a wrong beta, epsilon, rate or clipping: three clipped steps against torch's own AdamW and
+    clip_grad_norm_."""
     model, twin = _model(), _model()
     optimizer = Optimizer(model, OptimizerConfig(learning_rate=0.01, weight_decay=0.0, max_grad_norm=0.7))
     theirs = torch.optim.AdamW(twin.parameters(), lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)

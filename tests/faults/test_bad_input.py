@@ -1,0 +1,533 @@
+"""What a user can get wrong: one readable sentence that names field and value, exit code 2, and nothing left behind."""
+
+import argparse
+import functools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_lm import cli, config
+from moe_lm.checkpoint.store import CheckpointStore
+from moe_lm.config import load, save
+
+TEXT = [
+    "data=text",
+    "data.paths=book.txt",
+    "tokenizer.vocab_size=500",
+    "trainer.max_steps=2",
+    "schedule.warmup_steps=1",
+]
+"""A run that would be valid and short, so that nothing but the mistake under test can stop it."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compose_once():
+    """Hydra takes 70 ms to read the same groups again for every case; what it gives is only ever copied."""
+    original = config._compose
+    cached = functools.cache(lambda command, groups: original(command, list(groups)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "_compose", lambda command, groups: cached(command, tuple(groups)))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with good and bad files in it."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "book.txt").write_text(Path(argparse.__file__).read_text(encoding="utf-8"))
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "tiny.txt").write_text("hi\n")
+    (tmp_path / "latin1.txt").write_bytes("naïve".encode("latin-1"))
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (tmp_path / "other.jsonl").write_text('{"body": "a"}\n')
+    (tmp_path / "nothing").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def complain(place, capsys):
+    """Runs a command that must be refused; returns its sentence."""
+
+    def run(*arguments: str) -> str:
+        before = _content(place)
+        assert cli.main(list(arguments)) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("moe-lm: ") and message.endswith("\n") and message.count("\n") == 1, message
+        assert "Traceback" not in message and "object at 0x" not in message and len(message) < 1000, message
+        assert _content(place) == before, "something was left behind"
+        return message.removeprefix("moe-lm: ").removesuffix("\n")
+
+    return run
+
+
+def _content(place: Path) -> set[Path]:
+    """Everything under a directory, but for an empty `runs`."""
+    return {p for p in place.rglob("*") if p != place / "runs"}
+
+
+# Names
+
+
+@pytest.mark.parametrize("prefix", ["", "+", "++", "~"])
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        ("trainer.max_step", "trainer.max_steps"),
+        ("model.num_expert", "model.num_experts"),
+        ("max_steps", "trainer.max_steps"),
+        ("learning_rate", "optimizer.learning_rate"),
+        ("optimiser.learning_rate", "optimizer.learning_rate"),
+        ("dat.paths", "data.paths"),
+        ("modle", "model"),
+        ("experimnt", "experiment"),
+        ("model@other", "model"),
+        ("Trainer.Max_Steps", "trainer.max_steps"),
+    ],
+)
+def test_misspelt_options_get_the_nearest_name(complain, prefix, given, nearest):
+    """Catches an option that is silently ignored, or added as a new one (Hydra accepts `+typo=3`)."""
+    said = complain("pretrain", *TEXT, f"{prefix}{given}=10")
+    assert said == f"{prefix}{given}=10: there is no option {given!r}; did you mean {nearest!r}?"
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "nearest"),
+    [
+        ("export", "checkpont", "checkpoint"),
+        ("export", "out", "output"),
+        ("generate", "promt", "prompt"),
+        ("generate", "max_tokens", "max_new_tokens"),
+        ("generate", "topk", "top_k"),
+    ],
+)
+def test_misspelt_options_of_other_commands_too(complain, command, given, nearest):
+    """Catches a suggestion that only pretrain has."""
+    assert f"did you mean {nearest!r}?" in complain(command, f"{given}=10")
+
+
+@pytest.mark.parametrize(
+    "given", ["zzzz", "hydra.run.dir", "_target_", "model._target_", "é", "a b", "", "tokenizer.a.b"]
+)
+def test_options_of_nobody_point_to_help(complain, given):
+    """Catches a door into Hydra's own settings, or a name that the parser chokes on."""
+    said = complain("pretrain", *TEXT, f"{given}=1")
+    assert said.startswith(f"{given}=1: there is no option {given!r}; ")
+
+
+@pytest.mark.parametrize(
+    "given", ["model.densee", "model=densee", "model=Dense", "model=", "model=null", "model=[dense]"]
+)
+def test_group_choices_are_named(complain, given):
+    """Catches Hydra's page-long complaint about a configuration that can not be found."""
+    said = complain("pretrain", *TEXT, given)
+    if "=" in given:
+        assert said == f"{given}: there is no such model; choose from dense, mixtral_8x7b, mixture."
+    else:
+        assert said.startswith("'model.densee': options are written NAME=VALUE")
+
+
+@pytest.mark.parametrize(
+    "given", ["experiment=stdlb", "+experiment=nope", "tracker=tensorboard", "trainer={max_steps:3}"]
+)
+def test_choices_of_every_group_are_named(complain, given):
+    """Catches a group that is checked by Hydra instead of by us."""
+    said = complain("pretrain", *TEXT, given)
+    assert said.startswith(f"{given}: there is no such ") and "choose from " in said
+
+
+@pytest.mark.parametrize("given", ["~trainer.max_steps", "~trainer.max_steps=2", "~model", "~model=mixture"])
+def test_deleting_is_refused(complain, given):
+    """Catches a field that is deleted and then missing."""
+    assert complain("pretrain", *TEXT, given) == f"{given}: only NAME=VALUE sets a value."
+
+
+@pytest.mark.parametrize(
+    "given", ["trainer.max_steps", "--trainer.max_steps=3", "--max-steps", "-x", "book.txt", "", "+", "---", "model"]
+)
+def test_arguments_that_are_no_options_are_quoted(complain, given):
+    """Catches flags in another tool's manner ending in a parser's traceback."""
+    said = complain("pretrain", *TEXT, given)
+    assert said == f"{given!r}: options are written NAME=VALUE; `moe-lm pretrain --help` lists them."
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        *(
+            (f"trainer.max_steps={value}", "a whole number")
+            for value in ("abc", "1.5", "1e3", "null", "", "[1,2]", "{a:1}", "true", "'3 steps'", "nan", "${model}")
+        ),
+        *((f"optimizer.learning_rate={value}", "a number") for value in ("fast", "null", "[1]", "", "1..2", "{}")),
+        *((f"finish.export={value}", "true or false") for value in ("maybe", "null", "2.5", "[true]")),
+        *((f"run_name={value}", "text") for value in ("null", "[a]", "{a:b}")),
+        *((f"data.paths={value}", "a list of texts") for value in ("null", "{a:b}", "[null]")),
+        ("model.sliding_window=none", "a whole number or null"),
+        ("model.head_dim=[]", "a whole number or null"),
+        ("tokenizer.path=[a]", "text or null"),
+        ("finish.sample_prompt={a:1}", "text or null"),
+        ("trainer.device=gpu", "one of auto, cpu, cuda"),
+        ("trainer.precision=fp16", "one of auto, bf16, fp32"),
+        ("trainer.precision=null", "one of auto, bf16, fp32"),
+        ("optimizer.name=sgd", "one of adamw, muon"),
+        ("schedule.name=Cosine", "one of cosine, wsd, constant"),
+        ("model.family=moe", "one of mixture, dense"),
+        ("model.load_balancing=", "one of per_layer, pooled, none"),
+        ("resume=always", "one of auto, never"),
+        ("tracker.mode=[online]", "one of online, offline"),
+        ("data.source=csv", "one of stdlib, text, jsonl"),
+        ("seed=${trainer.device}", "a whole number"),
+        ("seed=${run_name}", "a whole number"),
+    ],
+)
+def test_values_of_the_wrong_type_say_what_is_wanted(complain, given, expected):
+    """Catches a value that is converted to something else, and OmegaConf's own words for it."""
+    assert complain("pretrain", *TEXT, given) == f"{given}: must be {expected}."
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("model.num_experts_per_tok=9", "must be at most model.num_experts=8"),
+        ("model.num_experts=1", "model.num_experts_per_tok=2: must be at most model.num_experts=1"),
+        ("model.num_attention_heads=3", "must be a multiple of model.num_key_value_heads=2"),
+        ("model.num_key_value_heads=3", "must be a multiple of model.num_key_value_heads=3"),
+        ("model.hidden_size=250", "must be a multiple of model.num_attention_heads=4"),
+        ("model.hidden_size=-256", "must be at least 1"),
+        ("model.head_dim=7", "must be even"),
+        ("model.sliding_window=0", "must be at least 1"),
+        ("model.router_aux_loss_coef=-0.1", "must not be negative"),
+        ("model.rope_theta=0", "must be greater than 0"),
+        ("model.vocab_size=499", "must be at least the tokenizer's vocabulary, 500"),
+        ("trainer.max_steps=-5", "must be at least 1"),
+        ("trainer.max_steps=0", "must be at least 1"),
+        ("trainer.global_batch_size=10", "must be a multiple of trainer.micro_batch_size=16"),
+        ("trainer.micro_batch_size=0", "must be at least 1"),
+        ("trainer.log_interval=0", "must be at least 1"),
+        ("trainer.eval_interval=-1", "must not be negative"),
+        ("optimizer.learning_rate=0", "must be greater than 0"),
+        ("optimizer.beta2=1", "must lie in [0, 1)"),
+        ("schedule.warmup_steps=3", "must be at most trainer.max_steps=2"),
+        ("schedule.warmup_steps=-1", "must not be negative"),
+        ("schedule.final_factor=2", "must lie in [0, 1]"),
+        ("checkpoint.interval=-1", "must be 0"),
+        ("checkpoint.keep_last=0", "must be at least 1"),
+        ("finish.sample_tokens=0", "must be at least 1"),
+        ("seed=-1", "must not be negative"),
+        ("data.sequence_length=1", "must be at least 2"),
+        ("data.sequence_length=4097", "must be at most model.max_position_embeddings=4096"),
+        ("data.validation_fraction=0", "must be above 0"),
+        ("data.validation_fraction=0.6", "at most 0.5"),
+        ("data.text_field=", "must name the field"),
+        ("tokenizer.vocab_size=383", "must be between 384"),
+        ("tokenizer.training_bytes=1", "must be at least 100000"),
+        ("tokenizer.path=", "give a sentencepiece .model file"),
+        ("output_dir=", "give a directory"),
+        ("data.paths=[]", "needs at least one file"),
+        ("data.paths=", "none of them empty"),
+        ('data.paths=["",book.txt]', "none of them empty"),
+        ("data.paths=[[book.txt]]", "must be a list of texts"),
+        ("data.paths=[{a:b}]", "must be a list of texts"),
+        ("data=stdlib", "data.source=stdlib reads no paths"),
+        ("run_name=", "use letters, digits"),
+        ("run_name=../up", "directories belong into output_dir"),
+        ("run_name=a/b", "directories belong into output_dir"),
+        ("run_name=.hidden", "beginning with a letter or digit"),
+        ('run_name="日本"', "use letters, digits"),
+        ('run_name="a\nb"', "use letters, digits"),
+    ],
+)
+def test_values_out_of_range_are_named(complain, given, words):
+    """Catches a value that fails only when training begins, or not at all."""
+    said = complain("pretrain", *TEXT, given)
+    assert words in said and re.match(r"[a-z0-9_.]+='?.*'?: ", said), "a field with its value comes first"
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize(
+    "field", ["optimizer.learning_rate", "optimizer.max_grad_norm", "model.rope_theta", "model.router_z_loss_coef"]
+)
+def test_numbers_must_be_finite(complain, field, value):
+    """Catches infinity, which passes every "greater than 0" and ruins the weights in one step."""
+    assert complain("pretrain", *TEXT, f"{field}={value}") == f"{field}={value}: must be a finite number."
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("run_name=${nope}", "Interpolation key 'nope' not found"),
+        ("seed=${trainer.max_step}", "Interpolation key 'trainer.max_step' not found"),
+        ("run_name=${oc.env:MOE_LM_NOT_SET}", "'MOE_LM_NOT_SET' not found"),
+        ("run_name=${unknown:1}", "Unsupported interpolation type unknown"),
+        ("run_name=${run_name}", "Recursive interpolation"),
+        ("trainer.max_steps=???", "Missing mandatory value"),
+        ("data.paths=[${nope}]", "Interpolation key 'nope' not found"),
+    ],
+)
+def test_interpolations_to_nowhere_are_named(complain, given, words):
+    """Catches a reference that is only followed, and only fails, where the value is used."""
+    field, _, value = given.partition("=")
+    said = complain("pretrain", *TEXT, given)
+    assert said.startswith(f"{field}=") and value.strip("[]") in said and words in said
+    if value != "???":  # help shows a value that is still to be given
+        assert field in complain("pretrain", "--help", given)
+
+
+@pytest.mark.parametrize("value", ["1,2", "range(1,3)", "choice(1,2)", "interval(1,3)", "glob(*)"])
+def test_sweeps_are_refused(complain, value):
+    """Catches a sweep that trains its first value only, or all in one process."""
+    said = complain("pretrain", *TEXT, f"trainer.max_steps={value}")
+    assert said == f"trainer.max_steps={value}: a command runs one configuration; start one process for each value."
+    assert "one configuration" in complain("pretrain", *TEXT, "model=dense,mixture")
+
+
+@pytest.mark.parametrize("value", ["def f(x):", "é", "a=b", '"', "[a", "${", "a\nb", 'say "hi"', "x}"])
+def test_values_that_can_not_be_parsed_say_how_to_quote(complain, value):
+    """Catches the grammar's own complaint; and a remedy that would not work: it is tried."""
+    said = complain("generate", "checkpoint=nothing", f"prompt={value}")
+    flat = " ".join(value.splitlines())
+    assert said.startswith(f"prompt={flat}: can not be parsed; quote the value, as in '")
+    remedy = said.partition("as in '")[2].removesuffix("'.")
+    if value != "${":
+        assert load("generate", ["checkpoint=nothing", remedy]).prompt == flat
+
+
+def test_of_an_option_given_twice_the_last_counts(complain):
+    """Catches a list of options to which a script can not append; also for groups, whatever the prefix."""
+    arguments = [*TEXT, "seed=-3", "+seed=4", "model=mixture", "model=dense"]
+    loaded = load("pretrain", arguments)
+    assert loaded.seed == 4 and not loaded.model.is_mixture
+    assert complain("pretrain", *arguments, "++seed=-5") == "seed=-5: must not be negative."
+
+
+# Data
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["data.paths=nope.txt"], ["data.paths", "'nope.txt'", "does not exist"]),
+        (["data.paths=[book.txt,nope.txt]"], ["data.paths", "'nope.txt'", "does not exist"]),
+        (["data.paths=nope/*.txt"], ["data.paths", "'nope/*.txt'", "matches no file"]),
+        (["data.paths=nothing"], ["data.paths", "'nothing'", "holds no"]),
+        (["data.paths=empty.txt"], ["data.paths=['empty.txt']", "empty"]),
+        (["data.paths=tiny.txt"], ["tokenizer.vocab_size=500", "too small"]),
+        (["data.paths=latin1.txt"], ["data.paths", "latin1.txt", "not UTF-8"]),
+        (['data.paths="no\nsuch"'], ["data.paths", "'no such'", "does not exist"]),
+        (["data=jsonl", "data.paths=broken.jsonl"], ["broken.jsonl, line 2", "not valid JSON"]),
+        (["data=jsonl", "data.paths=other.jsonl"], ["other.jsonl, line 1", "'text'", "body"]),
+        (["data=jsonl", "data.paths=nothing"], ["data.paths", "'nothing'", "*.jsonl"]),
+        (["data.validation_paths=nope.txt"], ["data.validation_paths", "'nope.txt'", "does not exist"]),
+        (["data.validation_paths=book.txt"], ["data.paths=['book.txt']", "no text left"]),
+        (["tokenizer.vocab_size=500000"], ["tokenizer.vocab_size=500000", "the largest that works is"]),
+        (["tokenizer.path=nope.model"], ["tokenizer.path", "'nope.model'", "cannot be read"]),
+        (["tokenizer.path=book.txt"], ["tokenizer.path", "'book.txt'", "not a sentencepiece"]),
+        (["tokenizer.path=nothing"], ["tokenizer.path", "'nothing'", "cannot be read"]),
+        (
+            ["data.sequence_length=60000", "model.max_position_embeddings=60000"],
+            ["data.sequence_length=60000", "do not fill one row"],
+        ),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) and "=" in value[-1] else "",
+)
+def test_data_that_can_not_be_trained_on_leaves_nothing_behind(complain, options, words):
+    """Catches a traceback out of the data's preparation, and a run directory of a run that never began."""
+    said = complain("pretrain", *TEXT, *options)
+    for word in words:
+        assert word in said
+
+
+def test_prepared_data_survives_a_later_mistake(place, capsys):
+    """Catches a mistake that deletes a directory which was there before."""
+    (place / "runs/stdlib/data").mkdir(parents=True)
+    (place / "runs/stdlib/data/precious").write_text("hours of work")
+    assert cli.main(["pretrain", *TEXT, "data.paths=nope.txt"]) == 2
+    assert (place / "runs/stdlib/data/precious").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_a_device_that_is_not_there_is_named(complain):
+    """Catches torch's own error after the data were prepared; each command names its own field."""
+    assert complain("pretrain", *TEXT, "trainer.device=cuda").startswith("trainer.device=cuda: no CUDA device")
+    assert complain("generate", "checkpoint=nothing", "device=cuda").startswith("device=cuda: no CUDA device")
+
+
+# Directories
+
+
+@pytest.mark.parametrize("directory", ["book.txt", "book.txt/runs", "/proc/nope", "x" * 256])
+def test_an_output_directory_that_can_not_be_written_is_named(complain, directory):
+    """Catches a run that is lost at its first save."""
+    said = complain("pretrain", *TEXT, f"output_dir={directory}")
+    assert said.startswith(f"output_dir={directory}: ") and "can not be written" in said
+
+
+def test_a_foreign_export_directory_is_refused_before_training(complain, place):
+    """Catches a run that trains for hours and then can not export, or that replaces what it did not write."""
+    (place / "runs/stdlib/hf").mkdir(parents=True)
+    (place / "runs/stdlib/hf/thesis.tex").write_text("precious")
+    said = complain("pretrain", *TEXT)
+    assert said.startswith("runs/stdlib/hf: holds something that is not an export of moe-lm")
+    assert "run_name=" in said and "finish.export=false" in said
+
+
+@pytest.fixture
+def run(place: Path) -> Path:
+    """The directory of a run that was begun with the options of `TEXT`: a configuration and a checkpoint."""
+    directory = place / "runs/stdlib"
+    state = {"config": {"model": {"hidden_size": 256}}}
+    CheckpointStore(directory / "checkpoints", 1).save(1, [("model/x", torch.zeros(1))], state)
+    save(load("pretrain", TEXT), directory / "config.yaml")
+    return directory
+
+
+def test_a_run_of_another_configuration_names_the_fields(complain, run):
+    """Catches a run that silently goes on as another one, and differences that are named by section only."""
+    said = complain("pretrain", *TEXT, "optimizer.learning_rate=0.5", "model.num_experts=4", "data.paths=[empty.txt]")
+    assert said.startswith("runs/stdlib was started with another configuration: ")
+    for change in (
+        "optimizer.learning_rate=0.002 → 0.5",
+        "model.num_experts=8 → 4",
+        "data.paths=['book.txt'] → ['empty.txt']",
+    ):
+        assert change in said
+    assert "trainer" not in said and "run_name=" in said
+
+
+def test_a_run_that_must_not_be_resumed_is_refused(complain, run):
+    """Catches `resume=never` overwriting a run."""
+    assert complain("pretrain", *TEXT, "resume=never").startswith("resume=never: runs/stdlib holds a run already")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "- a\n", "{", "seed: [1\n", "seed: many\n", "unknown: 1\n", "a", "\x00", "x: é\xff"]
+)
+def test_a_damaged_saved_configuration_is_named(complain, run, content):
+    """Catches a traceback out of YAML, or a damaged file taken for agreement."""
+    (run / "config.yaml").write_bytes(content.encode("latin-1"))
+    said = complain("pretrain", *TEXT)
+    assert "runs/stdlib" in said and ("is not a saved configuration" in said or "another configuration" in said)
+
+
+def test_checkpoints_without_a_configuration_are_not_resumed(complain, run):
+    """Catches a run whose configuration was lost and that goes on under any other."""
+    (run / "config.yaml").unlink()
+    assert "config.yaml: is not a saved configuration" in complain("pretrain", *TEXT)
+
+
+# Other commands
+
+
+@pytest.mark.parametrize("command", ["export", "generate"])
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("checkpoint=nope", "checkpoint=nope: there is no such directory"),
+        ("checkpoint=book.txt", "checkpoint=book.txt: there is no such directory"),
+        ("checkpoint=nothing", "checkpoint=nothing: holds no complete checkpoint"),
+        (f"checkpoint={'x' * 256}", "there is no such directory"),
+        ("checkpoint=", "checkpoint: is required"),
+        ("checkpoint=null", "checkpoint: is required"),
+        ("+checkpoint=nope", "checkpoint=nope: there is no such directory"),
+        ("checkpoint=[nothing]", "checkpoint=[nothing]: must be text or null"),
+    ],
+)
+def test_sources_that_are_no_models_are_named(complain, command, source, words):
+    """Catches a traceback for a wrong path."""
+    assert words in complain(command, source)
+
+
+@pytest.mark.parametrize("command", ["export", "generate"])
+def test_a_source_is_required(complain, command):
+    """Catches a command that falls back to some directory."""
+    assert complain(command) == "checkpoint: is required; give checkpoint=DIRECTORY."
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("top_k=0", "top_k=0: must be at least 1"),
+        ("top_k=-5", "top_k=-5: must be at least 1"),
+        ("top_k=all", "top_k=all: must be a whole number or null"),
+        ("temperature=-0.1", "temperature=-0.1: must not be negative"),
+        ("temperature=nan", "temperature=nan: must be a finite number"),
+        ("temperature=inf", "temperature=inf: must be a finite number"),
+        ("max_new_tokens=0", "max_new_tokens=0: must be at least 1"),
+        ("max_new_tokens=null", "max_new_tokens=null: must be a whole number"),
+        ("seed=-1", "seed=-1: must not be negative"),
+        (f"seed={2**63}", "must be below 2**63"),
+        ("prompt=null", "prompt=null: must be text"),
+        ("device=tpu", "device=tpu: must be one of auto, cpu, cuda"),
+    ],
+)
+def test_sampling_options_out_of_range_are_named(complain, given, words):
+    """Catches torch's own error from the middle of sampling."""
+    assert words in complain("generate", "checkpoint=nothing", given)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [("dtype=fp16", "dtype=fp16: must be one of fp32, bf16"), ("output=", "output='': give a directory")],
+)
+def test_export_options_out_of_range_are_named(complain, given, words):
+    """Catches a type that nobody writes, and an output that is the present directory by accident."""
+    assert words in complain("export", "checkpoint=nothing", given)
+
+
+def test_export_refuses_what_it_must_not_replace(complain, run, place):
+    """Catches an export over a file or a foreign directory, named before any tensor is read."""
+    assert complain("export", f"checkpoint={run}", "output=book.txt").startswith("book.txt: can not be an output")
+    said = complain("export", f"checkpoint={run}", f"output={place}")
+    assert said.startswith(f"{place}: holds something that is not an export") and "output=" in said
+    assert "book.txt is not a directory" in complain("export", f"checkpoint={run}", "output=book.txt/hf")
+
+
+def test_a_model_without_its_tokenizer_is_named(complain, run):
+    """Catches a checkpoint copied out of its run, or a run whose tokenizer was deleted."""
+    for source in (run, run / "checkpoints/step-00000001"):
+        assert f"no tokenizer.model in {run}/tokenizer" in complain("export", f"checkpoint={source}")
+
+
+def test_a_damaged_checkpoint_is_named(complain, run):
+    """Catches a damaged file that is exported, or that ends in a traceback."""
+    checkpoint = run / "checkpoints/step-00000001"
+    (checkpoint / "state.json").write_text("{}")
+    for command in ("export", "generate"):
+        said = complain(command, f"checkpoint={checkpoint}")
+        assert said.startswith(f"checkpoint={checkpoint}: state.json has 2 bytes instead of")
+
+
+def test_a_checkpoint_of_another_program_is_named(complain, place):
+    """Catches a KeyError for a checkpoint that holds no model of ours."""
+    path = CheckpointStore(place / "checkpoints", 1).save(1, [("x", torch.zeros(1))], {})
+    for command in ("export", "generate"):
+        assert "was not written by a run of moe-lm" in complain(command, f"checkpoint={path}")
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"model_type": "llama"}', '{"model_type": "mixtral"}'])
+def test_a_hugging_face_directory_that_can_not_be_read_is_named(complain, place, content):
+    """Catches a traceback for a model of another kind."""
+    (place / "model").mkdir()
+    (place / "model/config.json").write_text(content)
+    assert complain("generate", "checkpoint=model").startswith("model/config.json: ")
+
+
+def test_a_relative_checkpoint_finds_its_run(run, monkeypatch, complain):
+    """Catches the parent of a relative path, which is not the directory above it."""
+    monkeypatch.chdir(run / "checkpoints/step-00000001")
+    assert f"no tokenizer.model in {run}/tokenizer" in complain("export", "checkpoint=.")
+    monkeypatch.chdir(run / "checkpoints")
+    assert f"no tokenizer.model in {run}/tokenizer" in complain("export", "checkpoint=step-00000001")
+
+
+def test_the_fixture_itself_is_valid(place):
+    """Catches a table of mistakes in which something else was wrong all along."""
+    loaded = load("pretrain", TEXT)
+    assert loaded.trainer.max_steps == 2 and loaded.data.paths == ["book.txt"]
+    assert (place / "book.txt").stat().st_size > 50_000

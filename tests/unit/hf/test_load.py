@@ -1,0 +1,231 @@
+"""Reading Hugging Face directories: everything accounted for, and each fault of the directory named."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import moe_lm.hf.export as export_module
+from moe_lm.errors import InputError
+from moe_lm.hf.load import load_config, load_model
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def directory(exporter) -> Path:
+    """An export of the small mixture."""
+    exporter()
+    return exporter.output
+
+
+@pytest.fixture
+def sharded(exporter, monkeypatch) -> Path:
+    """The same in several files."""
+    monkeypatch.setattr(export_module, "SHARD_BYTES", 3000)
+    exporter()
+    return exporter.output
+
+
+def _change_json(path: Path, **changes: object) -> None:
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in values.items() if value is not DROPPED}))
+
+
+DROPPED = object()
+
+
+def _change_weights(directory: Path, **changes: torch.Tensor | None) -> None:
+    weights = {**load_file(directory / SINGLE), **changes}
+    save_file({name: tensor for name, tensor in weights.items() if tensor is not None}, directory / SINGLE)
+
+
+def _refused(directory: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        load_model(directory, load_config(directory))
+    assert str(directory) in str(caught.value)
+    return str(caught.value)
+
+
+# What is good
+
+
+@pytest.mark.parametrize("family", ["mixture", "tied", "dense"])
+@pytest.mark.parametrize("shard_bytes", [3000, 10**9])
+def test_a_model_comes_back_bit_for_bit(exporter, monkeypatch, family, shard_bytes):
+    """Catches a parameter that is misplaced, left as it was, or a field of the configuration that is lost."""
+    monkeypatch.setattr(export_module, "SHARD_BYTES", shard_bytes)
+    model = exporter(family)
+    config = load_config(exporter.output)
+    for name in ("width_of_head", "rope_theta", "rms_norm_eps", "sliding_window", "tie_word_embeddings", "family"):
+        assert getattr(config, name) == getattr(model.config, name), name
+    loaded = dict(load_model(exporter.output, config).named_parameters())
+    assert loaded.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(loaded[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_a_tied_head_stays_tied_whatever_the_file_holds(exporter):
+    """Catches a tied model whose head becomes a matrix of its own, as some exporters write it twice."""
+    exporter("tied")
+    _change_weights(exporter.output, **{"lm_head.weight": torch.zeros(20, 16)})
+    model = load_model(exporter.output, load_config(exporter.output))
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.lm_head.weight.any()
+
+
+def test_older_configurations_are_read(directory):
+    """Catches the wrong rotary base for a checkpoint of transformers 4, where rope_theta is a field of its own."""
+    _change_json(directory / "config.json", rope_parameters=DROPPED, rope_theta=12345)
+    assert load_config(directory).rope_theta == 12345.0
+    _change_json(directory / "config.json", head_dim=DROPPED, tie_word_embeddings=DROPPED, sliding_window=DROPPED)
+    config = load_config(directory)
+    assert (config.width_of_head, config.tie_word_embeddings, config.sliding_window) == (4, False, None)
+
+
+def test_a_silent_mistral_has_its_window(exporter):
+    """Catches a window that is dropped: transformers takes 4096 where a Mistral configuration names none."""
+    exporter("dense")
+    assert load_config(exporter.output).sliding_window is None
+    _change_json(exporter.output / "config.json", sliding_window=DROPPED)
+    assert load_config(exporter.output).sliding_window == 4096
+
+
+# Tensors
+
+
+def test_a_missing_tensor_is_named(directory):
+    """Catches an expert left as uninitialised memory."""
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    _change_weights(directory, **{name: None})
+    assert _refused(directory).endswith(f"1 tensors are missing, the first is {name}.")
+
+
+def test_an_extra_tensor_is_named(directory):
+    """Catches weights that are silently ignored: a bias, another layer, another expert."""
+    name = "model.layers.0.self_attn.q_proj.bias"
+    _change_weights(directory, **{name: torch.zeros(16)})
+    assert f"the tensor {name} does not belong" in _refused(directory)
+
+
+def test_a_wrong_shape_is_named(directory):
+    """Catches a tensor that is broadcast or cut to fit."""
+    _change_weights(directory, **{"model.norm.weight": torch.ones(1)})
+    assert "model.norm.weight has shape [1], and config.json asks for [16]" in _refused(directory)
+
+
+def test_quantised_weights_are_refused(directory):
+    """Catches integers taken for weights."""
+    _change_weights(directory, **{"model.norm.weight": torch.ones(16, dtype=torch.int8)})
+    assert "model.norm.weight is torch.int8" in _refused(directory)
+
+
+def test_other_shapes_in_the_configuration_are_named(directory):
+    """Catches a configuration that does not fit the weights."""
+    _change_json(directory / "config.json", intermediate_size=24)
+    assert re.search(r"w\d\.weight has shape \[.*asks for \[", _refused(directory))
+    _change_json(directory / "config.json", intermediate_size=12, num_local_experts=4)
+    assert "6 tensors are missing, the first is model.layers.0.block_sparse_moe.experts.3.w1" in _refused(directory)
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../outside.safetensors", "/outside.safetensors", "sub/x.safetensors", "..", ".", "", "a\0.safetensors"),
+        *("a\\b.safetensors", "model.bin", "x.safetensors\n", 5, None, ["x"]),
+    ],
+    ids=repr,
+)
+def test_an_index_never_leads_out_of_the_directory(sharded, name):
+    """Catches weights read from anywhere on the machine: transformers itself follows such a path."""
+    index = json.loads((sharded / INDEX).read_text())
+    outside = sharded.parent / "outside.safetensors"
+    file = index["weight_map"]["model.norm.weight"]
+    outside.write_bytes((sharded / file).read_bytes())
+    index["weight_map"]["model.norm.weight"] = name
+    (sharded / INDEX).write_text(json.dumps(index))
+    assert f"{name!r} is not the name of a safetensors file in this directory" in _refused(sharded)
+
+
+def test_a_missing_or_damaged_shard_is_named(sharded):
+    """Catches a traceback for a download that did not finish."""
+    shards = sorted(sharded.glob("model-*.safetensors"))
+    shards[0].unlink()
+    assert shards[0].name in _refused(sharded)
+    shards[0].write_bytes(shards[1].read_bytes())
+    assert shards[0].name in _refused(sharded)  # the index says that it holds other tensors
+    shards[0].write_bytes(shards[1].read_bytes()[:50])
+    assert shards[0].name in _refused(sharded)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": null}'], ids=repr)
+def test_a_broken_index_is_named(sharded, content):
+    """Catches a traceback for an index that is no index."""
+    (sharded / INDEX).write_text(content)
+    assert INDEX in _refused(sharded)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04N.", b"version https://git-lfs.github.com/spec/v1\n"], ids=repr)
+def test_a_broken_weights_file_is_named(directory, content):
+    """Catches a traceback (or an unpickling) for a file that is empty, a pickle, or a pointer of Git LFS."""
+    (directory / SINGLE).write_bytes(content)
+    assert f"{SINGLE}: can not be read" in _refused(directory)
+    (directory / SINGLE).unlink()
+    assert f"{SINGLE}: can not be read" in _refused(directory)
+
+
+# Configuration
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b"\x80\x04N."], ids=lambda c: repr(c[:9])
+)
+def test_a_broken_configuration_is_named(directory, content):
+    """Catches a traceback for a config.json that is no JSON object."""
+    (directory / "config.json").write_bytes(content)
+    assert "config.json" in _refused(directory)
+
+
+def test_a_missing_configuration_is_named(directory):
+    """Catches a traceback for a directory that is no model."""
+    (directory / "config.json").unlink()
+    assert "config.json: can not be read" in _refused(directory)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "llama"}, "model_type='llama' is not supported; mixtral and mistral are"),
+        ({"model_type": DROPPED}, "model_type=None is not supported"),
+        ({"model_type": ["mixtral"]}, "is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling is not supported"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling is not supported"),
+        ({"rope_parameters": {"rope_type": "default"}}, "rope_theta is missing"),
+        ({"rope_parameters": DROPPED}, "rope_theta is missing"),
+        ({"rope_parameters": [1]}, "rope_parameters=[1] is not a JSON object"),
+        ({"num_local_experts": DROPPED}, "num_local_experts is missing"),
+        ({"num_experts_per_tok": None}, "num_experts_per_tok is missing"),
+        ({"num_experts_per_tok": 4}, "model.num_experts_per_tok=4: must be at most model.num_experts=3"),
+        ({"hidden_size": DROPPED}, "hidden_size is missing"),
+        ({"num_key_value_heads": DROPPED}, "num_key_value_heads is missing"),
+        ({"rms_norm_eps": DROPPED}, "rms_norm_eps is missing"),
+        ({"hidden_size": "16"}, "hidden_size='16' is not of type int"),
+        ({"hidden_size": 16.0}, "hidden_size=16.0 is not of type int"),
+        ({"hidden_size": True}, "hidden_size=True is not of type int"),
+        ({"hidden_size": 0}, "model.hidden_size=0: must be at least 1"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false' is not of type bool"),
+        ({"num_key_value_heads": 3}, "must be a multiple of model.num_key_value_heads=3"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_can_not_be_followed_is_refused(directory, changes, words):
+    """Catches a traceback, or a model built on a default that the file did not mean."""
+    _change_json(directory / "config.json", **changes)
+    message = _refused(directory)
+    assert words in message and "config.json" in message

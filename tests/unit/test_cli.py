@@ -1,0 +1,132 @@
+"""The command line: help that is complete and quick, and commands that are found or suggested."""
+
+import subprocess
+import sys
+import typing
+
+import pytest
+
+from moe_lm import cli
+from moe_lm.commands.help import describe, field_documentation
+from moe_lm.config import SCHEMAS, field_names, field_types, group_choices, load_values
+
+HEAVY = ("torch", "hydra", "omegaconf", "transformers", "accelerate", "datasets", "wandb", "numpy", "yaml")
+
+
+def _loaded_by(*arguments: str) -> set[str]:
+    """Names of all modules that a fresh process has imported after a command."""
+    code = (
+        "import sys; from moe_lm.cli import main; code = main(sys.argv[1:]); "
+        "print('MODULES', *sys.modules); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    return set(done.stdout.rpartition("MODULES")[2].split())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], [], ["--version"]], ids=str)
+def test_help_imports_nothing_heavy(arguments):
+    """Catches an import at the top of a module that makes `moe-lm --help` take seconds."""
+    assert not _loaded_by(*arguments) & set(HEAVY)
+
+
+def test_help_of_a_command_does_without_torch():
+    """Catches a configuration that drags torch in: help needs the fields, not the model."""
+    assert "torch" not in _loaded_by("pretrain", "--help")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]], ids=str)
+def test_help_lists_every_command_with_its_job(arguments, capsys):
+    """Catches a command that nobody can find."""
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    for command, job in cli.COMMANDS.items():
+        assert any(command in line.split() and job in line for line in out.splitlines())
+    assert "75 stopped" in out
+
+
+def test_commands_have_schemas_and_modules():
+    """Catches a command of the list that can not run."""
+    assert cli.COMMANDS.keys() == SCHEMAS.keys()
+
+
+@pytest.mark.parametrize("command", list(SCHEMAS))
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_of_a_command_lists_every_field_with_its_meaning(command, flag, capsys):
+    """Catches a field without documentation, or one that `--help` leaves out."""
+    assert cli.main([command, flag]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in field_names(SCHEMAS[command]):
+        places = [i for i, line in enumerate(lines) if line.startswith(f"  {name}=")]
+        assert len(places) == 1, name
+        meaning = lines[places[0] + 1]
+        assert meaning.startswith("      ") and len(meaning.split()) >= 2, name
+    for group, choices in group_choices(command).items():
+        assert f"  {group}={'|'.join(choices)}" in lines
+
+
+@pytest.mark.parametrize("command", list(SCHEMAS))
+def test_every_field_and_section_is_documented(command):
+    """Catches a docstring that stands under the wrong field or none, and choices that are not named."""
+    described = list(describe(SCHEMAS[command], load_values(command, [])))
+    assert [name for name, value, _ in described if value is not None] == field_names(SCHEMAS[command])
+    kinds = field_types(SCHEMAS[command])
+    for name, _, meaning in described:
+        assert len(meaning) > 10 and "\n\n" not in meaning, name
+        for choice in getattr(kinds.get(name), "__members__", ()):
+            assert choice in meaning, (name, choice)
+    meanings = [meaning for _, value, meaning in described if value is not None]
+    assert len(set(meanings)) == len(meanings)
+
+
+def test_documentation_is_that_of_the_field_above_it():
+    """Catches a reader that gives a field the next one's text."""
+    documentation = field_documentation(SCHEMAS["generate"])
+    assert documentation["prompt"] == "Text to continue." and documentation["seed"] == "Seed of the sampling."
+
+
+def test_help_shows_the_values_that_would_hold(capsys):
+    """Catches help that shows defaults of the schema instead of those of the experiment and the options given."""
+    assert cli.main(["pretrain", "--help", "experiment=mixtral_8x7b", "trainer.max_steps=7", "run_name=x"]) == 0
+    out = capsys.readouterr().out
+    assert "  model.hidden_size=4096\n" in out and "  trainer.max_steps=7\n" in out and "  run_name=x\n" in out
+    assert "under experiment=mixtral_8x7b trainer.max_steps=7 run_name=x" in out
+    assert cli.main(["pretrain", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "  model.hidden_size=256\n" in out and "  model.vocab_size=4096\n" in out  # an interpolation, resolved
+    assert "  model.sliding_window=null\n" in out and "  tracker.name=none\n" in out
+
+
+def test_version_is_that_of_the_package(capsys):
+    """Catches a version that is written down twice."""
+    import importlib.metadata
+
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"moe-lm {importlib.metadata.version('moe-lm')}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("pretrian", "did you mean 'pretrain'?"),
+        ("Export", "did you mean 'export'?"),
+        ("generat", "did you mean 'generate'?"),
+        ("xyz", "choose from pretrain, export, generate"),
+        ("", "choose from"),
+        ("--hlep", "choose from"),
+        ("trainer.max_steps=3", "choose from"),
+    ],
+)
+def test_unknown_commands_get_a_suggestion(command, words, capsys):
+    """Catches a traceback, or no hint, for a misspelt command."""
+    assert cli.main([command, "--help"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and len(captured.err.splitlines()) == 1
+    assert captured.err.startswith(f"moe-lm: {command!r} is not a command; ") and words in captured.err
+
+
+def test_the_process_exits_with_the_codes_of_the_contract():
+    """Catches a module entry that swallows the return value, as `python -m moe_lm` or through `main()` itself."""
+    run: typing.Any = lambda *a: subprocess.run([sys.executable, "-m", "moe_lm", *a], capture_output=True, text=True)  # noqa: E731
+    assert run("--help").returncode == 0
+    wrong = run("pretrian")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("moe-lm: ") and "Traceback" not in wrong.stderr

@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 
-from moe_lm.errors import InputError
+from moe_lm.errors import InputError, RunError
 
 COMMANDS = {
     "pretrain": "train a model from scratch, or go on with a run; evaluates and exports at the end",
@@ -41,9 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         return _run(command, rest)
-    except InputError as error:
+    except (InputError, RunError) as error:
         print("moe-lm:", *str(error).splitlines(), file=sys.stderr)  # one line, whatever the user's values hold
-        return 2
+        return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         print(
             "\nmoe-lm: interrupted; a training run goes on from its newest checkpoint by the same command",

@@ -16,7 +16,6 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationValidationError, OmegaConfBaseException
@@ -130,40 +129,58 @@ def _groups(command: str) -> list[str]:
     return sorted(p.name for p in config_directory().iterdir() if p.is_dir())
 
 
-def _parse(command: str, arguments: list[str]) -> tuple[list[str], list[Override]]:
+class _Given(typing.NamedTuple):
+    """One option as it was given."""
+
+    argument: str
+    name: str
+    value: Any
+
+
+def _parse(command: str, arguments: list[str]) -> tuple[list[str], list[_Given]]:
     """Split overrides into group choices, checked against the groups' files, and values of fields that exist.
 
     Of an option given twice the last counts, so that scripts can append to a list of options.
     """
-    choices, names = group_choices(command), field_names(SCHEMAS[command])
-    given: dict[str, Override] = {}
+    choices, kinds = group_choices(command), field_types(SCHEMAS[command])
+    given: dict[str, _Given] = {}
     for argument in arguments:
-        key, equals, _ = argument.partition("=")
+        key, equals, text = argument.partition("=")
         name = key.lstrip("+~")
         if key.startswith("-") or not (equals or key.startswith("~")):
             raise InputError(f"{argument!r}: options are written NAME=VALUE; `moe-lm {command} --help` lists them.")
-        if name not in names and name not in choices:
-            raise InputError(f"{argument}: there is no option {name!r}{_nearest(name, [*names, *choices])}")
-        override = _parse_one(argument)
-        if override.is_delete():
+        if name not in kinds and name not in choices:
+            raise InputError(f"{argument}: there is no option {name!r}{_nearest(name, [*kinds, *choices])}")
+        if key.startswith("~"):
             raise InputError(f"{argument}: only NAME=VALUE sets a value.")
-        if override.is_sweep_override():
-            raise InputError(f"{argument}: a command runs one configuration; start one process for each value.")
-        if name in choices and override.value() not in choices[name]:
-            offered = ", ".join(choices[name])
-            raise InputError(f"{argument}: there is no such {name}; choose from {offered}.")
-        given[name] = override
-    groups = [f"{name}={override.value()}" for name, override in given.items() if name in choices]
-    return groups, [override for name, override in given.items() if name not in choices]
+        is_text = kinds.get(name) in (str, str | None)
+        value = _unquoted(text, kinds[name]) if is_text else _parse_value(argument)
+        if name in choices and value not in choices[name]:
+            raise InputError(f"{argument}: there is no such {name}; choose from {', '.join(choices[name])}.")
+        given[name] = _Given(argument, name, value)
+    groups = [f"{name}={one.value}" for name, one in given.items() if name in choices]
+    return groups, [one for name, one in given.items() if name not in choices]
 
 
-def _parse_one(argument: str) -> Override:
+def _unquoted(text: str, kind: Any) -> str | None:
+    """Text as it stands, so that a prompt may hold commas and brackets; one pair of quotes around it falls away."""
+    if text == "null" and kind is not str:
+        return None
+    quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if quoted else text
+
+
+def _parse_value(argument: str) -> Any:
+    """The value by Hydra's grammar: numbers, true, null, [lists]."""
     try:
-        return OverridesParser.create().parse_override(argument)
+        override = OverridesParser.create().parse_override(argument)
     except HydraException as error:
         key, _, value = argument.partition("=")
         quoted = value.replace('"', '\\"')
         raise InputError(f"{argument}: can not be parsed; quote the value, as in '{key}=\"{quoted}\"'.") from error
+    if override.is_sweep_override():
+        raise InputError(f"{argument}: a command runs one configuration; start one process for each value.")
+    return override.value()
 
 
 def _merge(command: str, arguments: list[str]) -> Any:
@@ -175,14 +192,13 @@ def _merge(command: str, arguments: list[str]) -> Any:
         merged = OmegaConf.merge(OmegaConf.structured(schema), _compose(command, groups))
     except OmegaConfBaseException as error:
         raise InputError(_readable(error)) from error
-    for override in values:
-        name, value = override.key_or_group, override.value()
+    for argument, name, value in values:
         if isinstance(value, str) and typing.get_origin(kinds[name]) is list:
             value = [value]  # data.paths=book.txt means the list of one
         try:
             OmegaConf.update(merged, name, value)
         except OmegaConfBaseException as error:
-            raise InputError(f"{override.input_line}: must be {_expected(kinds[name])}.") from error
+            raise InputError(f"{argument}: must be {_expected(kinds[name])}.") from error
     return merged
 
 

@@ -113,6 +113,11 @@ def _resume(training: Run, say: Say) -> bool:
     """Load the newest good checkpoint, if there is one; false when nothing is left to do."""
     checkpoint = training.store.newest(refused=lambda reason: say(f"refused checkpoint {reason}"))
     if checkpoint is None:
+        if training.store.paths():
+            raise InputError(
+                f"{training.store.directory}: none of its checkpoints can be trusted; bring a good copy back, or give "
+                "another run_name= to start anew."
+            )
         return True
     max_steps = training.config.trainer.max_steps
     if checkpoint.step == max_steps and (training.directory / "state.json").exists():

@@ -98,7 +98,8 @@ class ModelConfig:
                 self.hidden_size % self.num_attention_heads == 0,
                 f"must be a multiple of model.num_attention_heads={self.num_attention_heads}, or set model.head_dim",
             )
-        _require(self, "head_dim", self.width_of_head % 2 == 0, f"must be even, and is {self.width_of_head}")
+        width = self.width_of_head
+        _require(self, "head_dim", width > 0 and width % 2 == 0, f"must be even and positive, and is {width}")
         _require(
             self,
             "num_experts_per_tok",

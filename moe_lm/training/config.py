@@ -212,6 +212,11 @@ class RunConfig:
             )
         if self.seed < 0:
             raise InputError(f"seed={self.seed}: must not be negative.")
+        if self.tokenizer.path is None and self.tokenizer.vocab_size > self.model.vocab_size:
+            raise InputError(
+                f"model.vocab_size={self.model.vocab_size}: must be at least tokenizer.vocab_size="
+                f"{self.tokenizer.vocab_size}."
+            )
         if self.data.sequence_length > self.model.max_position_embeddings:
             raise InputError(
                 f"data.sequence_length={self.data.sequence_length}: must be at most "

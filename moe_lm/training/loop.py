@@ -1,6 +1,7 @@
 """The training loop."""
 
 from moe_lm.data.loader import validation_batches
+from moe_lm.errors import RunError
 from moe_lm.evaluation.bits_per_byte import bits_per_byte
 from moe_lm.training.run import Run
 from moe_lm.training.schedule import is_due, learning_rate_factor
@@ -8,10 +9,6 @@ from moe_lm.training.step import next_load, train_step
 from moe_lm.training.telemetry import Telemetry
 
 MAX_SKIPPED_IN_A_ROW = 10
-
-
-class DivergedError(RuntimeError):
-    """Loss or gradient stayed non-finite."""
 
 
 def train(run: Run) -> float:
@@ -30,7 +27,7 @@ def train(run: Run) -> float:
             telemetry.step(result, batch.num_routed_tokens, factor * config.optimizer.learning_rate)
             skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
             if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-                raise DivergedError(
+                raise RunError(
                     f"loss or gradient was not finite {skipped_in_a_row} times in a row, last at step {progress.step}: "
                     "lower optimizer.learning_rate, lengthen schedule.warmup_steps, or try trainer.precision=fp32."
                 )

@@ -166,9 +166,7 @@ def _write_tensors(directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> di
     index: dict[str, Any] = {}
     for number, batch in enumerate(_batches(tensors)):
         name = f"tensors-{number:05d}.safetensors"
-        save_file(batch, directory / name)
-        with open(directory / name, "rb") as file:
-            os.fsync(file.fileno())
+        write_safetensors(batch, directory / name)
         for key, tensor in batch.items():
             assert key not in index, key
             shape = list(tensor.shape)
@@ -264,6 +262,16 @@ def _write_json(path: Path, value: Any) -> None:
     with open(path, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
         file.flush()
+        os.fsync(file.fileno())
+
+
+def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a durable safetensors file, readable by whom the user's umask says (the library makes it private)."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+    with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 

@@ -169,10 +169,12 @@ def _expand(patterns: Iterable[str], field_name: str, source: DataSource) -> lis
         if path.is_file():
             matches = [path]
         elif path.is_dir():
-            wanted = "**/*.jsonl" if source is DataSource.jsonl else "**/*"
-            matches = _files(str(Path(glob.escape(str(path))) / wanted))
+            ending = ".jsonl" if source is DataSource.jsonl else ""
+            matches = _files(str(Path(glob.escape(str(path))) / f"**/*{ending}"))
             if not matches:
-                raise InputError(f"{field_name}: the directory '{pattern}' holds no {wanted[3:]} files.")
+                raise InputError(
+                    f"{field_name}: the directory '{pattern}' holds no {ending + ' ' if ending else ''}files."
+                )
         elif glob.has_magic(pattern):
             matches = _files(str(path))
             if not matches:

@@ -7,10 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from moe_lm.checkpoint.store import sync_directory
+from moe_lm.checkpoint.store import sync_directory, write_safetensors
 from moe_lm.errors import InputError
 from moe_lm.hf.layout import model_type, to_disk, to_hf_config
 from moe_lm.model.config import ModelConfig
@@ -109,7 +108,7 @@ def _write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], dtype
 
     def close() -> None:
         nonlocal batch, size
-        save_file(batch, directory / f"{len(shards):05d}.part", metadata={"format": "pt"})
+        write_safetensors(batch, directory / f"{len(shards):05d}.part")
         shards.append(list(batch))
         batch, size = {}, 0
 

@@ -128,10 +128,14 @@ class Display:
             self._progress.update(self._task, completed=step, description=text)
             return
         now = time.monotonic()
-        if self._shown and (step == self._first_step + 1 or now - self._last_line >= self.SECONDS_BETWEEN_LINES):
+        if step == self._first_step + 1:
+            # The first step sets kernels up and takes several times as long: no time left is foretold from it.
+            self._start = self._last_line = now
+            self.line(f"step {step}/{self._max_steps}  {text}")
+        elif now - self._last_line >= self.SECONDS_BETWEEN_LINES:
             self._last_line = now
-            left = (now - self._start) / (step - self._first_step) * (self._max_steps - step)
-            self._console.print(f"step {step}/{self._max_steps}  {text}  {left:.0f} s left", soft_wrap=True)
+            left = (now - self._start) / (step - self._first_step - 1) * (self._max_steps - step)
+            self.line(f"step {step}/{self._max_steps}  {text}  {left:.0f} s left")
 
     def line(self, text: str) -> None:
         """Print a line that stays."""

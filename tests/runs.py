@@ -25,6 +25,7 @@ TINY = [
     "trainer.eval_interval=5",
     "trainer.eval_sequences=8",
     "schedule.warmup_steps=2",
+    "optimizer.learning_rate=0.002",
     "checkpoint.interval=4",
     "finish.sample_tokens=5",
 ]

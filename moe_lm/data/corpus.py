@@ -173,7 +173,7 @@ def _expand(patterns: Iterable[str], field_name: str, source: DataSource) -> lis
             matches = _files(str(Path(glob.escape(str(path))) / f"**/*{ending}"))
             if not matches:
                 raise InputError(
-                    f"{field_name}: the directory '{pattern}' holds no {ending + ' ' if ending else ''}files."
+                    f"{field_name}: the directory '{pattern}' holds no {f'{ending} files' if ending else 'file'}."
                 )
         elif glob.has_magic(pattern):
             matches = _files(str(path))

@@ -329,7 +329,7 @@ def test_of_an_option_given_twice_the_last_counts(complain):
         (['data.paths="no\nsuch"'], ["data.paths", "'no such'", "does not exist"]),
         (["data=jsonl", "data.paths=broken.jsonl"], ["broken.jsonl, line 2", "not valid JSON"]),
         (["data=jsonl", "data.paths=other.jsonl"], ["other.jsonl, line 1", "'text'", "body"]),
-        (["data=jsonl", "data.paths=nothing"], ["data.paths", "'nothing'", "*.jsonl"]),
+        (["data=jsonl", "data.paths=nothing"], ["data.paths", "'nothing'", "no .jsonl files"]),
         (["data.validation_paths=nope.txt"], ["data.validation_paths", "'nope.txt'", "does not exist"]),
         (["data.validation_paths=book.txt"], ["data.paths=['book.txt']", "no text left"]),
         (["tokenizer.vocab_size=500000"], ["tokenizer.vocab_size=500000", "the largest that works is"]),
@@ -399,7 +399,7 @@ def test_a_run_of_another_configuration_names_the_fields(complain, run):
     said = complain("pretrain", *TEXT, "optimizer.learning_rate=0.5", "model.num_experts=4", "data.paths=[empty.txt]")
     assert said.startswith("runs/stdlib was started with another configuration: ")
     for change in (
-        "optimizer.learning_rate=0.002 → 0.5",
+        "optimizer.learning_rate=0.003 → 0.5",
         "model.num_experts=8 → 4",
         "data.paths=['book.txt'] → ['empty.txt']",
     ):

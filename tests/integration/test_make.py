@@ -29,7 +29,7 @@ def _make(checkout: Path, *targets: str) -> list[str]:
     """Run make; return the commands that it gave to Python since the last call."""
     log = checkout / "log"
     log.write_text("")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k != "ARGS"}
     command = ["make", f"PYTHON={checkout / 'python-stand-in'}", *targets]
     subprocess.run(command, cwd=checkout, check=True, capture_output=True, env=environment)
     return log.read_text().splitlines()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,27 @@ def test_a_killed_run_goes_on_bit_for_bit(finished):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     exports = [d / "hf/model.safetensors" for d in (run, whole)]
     assert len({hashlib.sha256(e.read_bytes()).hexdigest() for e in exports}) == 1
+
+
+def test_going_on_in_bf16_is_exact_too(finished):
+    """Catches a low-precision twin that is not refreshed from the loaded masters: AdamW, accumulation, tied embeddings."""
+    directory, options, _ = finished
+    other = [
+        "trainer.precision=bf16",
+        "optimizer=adamw",
+        "trainer.micro_batch_size=4",
+        "model.tie_word_embeddings=true",
+    ]
+    command = [*options, *other, "trainer.max_steps=8", "run_name=bf16", "finish.export=false"]
+    moe_lm(*command, cwd=directory)
+    run = directory / "runs/bf16"
+    losses, tensors = metrics(run), final_tensors(run)
+    shutil.rmtree(run / "checkpoints/step-00000008")
+    (run / "state.json").unlink()
+    assert "step 4 of 8" in moe_lm(*command, cwd=directory).stdout
+    again = final_tensors(run)
+    assert metrics(run) == losses
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
 
 
 def test_a_damaged_checkpoint_is_passed_over(finished):

@@ -42,7 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _run(command, rest)
     except (InputError, RunError) as error:
-        print("moe-lm:", *str(error).splitlines(), file=sys.stderr)  # one line, whatever the user's values hold
+        rank = os.environ.get("RANK", "0")  # under a launcher every process meets the mistake
+        name = "moe-lm:" if rank == "0" else f"moe-lm (rank {rank}):"
+        print(name, *str(error).splitlines(), file=sys.stderr)  # one line, whatever the user's values hold
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         print(
@@ -73,7 +75,7 @@ def _run(command: str, arguments: list[str]) -> int:
     if any(a in ("-h", "--help") for a in arguments):
         from moe_lm.commands.help import print_help
 
-        print_help(command, [a for a in arguments if a not in ("-h", "--help")])
+        print_help(command, COMMANDS[command], [a for a in arguments if a not in ("-h", "--help")])
         return 0
     wait_briefly_for_threads()
     from moe_lm.config import load

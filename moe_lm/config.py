@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import enum
 import math
+import re
 import types
 import typing
 from pathlib import Path
@@ -22,6 +23,7 @@ from omegaconf.errors import InterpolationValidationError, OmegaConfBaseExceptio
 
 from moe_lm.commands.config import ExportConfig, GenerateConfig
 from moe_lm.errors import InputError
+from moe_lm.files import write_atomically
 from moe_lm.training.config import RunConfig
 
 SCHEMAS: dict[str, type] = {"pretrain": RunConfig, "export": ExportConfig, "generate": GenerateConfig}
@@ -78,9 +80,7 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 def save(config: Any, path: Path) -> None:
     """Write a configuration as YAML, whole or not at all."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(to_plain(config))), encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(to_plain(config))).encode())
 
 
 def load_saved(schema: type, path: Path) -> Any:
@@ -140,6 +140,7 @@ class _Given(typing.NamedTuple):
 def _parse(command: str, arguments: list[str]) -> tuple[list[str], list[_Given]]:
     """Split overrides into group choices, checked against the groups' files, and values of fields that exist.
 
+    Fields of text take what is given as it stands, so that a prompt may hold commas, brackets and quotes.
     Of an option given twice the last counts, so that scripts can append to a list of options.
     """
     choices, kinds = group_choices(command), field_types(SCHEMAS[command])
@@ -153,21 +154,15 @@ def _parse(command: str, arguments: list[str]) -> tuple[list[str], list[_Given]]
             raise InputError(f"{argument}: there is no option {name!r}{_nearest(name, [*kinds, *choices])}")
         if key.startswith("~"):
             raise InputError(f"{argument}: only NAME=VALUE sets a value.")
-        is_text = kinds.get(name) in (str, str | None)
-        value = _unquoted(text, kinds[name]) if is_text else _parse_value(argument)
+        if kinds.get(name) in (str, str | None):
+            value = None if text == "null" and kinds[name] is not str else text
+        else:
+            value = _parse_value(argument)
         if name in choices and value not in choices[name]:
             raise InputError(f"{argument}: there is no such {name}; choose from {', '.join(choices[name])}.")
         given[name] = _Given(argument, name, value)
     groups = [f"{name}={one.value}" for name, one in given.items() if name in choices]
     return groups, [one for name, one in given.items() if name not in choices]
-
-
-def _unquoted(text: str, kind: Any) -> str | None:
-    """Text as it stands, so that a prompt may hold commas and brackets; one pair of quotes around it falls away."""
-    if text == "null" and kind is not str:
-        return None
-    quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
-    return text[1:-1] if quoted else text
 
 
 def _parse_value(argument: str) -> Any:
@@ -195,11 +190,18 @@ def _merge(command: str, arguments: list[str]) -> Any:
     for argument, name, value in values:
         if isinstance(value, str) and typing.get_origin(kinds[name]) is list:
             value = [value]  # data.paths=book.txt means the list of one
+        if isinstance(value, str) and kinds[name] in (str, str | None):
+            value = _escaped(value)
         try:
             OmegaConf.update(merged, name, value)
         except OmegaConfBaseException as error:
             raise InputError(f"{argument}: must be {_expected(kinds[name])}.") from error
     return merged
+
+
+def _escaped(text: str) -> str:
+    """Text that OmegaConf gives back as it stands: `${` would be an interpolation."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def _compose(command: str, groups: list[str]) -> DictConfig:

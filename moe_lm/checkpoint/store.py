@@ -11,7 +11,6 @@ The store knows tensors and JSON, not models: names, prefixes and their meaning 
 """
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import math
@@ -19,7 +18,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from moe_lm.errors import RunError
+from moe_lm.files import sha256, sync_directory, write_atomically, write_json
 
 FILE_BYTES = 2 * 2**30
 """Tensors are spread over files of about this size."""
@@ -36,7 +38,7 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TEMPORARY = ".tmp-"
 
 
-class CheckpointError(Exception):
+class CheckpointError(RunError):
     """A checkpoint that can not be trusted; the message says which file and why."""
 
 
@@ -103,6 +105,19 @@ class Checkpoint:
             raise CheckpointError(f"{name} can not be read: {error}") from error
         return whole
 
+    @torch.no_grad()
+    def fill(self, prefix: str, targets: Mapping[str, Tensor]) -> None:
+        """Copy the tensors named `prefix` + name into `targets`, in place; names and shapes must be the same."""
+        here, wanted = {name.removeprefix(prefix) for name in self.names(prefix)}, set(targets)
+        if here != wanted:
+            raise CheckpointError(f"{self.path}: {min(here ^ wanted)} is only in the checkpoint, or only in the model")
+        for name, target in targets.items():
+            source = self.tensor(prefix + name)
+            if source.shape != target.shape:
+                shapes = f"{list(source.shape)}, the model's {list(target.shape)}"
+                raise CheckpointError(f"{self.path}: {name} has shape {shapes}")
+            target.copy_(source)
+
     def _piece(self, name: str, entry: _Entry, part: _Slice) -> Tensor:
         with safe_open(self.path / part.file, framework="pt") as file:
             piece = file.get_tensor(part.key)
@@ -131,11 +146,11 @@ class CheckpointStore:
         final = self.directory / f"step-{step:08d}"
         temporary = self.directory / f"{_TEMPORARY}{final.name}"
         temporary.mkdir()
-        _write_json(temporary / "index.json", {"tensors": _write_tensors(temporary, tensors)})
-        _write_json(temporary / "state.json", state)
-        manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
-        _write_json(temporary / "manifest.json", manifest)
-        _write_json(temporary / "COMPLETE", {"manifest_sha256": _sha256(temporary / "manifest.json")})
+        write_json(temporary / "index.json", {"tensors": _write_tensors(temporary, tensors)})
+        write_json(temporary / "state.json", state)
+        manifest = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(temporary.iterdir())}
+        write_json(temporary / "manifest.json", manifest)
+        write_atomically(temporary / "COMPLETE", _completion_mark(temporary))
         sync_directory(temporary)
         if final.exists():
             # Only a checkpoint that failed verification can stand here: the run went on from an older one.
@@ -189,10 +204,13 @@ def _batches(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor
         yield batch
 
 
+def _completion_mark(path: Path) -> bytes:
+    return f"{sha256(path / 'manifest.json')}\n".encode()
+
+
 def _verify(path: Path) -> set[str]:
     """Compare every file with the manifest, and the manifest with the completion mark; the names of the files."""
-    manifest_sha256 = _read_object(path / "COMPLETE")["manifest_sha256"]
-    if _sha256(path / "manifest.json") != manifest_sha256:
+    if (path / "COMPLETE").read_bytes() != _completion_mark(path):
         raise CheckpointError("manifest.json is not the one that COMPLETE was written for")
     manifest = _read_object(path / "manifest.json")
     for name, expected in manifest.items():
@@ -203,7 +221,7 @@ def _verify(path: Path) -> set[str]:
             raise CheckpointError(f"{name} is not a plain file")
         if status.st_size != expected["bytes"]:
             raise CheckpointError(f"{name} has {status.st_size} bytes instead of {expected['bytes']}")
-        if _sha256(path / name) != expected["sha256"]:
+        if sha256(path / name) != expected["sha256"]:
             raise CheckpointError(f"{name} does not have the content it was written with (SHA-256 differs)")
     if missing := {"index.json", "state.json"} - manifest.keys():
         raise CheckpointError(f"manifest.json does not name {min(missing)}")
@@ -243,11 +261,6 @@ def _step_of(path: Path) -> int:
     return int(match[1])
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
@@ -258,13 +271,6 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _write_json(path: Path, value: Any) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a durable safetensors file, readable by whom the user's umask says (the library makes it private)."""
     save_file(tensors, path, metadata={"format": "pt"})
@@ -273,12 +279,3 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
     path.chmod(0o666 & ~umask)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

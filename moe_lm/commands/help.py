@@ -11,14 +11,13 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from moe_lm import cli
 from moe_lm.config import SCHEMAS, group_choices, load_values, written
 
 
-def print_help(command: str, arguments: list[str]) -> None:
+def print_help(command: str, summary: str, arguments: list[str]) -> None:
     """Print the options of a command as they stand after `arguments` (say `experiment=mixtral_8x7b`)."""
     width = min(shutil.get_terminal_size((110, 24)).columns, 120)
-    print(f"usage: moe-lm {command} [NAME=VALUE ...]\n\n{cli.COMMANDS[command]}")
+    print(f"usage: moe-lm {command} [NAME=VALUE ...]\n\n{summary}")
     if choices := group_choices(command):
         print("\ngroups, each choice a file of settings:")
         for group, names in choices.items():

@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_lm.checkpoint.store import Checkpoint, CheckpointError, CheckpointStore
 from moe_lm.config import to_dataclass
 from moe_lm.data.tokenizer import MODEL_FILE, Tokenizer
+from moe_lm.data.tokenizer_export import save_tokenizer_files
 from moe_lm.errors import InputError
 from moe_lm.hf.export import export
 from moe_lm.hf.load import load_config, load_model
@@ -68,11 +69,7 @@ def open_model(path: Path, device: torch.device) -> tuple[CausalLM, Tokenizer]:
     else:
         source = open_native(path)
         model, tokenizer_directory = CausalLM(source.config), source.tokenizer_directory
-        parameters = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, tensor in source.parameters():
-                parameters.pop(name).copy_(tensor)
-        assert not parameters, f"the checkpoint lacks {sorted(parameters)}"
+        source.checkpoint.fill("model/", dict(model.named_parameters()))
     tokenizer = open_tokenizer(tokenizer_directory)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(
@@ -98,8 +95,12 @@ def write_export(
 ) -> None:
     """Export with the control ids of the tokenizer in `tokenizer_directory`."""
     tokenizer = open_tokenizer(tokenizer_directory)
+
+    def write_tokenizer(directory: Path) -> None:
+        save_tokenizer_files(tokenizer, directory, config.max_position_embeddings)
+
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    export(config, parameters, tokenizer_directory, ids, output, dtype)
+    export(config, parameters, write_tokenizer, ids, output, dtype)
 
 
 def _require_directory(path: Path) -> None:

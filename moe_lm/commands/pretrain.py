@@ -1,24 +1,27 @@
 """`moe-lm pretrain`: prepare the data, train, evaluate, sample, export, and say where everything is."""
 
 import contextlib
+import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+from moe_lm import cli
 from moe_lm.checkpoint.store import Checkpoint, CheckpointStore
 from moe_lm.commands.model_source import write_export
 from moe_lm.config import differences, load_saved, save
-from moe_lm.data.files import write_json
 from moe_lm.data.loader import validate_batch_sizes
 from moe_lm.data.prepare import PreparedData, prepare
 from moe_lm.errors import InputError
 from moe_lm.evaluation.compressors import document_bytes, gzip_bits_per_byte, xz_bits_per_byte
 from moe_lm.evaluation.generation import generate
+from moe_lm.files import write_json
 from moe_lm.hf.export import check_output
 from moe_lm.model.accounting import count_parameters
-from moe_lm.parallel.runtime import Runtime, launched_rank, launched_world_size
+from moe_lm.parallel.runtime import Runtime, launched_world_size
 from moe_lm.training.config import ResumePolicy, RunConfig, TrackerName
 from moe_lm.training.loop import train
 from moe_lm.training.run import Run
@@ -28,42 +31,41 @@ Say = Callable[[str], None]
 CONFIG_FILE = "config.yaml"
 """The fully resolved configuration, in the run's directory."""
 
+STATE_FILE = "state.json"
+"""How the run stands or ended, in the run's directory."""
+
 
 def run(config: RunConfig) -> int:
     """Start a run, go on with it, or say that it is finished."""
     start = time.monotonic()
     directory = Path(config.output_dir) / config.run_name
     validate_batch_sizes(config.trainer.global_batch_size, config.trainer.micro_batch_size, launched_world_size())
-    with contextlib.ExitStack() as stack:
-        with _nothing_left_by_bad_input(directory):
-            if launched_rank() == 0:
-                _open_directory(config, directory)
-            runtime = Runtime(config.trainer.device.value, None if config.tracker.name is TrackerName.none else "wandb")
-            stack.callback(runtime.close)
+    runtime = Runtime(config.trainer.device.value, None if config.tracker.name is TrackerName.none else "wandb")
 
-            def say(text: str) -> None:
-                if runtime.is_main:
-                    print(text, flush=True)
+    def say(text: str) -> None:
+        if runtime.is_main:
+            print(text, flush=True)
 
-            data = _prepare(config, directory, runtime, say)
-            training = Run(config, runtime, data, directory)
+    with contextlib.closing(runtime):
+        with _nothing_left_by_bad_input(directory, runtime):
+            runtime.on_main(lambda: _open_directory(config, directory))
+            training = Run(config, runtime, _prepare(config, directory, runtime, say), directory)
         if _resume(training, say):
             count, dtype = count_parameters(config.model), str(training.compute.dtype).removeprefix("torch.")
             say(
                 f"{count.total / 1e6:.1f} M parameters, {count.active / 1e6:.1f} M active per token; computing in "
                 f"{dtype} on {runtime.world_size} x {runtime.device.type}; ready after {time.monotonic() - start:.0f} s"
             )
-            final = train(training)
-            if runtime.is_main:
-                _finish(training, final, say)
-            runtime.barrier()
+            with _end_recorded(training):
+                final = train(training)
+                runtime.on_main(lambda: _finish(training, final, say))
     return 0
 
 
 @contextlib.contextmanager
-def _nothing_left_by_bad_input(directory: Path) -> Iterator[None]:
+def _nothing_left_by_bad_input(directory: Path, runtime: Runtime) -> Iterator[None]:
     """Remove a run directory that this command made, where the user's mistake ends it before training began."""
-    made_here = launched_rank() == 0 and not os.path.exists(directory)
+    made_here = runtime.is_main and not os.path.exists(directory)
     try:
         yield
     except InputError:
@@ -100,13 +102,13 @@ def _check_same_run(config: RunConfig, directory: Path) -> None:
 
 
 def _prepare(config: RunConfig, directory: Path, runtime: Runtime, say: Say) -> PreparedData:
-    """The main process makes the tokenizer and the shards; the others load what it wrote."""
-    if not runtime.is_main:
-        runtime.barrier()
-    data = prepare(config.data, config.tokenizer, directory, threads=os.cpu_count() or 1, report=say)
-    if runtime.is_main:
-        runtime.barrier()
-    return data
+    """The main process makes the tokenizer and the shards; then all load them."""
+
+    def make_or_load() -> PreparedData:
+        return prepare(config.data, config.tokenizer, directory, threads=os.cpu_count() or 1, report=say)
+
+    runtime.on_main(make_or_load)
+    return make_or_load()
 
 
 def _resume(training: Run, say: Say) -> bool:
@@ -120,7 +122,7 @@ def _resume(training: Run, say: Say) -> bool:
             )
         return True
     max_steps = training.config.trainer.max_steps
-    if checkpoint.step == max_steps and (training.directory / "state.json").exists():
+    if checkpoint.step == max_steps and _is_finished(training.directory / STATE_FILE):
         name = training.config.run_name
         say(f"run {name} is finished ({max_steps} steps): see {training.directory}; another run_name= starts a new one")
         return False
@@ -128,6 +130,33 @@ def _resume(training: Run, say: Say) -> bool:
     training.load(checkpoint)
     say(f"resumed {checkpoint.path} (step {checkpoint.step} of {max_steps})")
     return True
+
+
+def _is_finished(path: Path) -> bool:
+    try:
+        return json.loads(path.read_bytes())["status"] == "finished"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+@contextlib.contextmanager
+def _end_recorded(training: Run) -> Iterator[None]:
+    """Say in state.json how the run ends, if it does not end well; `_finish` says so if it does."""
+    try:
+        _write_state(training, "running")
+        yield
+    except KeyboardInterrupt:
+        _write_state(training, "stopped", exit_code=cli.STOPPED)
+        raise
+    except Exception as error:
+        _write_state(training, "failed", exit_code=1, error=str(error))
+        raise
+
+
+def _write_state(training: Run, status: str, **details: Any) -> None:
+    if training.runtime.is_main:
+        state = {"status": status, "step": training.progress.step, **details}
+        write_json(training.directory / STATE_FILE, state)
 
 
 def _check_same_data(training: Run, checkpoint: Checkpoint) -> None:
@@ -158,9 +187,8 @@ def _finish(training: Run, bits_per_byte: float, say: Say) -> None:
         say(f"\nsample:\n{_sample(training, finish.sample_prompt, finish.sample_tokens)}\n")
     if finish.export:
         parameters = training.model.named_parameters()
-        write_export(training.config.model, parameters, directory / "tokenizer", directory / "hf")
-    state = {"status": "finished", "exit_code": 0, "step": training.progress.step, "validation": figures}
-    write_json(directory / "state.json", state)
+        write_export(training.config.model, parameters, data.tokenizer_directory, directory / "hf")
+    _write_state(training, "finished", exit_code=0, validation=figures)
     say(f"run directory:      {directory}")
     if finish.export:
         say(f"Hugging Face model: {directory / 'hf'}")

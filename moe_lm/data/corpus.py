@@ -1,7 +1,8 @@
 """Documents: read from the standard library, text files or JSONL, and split into training and validation.
 
-Two ways to hold text out. With 20 documents or more, one in round(1 / validation_fraction) by a hash of its name, so
-that a document stays on its side when others come or go, and on every machine. With fewer (one big text file is the
+Two ways to hold text out. With 20 documents or more, one in round(1 / validation_fraction) by a hash of its name (the
+path below the files' common directory, with the line number for JSONL), so that a document stays on its side on every
+machine, and when files come or go below the same directory. With fewer (one big text file is the
 common case) a hash would be a coin toss over the whole set: the last part of every document is held out instead,
 cut at a line's end.
 """

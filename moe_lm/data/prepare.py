@@ -14,11 +14,11 @@ from typing import Any
 
 from moe_lm.data.config import DataConfig, TokenizerConfig
 from moe_lm.data.corpus import read_documents
-from moe_lm.data.files import write_json
 from moe_lm.data.shards import TokenShard, write_shard
 from moe_lm.data.tokenizer import MODEL_FILE, Tokenizer, train_tokenizer
 from moe_lm.data.tokenizer_export import save_tokenizer_files
 from moe_lm.errors import InputError
+from moe_lm.files import write_json
 
 FORMAT = 1
 """Version of the files; raised when a change makes old ones unreadable."""

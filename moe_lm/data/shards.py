@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_lm.data.corpus import Document
-from moe_lm.data.files import atomic_file, write_json
 from moe_lm.data.tokenizer import Tokenizer
 from moe_lm.errors import InputError
+from moe_lm.files import atomic_file, sha256, write_json
 
 ENCODE_CHARACTERS = 4_000_000
 """Text tokenized at a time: enough to keep the threads busy, little enough that Python lists of ids stay small."""
@@ -112,7 +112,7 @@ class TokenShard:
             ("documents.npy", self.header.documents_sha256),
         ):
             path = self.directory / f"{self.name}.{suffix}"
-            if _sha256(path) != expected:
+            if sha256(path) != expected:
                 raise InputError(f"{path}: the content is not what was written (checksum differs); {REMEDY}")
 
 
@@ -156,7 +156,7 @@ def write_shard(
         bos_id=tokenizer.bos_id,
         pad_id=tokenizer.pad_id,
         tokens_sha256=digest.hexdigest(),
-        documents_sha256=_sha256(directory / f"{name}.documents.npy"),
+        documents_sha256=sha256(directory / f"{name}.documents.npy"),
     )
     write_json(directory / f"{name}.json", asdict(header))
     return TokenShard(directory, name)
@@ -173,8 +173,3 @@ def _batches(documents: Iterable[Document]) -> Iterable[list[Document]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -29,8 +29,8 @@ from pathlib import Path
 import sentencepiece
 
 from moe_lm.data.config import MIN_VOCAB_SIZE
-from moe_lm.data.files import write_atomically
 from moe_lm.errors import InputError
+from moe_lm.files import write_atomically
 
 MODEL_FILE = "tokenizer.model"
 ROLE_MARKS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>")

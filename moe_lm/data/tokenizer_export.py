@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moe_lm.data.files import write_atomically, write_json
 from moe_lm.data.tokenizer import MODEL_FILE, Tokenizer
 from moe_lm.errors import InputError
+from moe_lm.files import write_atomically, write_json
 
 SPACE = "\u2581"
 

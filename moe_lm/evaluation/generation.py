@@ -47,4 +47,6 @@ def _choose(logits_V: torch.Tensor, temperature: float, top_k: int | None, gener
         return int(logits_V.argmax())
     if top_k is not None and top_k < len(logits_V):
         logits_V = logits_V.masked_fill(logits_V < logits_V.topk(top_k).values[-1], float("-inf"))
-    return int(torch.multinomial((logits_V / temperature).softmax(dim=-1), 1, generator=generator))
+    # The maximum goes first: a tiny temperature must not divide logits into infinities.
+    scaled_V = (logits_V - logits_V.max()) / temperature
+    return int(torch.multinomial(scaled_V.softmax(dim=-1), 1, generator=generator))

@@ -3,14 +3,15 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from moe_lm.checkpoint.store import sync_directory, write_safetensors
+from moe_lm.checkpoint.store import write_safetensors
 from moe_lm.errors import InputError
+from moe_lm.files import sync_directory, write_json
 from moe_lm.hf.layout import model_type, to_disk, to_hf_config
 from moe_lm.model.config import ModelConfig
 
@@ -59,7 +60,7 @@ def _earlier_export(mark: Path) -> set[str]:
 def export(
     config: ModelConfig,
     tensors: Iterable[tuple[str, Tensor]],
-    tokenizer_directory: Path,
+    write_tokenizer: Callable[[Path], None],
     token_ids: dict[str, int],
     output: Path,
     dtype: torch.dtype,
@@ -70,7 +71,7 @@ def export(
     Args:
         config: the model.
         tensors: its parameters by native name; a tied output head is absent.
-        tokenizer_directory: tokenizer files to copy.
+        write_tokenizer: writes the tokenizer's files into the directory that it is given.
         token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`.
         output: directory to make, or an earlier export to replace.
         dtype: type of the weights on disk.
@@ -84,10 +85,9 @@ def export(
     try:
         _write_weights(temporary, tensors, dtype)
         _write_configs(temporary, config, token_ids, dtype)
-        for file in tokenizer_directory.iterdir():
-            shutil.copyfile(file, temporary / file.name)
+        write_tokenizer(temporary)
         files = sorted(p.name for p in temporary.iterdir())
-        (temporary / MARK).write_text(json.dumps({"files": files}, indent=1) + "\n")
+        write_json(temporary / MARK, {"files": files})
         sync_directory(temporary)
         if output.exists():
             shutil.rmtree(replaced, ignore_errors=True)
@@ -129,7 +129,7 @@ def _write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], dtype
         (directory / f"{i:05d}.part").rename(directory / name)
     weight_map = {tensor: name for name, tensors_of in zip(names, shards) for tensor in tensors_of}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    write_json(directory / "model.safetensors.index.json", index)
 
 
 def _write_configs(directory: Path, config: ModelConfig, token_ids: dict[str, int], dtype: torch.dtype) -> None:

@@ -29,7 +29,10 @@ from torch.nn import functional as F
 
 _QUERY_BLOCK = 128
 _SCORES_AT_ONCE = 2**22
-"""Scores computed at one time: enough that starting threads is cheap, and a bound on scratch memory (8 MB in bf16)."""
+"""Scores computed at one time, unless one row has more: enough that starting threads is cheap, 8 MB in bf16."""
+
+_LONGEST_KEPT = 1024
+"""Most keys for which probabilities are kept for the backward: 16 sequences of 4 heads then take 64 MB per layer."""
 
 
 def attention_mask(
@@ -88,7 +91,7 @@ def _default_backend(*tensors: Tensor) -> str:
         return "reference"
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     on_cpu_in_bf16 = tensors[0].device.type == "cpu" and tensors[0].dtype == torch.bfloat16
-    return "cpu" if training and on_cpu_in_bf16 else "sdpa"
+    return "cpu" if training and on_cpu_in_bf16 and tensors[1].shape[1] <= _LONGEST_KEPT else "sdpa"
 
 
 def _causal_mask(length: int, device: torch.device) -> Tensor:

@@ -1,5 +1,6 @@
-"""Initial weights, a function of (seed, parameter name) alone: the same whatever is built first, or on which
-process.
+"""Initial weights, a function of seed and parameter name: the same whatever is built first, or on which process.
+
+(On one kind of device: a GPU draws other numbers from the same seed than a CPU.)
 """
 
 import hashlib

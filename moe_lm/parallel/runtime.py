@@ -5,11 +5,8 @@ end here. It does not wrap the model: experts that are sharded over processes ne
 not know.
 """
 
-import ctypes
-import ctypes.util
 import os
-import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -17,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from moe_lm.errors import InputError
+from moe_lm.kernels.allocator import keep_freed_memory
 
 
 class Runtime:
@@ -56,34 +54,38 @@ class Runtime:
             for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
                 work.wait()
 
+    def on_main(self, work: Callable[[], object]) -> None:
+        """Run `work` on the main process while the others wait for it to end.
+
+        A mistake of the user's that it meets is raised on every process: none is left waiting for a peer that has gone.
+        """
+        said = ""
+        if self.is_main:
+            try:
+                work()
+            except InputError as error:
+                said = str(error)
+        if said := self._from_main(said):
+            raise InputError(said)
+
+    def _from_main(self, text: str) -> str:
+        """The main process's text, on every process; as plain bytes, since broadcasting objects would unpickle them."""
+        if self.world_size == 1:
+            return text
+        content = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        length = torch.tensor([len(content)], device=self.device)
+        dist.broadcast(length, 0)
+        content = content if self.is_main else torch.empty(int(length), dtype=torch.uint8, device=self.device)
+        if len(content):
+            dist.broadcast(content, 0)
+        return bytes(content.tolist()).decode()
+
     def close(self) -> None:
         """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def launched_rank() -> int:
-    """Rank that the launcher gave this process; known before any process group exists."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def launched_world_size() -> int:
     """Number of processes that the launcher started; known before any process group exists."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep large freed blocks instead of returning them to the system.
-
-    A training step frees and allocates the same large tensors every time; by default each one is unmapped and faulted
-    in again, page by page, which took a quarter of a step here. No effect where the C library is another.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    library = ctypes.CDLL(ctypes.util.find_library("c") or "libc.so.6")
-    if not hasattr(library, "mallopt"):
-        return
-    trim_threshold, top_pad, mmap_threshold, largest = -1, -2, -3, 2**31 - 1  # names and signs from malloc.h
-    library.mallopt(mmap_threshold, largest)
-    library.mallopt(trim_threshold, largest)
-    library.mallopt(top_pad, 64 * 2**20)

@@ -143,13 +143,6 @@ class TrainerConfig:
         for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_interval", "eval_sequences"):
             _require(self, "trainer", name, getattr(self, name) >= 1, "must be at least 1")
         _require(self, "trainer", "eval_interval", self.eval_interval >= 0, "must not be negative")
-        _require(
-            self,
-            "trainer",
-            "global_batch_size",
-            self.global_batch_size % self.micro_batch_size == 0,
-            f"must be a multiple of trainer.micro_batch_size={self.micro_batch_size}",
-        )
 
 
 @dataclasses.dataclass

@@ -1,12 +1,13 @@
 """Update rules: AdamW for everything, or Muon for matrices and AdamW for the rest.
 
 Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest orthogonal one. torch's own takes 2-D parameters
-only; here a stacked tensor [E, rows, columns] is E matrices, each orthogonalised by itself. The update is scaled by
-0.2·√max(rows, columns) (Liu et al. 2025, "Muon is scalable for LLM training", eq. 4), the size of AdamW's, so that both
-share a learning rate and a decay.
+only; here a stacked tensor [E, rows, columns] is so many matrices, each orthogonalised by itself. The update is scaled
+by 0.2·√max(rows, columns) (Liu et al. 2025, "Muon is scalable for LLM training", eq. 4), the size of AdamW's, so that
+both share a learning rate and a decay.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,26 +17,34 @@ from moe_lm.training.config import OptimizerConfig, OptimizerName
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised Nesterov momentum with decoupled weight decay, for matrices and stacks of matrices."""
+    """Orthogonalised Nesterov momentum with decoupled weight decay, for matrices and stacks of matrices.
 
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float, weight_decay: float):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    A group's `matrices` says how many matrices lie one below the other in each [rows, columns]: 2 for `gate_up_proj`,
+    whose halves would otherwise share one update, the half with the larger gradient taking most of it.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float, weight_decay: float):
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "matrices": 1})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Apply one update to every parameter that has a gradient."""
+        """Apply one update; every parameter must have a gradient."""
         assert closure is None
         for group in self.param_groups:
             for parameter in group["params"]:
-                gradient = parameter.grad
                 state = self.state[parameter]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
-                momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+                split = (-2, (group["matrices"], -1))
+                gradient = parameter.grad.unflatten(*split)
+                momentum = state["momentum_buffer"].unflatten(*split).lerp_(gradient, 1 - group["momentum"])
                 direction = orthogonalize(gradient.lerp(momentum, group["momentum"]))
-                scale = 0.2 * max(parameter.shape[-2:]) ** 0.5
+                # An expert that got no token stays where it is. Its momentum only fades, but orthogonalising would
+                # bring it back to full length and walk the expert along a stale direction, step after step.
+                direction = direction * (gradient.abs().amax(dim=(-2, -1), keepdim=True) > 0)
+                scale = 0.2 * max(direction.shape[-2:]) ** 0.5
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(direction, alpha=-group["lr"] * scale)
+                parameter.add_(direction.flatten(-3, -2), alpha=-group["lr"] * scale)
 
 
 class Optimizer:
@@ -45,7 +54,7 @@ class Optimizer:
         self.parameters = dict(model.named_parameters())
         self.max_grad_norm = config.max_grad_norm
         self._peak = config.learning_rate
-        muon, decayed, plain = _split(self.parameters, config)
+        muon, halves, decayed, plain = _split(self.parameters, config)
         adamw = [
             {"params": decayed, "weight_decay": config.weight_decay},
             {"params": plain, "weight_decay": 0.0},
@@ -60,7 +69,9 @@ class Optimizer:
             )
         ]
         if muon:
-            self._rules.append(Muon(muon, self._peak, config.muon_momentum, config.weight_decay))
+            matrices: list[dict[str, Any]] = [{"params": muon}, {"params": halves, "matrices": 2}]
+            rule = Muon([g for g in matrices if g["params"]], self._peak, config.muon_momentum, config.weight_decay)
+            self._rules.append(rule)
 
     def gradients(self) -> list[Tensor]:
         """The gradients of all parameters, in their order; one without a gradient would be a bug in the model."""
@@ -100,20 +111,23 @@ class Optimizer:
         for full_name, value in tensors.items():
             name, key = full_name.rsplit("/", 1)
             parameter = self.parameters[name]
-            owner[id(parameter)].state[parameter][key] = value.to(parameter.device) if value.dim() else value
+            owner[id(parameter)].state[parameter][key] = value.to(parameter.device)
 
 
-def _split(
-    parameters: Mapping[str, Tensor], config: OptimizerConfig
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Parameters for Muon, for AdamW with decay, and for AdamW without (norms); every parameter is in exactly one."""
-    muon, decayed, plain = [], [], []
+def _split(parameters: Mapping[str, Tensor], config: OptimizerConfig) -> tuple[list[Tensor], ...]:
+    """Parameters for Muon, those of them that hold two matrices, for AdamW with decay, and without (norms)."""
+    muon: list[Tensor] = []
+    halves: list[Tensor] = []
+    decayed: list[Tensor] = []
+    plain: list[Tensor] = []
     for name, parameter in parameters.items():
-        in_layer_matrix = parameter.dim() >= 2 and ".layers." in name and not name.endswith("mlp.gate.weight")
+        in_layer_matrix = ".layers." in name and not name.endswith("mlp.gate.weight")
         if parameter.dim() < 2:
             plain.append(parameter)
-        elif config.name is OptimizerName.muon and in_layer_matrix:
-            muon.append(parameter)
-        else:
+        elif config.name is not OptimizerName.muon or not in_layer_matrix:
             decayed.append(parameter)
-    return muon, decayed, plain
+        elif name.endswith("gate_up_proj"):
+            halves.append(parameter)
+        else:
+            muon.append(parameter)
+    return muon, halves, decayed, plain

@@ -96,8 +96,7 @@ class Run:
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
         """Take the state of a checkpoint of this very run."""
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(checkpoint.tensor(f"model/{name}"))
+        checkpoint.fill("model/", dict(self.model.named_parameters()))
         self.compute.refresh()
         prefix = "optimizer/"
         moments = {name.removeprefix(prefix): checkpoint.tensor(name) for name in checkpoint.names(prefix)}

@@ -9,7 +9,8 @@ def learning_rate_factor(step: int, max_steps: int, config: ScheduleConfig) -> f
     """Factor of the peak learning rate for the update that follows `step` finished ones, 0 <= step < max_steps.
 
     Warm-up is linear and reaches 1 with its last step. `cosine`: Loshchilov and Hutter 2016, eq. 5; `wsd`: Hu et al.
-    2024 (MiniCPM), section 4, with a linear decay. Both reach `final_factor` with the last step of the run.
+    2024 (MiniCPM), section 4, with a linear decay. Both would reach `final_factor` one step after the last, so that
+    even a factor of 0 leaves no step without effect.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
@@ -19,10 +20,10 @@ def learning_rate_factor(step: int, max_steps: int, config: ScheduleConfig) -> f
         decay_steps = max_steps - config.warmup_steps
     else:
         decay_steps = min(round(config.decay_fraction * max_steps), max_steps - config.warmup_steps)
-    remaining = max_steps - step - 1
-    if remaining >= decay_steps:
+    remaining = max_steps - step
+    if remaining > decay_steps:
         return 1.0
-    progress = 1 - remaining / decay_steps
+    progress = 1 - remaining / (decay_steps + 1)
     fall = 0.5 * (1 - math.cos(math.pi * progress)) if config.name is ScheduleName.cosine else progress
     return 1.0 - (1.0 - config.final_factor) * fall
 

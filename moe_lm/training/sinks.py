@@ -4,6 +4,7 @@ A tracker can neither stop nor lose anything: whatever it raises turns it off wi
 """
 
 import json
+import math
 import os
 import secrets
 import sys
@@ -15,6 +16,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from moe_lm.files import write_atomically
 from moe_lm.training.config import TrackerConfig, TrackerName
 
 
@@ -22,18 +24,21 @@ class MetricsFile:
     """metrics.jsonl: one JSON object per line, in order of steps."""
 
     def __init__(self, path: Path, resume_step: int):
-        """Open for appending, cut back to the lines of finished steps up to `resume_step`."""
+        """Open for appending, cut back to the lines of finished steps up to `resume_step`.
+
+        The closing validation goes as well: a run that is resumed closes again.
+        """
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if _step_of(line) <= resume_step]
         if len(kept) < len(lines):
-            temporary = path.with_suffix(".tmp")
-            temporary.write_bytes(b"".join(kept))
-            temporary.replace(path)
+            write_atomically(path, b"".join(kept))
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line."""
-        self._file.write(json.dumps(values) + "\n")
+        # JSON has no NaN: what is not finite becomes null, so that every reader can read the line that matters most.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -43,8 +48,9 @@ class MetricsFile:
 
 def _step_of(line: bytes) -> float:
     try:
-        return float(json.loads(line)["step"]) if line.endswith(b"\n") else float("inf")
-    except (ValueError, KeyError, TypeError):
+        values = json.loads(line)
+        return float(values["step"]) if line.endswith(b"\n") and not values.get("complete") else float("inf")
+    except (ValueError, KeyError, TypeError, AttributeError):
         return float("inf")  # a line that a kill cut short
 
 

@@ -85,3 +85,17 @@ def test_accelerate_launch_gives_the_same_run(single, monkeypatch):
     done = moe_lm(*options, "run_name=launched", "trainer.micro_batch_size=6", cwd=directory, launcher=launcher)
     assert done.stdout.count("parameters,") == 1 and "2 x cpu" in done.stdout
     assert metrics(directory / "runs/launched") == pytest.approx(metrics(directory / "runs/single"), rel=2e-6)
+
+
+def test_bad_input_ends_on_every_process(single):
+    """Catches a mistake that only the main process meets, and peers that wait for it or die with a traceback."""
+    directory, options = single
+    (directory / "small").mkdir()
+    (directory / "small/a.txt").write_text("too little")
+    wrong = ["data.paths=small", "run_name=wrong", "trainer.micro_batch_size=6"]
+    done = moe_lm(*options, *wrong, cwd=directory, launcher=TORCHRUN, check=False)
+    ours = [line for line in done.stderr.splitlines() if line.startswith("moe-lm")]
+    assert sorted(line.split(":")[0] for line in ours) == ["moe-lm", "moe-lm (rank 1)"]
+    assert len({line.partition(": ")[2] for line in ours}) == 1 and "tokenizer.vocab_size" in ours[0]
+    assert done.returncode != 0
+    assert not (directory / "runs/wrong").exists()

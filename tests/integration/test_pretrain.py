@@ -85,7 +85,8 @@ def test_a_killed_run_goes_on_bit_for_bit(finished):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (run / "state.json").exists(), "the run ended before it could be killed"
+    status = json.loads((run / "state.json").read_text())["status"]
+    assert status == "running", "the run ended before it could be killed"
     done = moe_lm(*options, "run_name=killed", cwd=directory)
     assert "resumed" in done.stdout
     whole = directory / "runs/whole"
@@ -99,7 +100,7 @@ def test_a_killed_run_goes_on_bit_for_bit(finished):
 
 
 def test_going_on_in_bf16_is_exact_too(finished):
-    """Catches a low-precision twin that is not refreshed from the loaded masters: AdamW, accumulation, tied embeddings."""
+    """Catches a low-precision twin that is not refreshed from loaded masters; AdamW, accumulation, tied embeddings."""
     directory, options, _ = finished
     other = [
         "trainer.precision=bf16",

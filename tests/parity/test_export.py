@@ -74,12 +74,19 @@ def tokenizer(tmp_path_factory) -> tuple[Tokenizer, Path]:
 @pytest.fixture(scope="module", params=list(CONFIGS))
 def exported(request, tokenizer, tmp_path_factory) -> Exported:
     """A model with random weights, exported and loaded by transformers."""
-    trained, files = tokenizer
+    trained, _ = tokenizer
     ours = CausalLM(CONFIGS[request.param])
     initialize(ours, seed=11)
     directory = tmp_path_factory.mktemp(request.param) / "hf"
     ids = {"bos_token_id": trained.bos_id, "eos_token_id": trained.eos_id, "pad_token_id": trained.pad_id}
-    export(ours.config, ours.named_parameters(), files, ids, directory, torch.float32)
+    export(
+        ours.config,
+        ours.named_parameters(),
+        lambda output: save_tokenizer_files(trained, output, SHAPE["max_position_embeddings"]),
+        ids,
+        directory,
+        torch.float32,
+    )
     theirs, report = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )

@@ -8,7 +8,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from moe_lm.config import load
 from moe_lm.kernels.loss import linear_cross_entropy
-from moe_lm.model.accounting import count_parameters
+from moe_lm.model.accounting import count_parameters, training_flops_per_token
 from moe_lm.model.balancing import load_balancing_loss, load_fraction
 from moe_lm.model.config import LoadBalancing, ModelConfig, ModelFamily
 from moe_lm.model.decoder import CausalLM
@@ -161,6 +161,15 @@ def test_parameters_are_counted_exactly(family, case):
         ours, theirs = CausalLM(config), _theirs(config)
     count = count_parameters(config)
     assert count.total == sum(p.numel() for p in ours.parameters()) == theirs.num_parameters()
+
+
+def test_training_flops_of_mixtral_8x7b():
+    """Catches a wrong factor in the yardstick of utilisation: 6·(active − look-up) + 6·L·S·N·H, written out."""
+    config = load("pretrain", ["experiment=mixtral_8x7b"]).model
+    matrices = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 8 * 4096 + 2 * 3 * 4096 * 14336) + 32000 * 4096
+    norms = (2 * 32 + 1) * 4096
+    expected = 6 * (matrices + norms) + 6 * 32 * 4096 * 32 * 128
+    assert training_flops_per_token(config, 4096) == expected
 
 
 def test_mixtral_8x7b_is_the_real_thing():

@@ -17,8 +17,8 @@ LAYERS = {
     "training": {"kernels", "model", "data", "checkpoint", "parallel", "evaluation"},
     "commands": {"kernels", "model", "data", "checkpoint", "hf", "parallel", "evaluation", "training", "config", "cli"},
 }
-EVERYWHERE = {"errors"}
-"""A leaf: the exception that all layers raise for a user's mistake."""
+EVERYWHERE = {"errors", "files"}
+"""Leaves: the exceptions whose message is for the user, and writing files whole."""
 ONLY_IN = {
     "hydra": ["config.py"],
     "omegaconf": ["config.py"],

@@ -54,7 +54,7 @@ def _seal(path: Path) -> None:
 
 def _seal_manifest(path: Path, manifest: object) -> None:
     (path / "manifest.json").write_text(json.dumps(manifest))
-    (path / "COMPLETE").write_text(json.dumps({"manifest_sha256": _sha256(path / "manifest.json")}))
+    (path / "COMPLETE").write_text(_sha256(path / "manifest.json") + "\n")
 
 
 def _sha256(path: Path) -> str:
@@ -275,12 +275,12 @@ def test_newest_walks_back_and_says_why(store):
     for step in (1, 2, 3):
         store.save(step, TENSORS.items(), {})
     newest, middle, _ = reversed(store.paths())
-    (newest / "state.json").write_text("{} ")
+    (newest / "state.json").write_text("{}  ")
     (middle / "COMPLETE").unlink()
     refused: list[str] = []
     assert store.newest(refused.append).step == 1
     assert [r.split(":")[0] for r in refused] == [str(newest), str(middle)]
-    assert "state.json has 3 bytes instead of 2" in refused[0] and "COMPLETE is missing" in refused[1]
+    assert "state.json has 4 bytes instead of 3" in refused[0] and "COMPLETE is missing" in refused[1]
 
 
 # Damage
@@ -331,7 +331,7 @@ def test_json_of_the_wrong_kind_is_refused(saved, name, content):
     """Catches an exception other than CheckpointError, which would end the walk back instead of going on with it."""
     (saved / name).write_bytes(content)
     if name == "manifest.json":
-        (saved / "COMPLETE").write_text(json.dumps({"manifest_sha256": _sha256(saved / name)}))
+        (saved / "COMPLETE").write_text(_sha256(saved / name) + "\n")
     elif name != "COMPLETE":
         _seal(saved)
     if name == "state.json" and content in (b"{}", b'{"a": 1}', b'{"tensors": []}'):

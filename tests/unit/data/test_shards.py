@@ -11,10 +11,10 @@ import pytest
 
 from moe_lm.data.config import DataConfig, DataSource, TokenizerConfig
 from moe_lm.data.corpus import Document
-from moe_lm.data.files import atomic_file
 from moe_lm.data.prepare import prepare
 from moe_lm.data.shards import TokenShard, write_shard
 from moe_lm.errors import InputError
+from moe_lm.files import atomic_file
 
 MakeShard = Callable[[Sequence[str]], TokenShard]
 

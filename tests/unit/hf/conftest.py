@@ -33,17 +33,18 @@ class Exporter:
     """Exports the models of `CONFIGS`, always with the same weights."""
 
     def __init__(self, directory: Path):
-        self.tokenizer = directory / "tokenizer"
-        self.tokenizer.mkdir()
-        (self.tokenizer / "tokenizer.model").write_bytes(b"not read by the export")
         self.output = directory / "hf"
 
     def __call__(self, family: str = "mixture", dtype: torch.dtype = torch.float32, tensors=None) -> CausalLM:
         """Export to `output`; the model that was exported."""
         model = make_model(family)
         parameters = model.named_parameters() if tensors is None else tensors
-        export(model.config, parameters, self.tokenizer, TOKEN_IDS, self.output, dtype)
+        export(model.config, parameters, self._write_tokenizer, TOKEN_IDS, self.output, dtype)
         return model
+
+    @staticmethod
+    def _write_tokenizer(directory: Path) -> None:
+        (directory / "tokenizer.model").write_bytes(b"not read by the export")
 
 
 def make_model(family: str) -> CausalLM:

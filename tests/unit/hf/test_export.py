@@ -167,7 +167,7 @@ def test_an_earlier_export_is_replaced_whole(exporter, monkeypatch):
     exporter("dense")
     assert not list(exporter.output.glob("model-*")) and INDEX not in _names(exporter.output)
     assert json.loads((exporter.output / "config.json").read_text())["model_type"] == "mistral"
-    assert _names(exporter.output.parent) == {"tokenizer", "hf"}
+    assert _names(exporter.output.parent) == {"hf"}
 
 
 def test_an_export_through_a_link_replaces_what_it_leads_to(exporter, tmp_path):
@@ -193,7 +193,7 @@ def test_failure_midway_leaves_nothing_behind(exporter):
     """Catches half an export under the name of a whole one."""
     with pytest.raises(OSError, match="No space left"):
         exporter(tensors=_fails_midway())
-    assert _names(exporter.output.parent) == {"tokenizer"}
+    assert _names(exporter.output.parent) == set()
 
 
 def test_failure_midway_leaves_the_earlier_export_intact(exporter):
@@ -203,7 +203,7 @@ def test_failure_midway_leaves_the_earlier_export_intact(exporter):
     with pytest.raises(OSError, match="No space left"):
         exporter(tensors=_fails_midway())
     assert _content(exporter.output) == before
-    assert _names(exporter.output.parent) == {"tokenizer", "hf"}
+    assert _names(exporter.output.parent) == {"hf"}
 
 
 def _fails_midway():
@@ -211,11 +211,14 @@ def _fails_midway():
     raise OSError(28, "No space left on device")
 
 
-def test_a_missing_tokenizer_leaves_nothing_behind(exporter):
+def test_a_tokenizer_that_fails_leaves_nothing_behind(exporter, monkeypatch):
     """Catches an export that appears although its last part failed."""
-    (exporter.tokenizer / "tokenizer.model").unlink()
-    exporter.tokenizer.rmdir()
-    with pytest.raises(FileNotFoundError):
+
+    def fails(directory):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exporter, "_write_tokenizer", fails)
+    with pytest.raises(OSError, match="No space left"):
         exporter()
     assert _names(exporter.output.parent) == set()
 

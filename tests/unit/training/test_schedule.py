@@ -1,5 +1,7 @@
 """Learning rates by step."""
 
+import math
+
 import pytest
 
 from moe_lm.training.config import ScheduleConfig, ScheduleName
@@ -22,11 +24,19 @@ def test_warmup_is_linear_and_reaches_the_peak(name):
 def test_shapes_after_warmup():
     """Catches a schedule that does not end where it says, rises again, or decays at the wrong time."""
     cosine, wsd, constant = (_factors(name, decay_fraction=0.4) for name in ScheduleName)
-    assert cosine[-1] == pytest.approx(0.1) and wsd[-1] == pytest.approx(0.1) and constant[-1] == 1.0
+    # Cosine decays over 90 steps, wsd over 40; one step after the last they would be at 0.1.
+    assert cosine[-1] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 90 / 91)) / 2)
+    assert wsd[-1] == pytest.approx(0.1 + 0.9 / 41) and constant[-1] == 1.0
     assert cosine[9:] == sorted(cosine[9:], reverse=True)
-    assert cosine[54] == pytest.approx(0.55)
-    assert wsd[9:60] == [1.0] * 51 and wsd[60] < 1.0
-    assert wsd[79] == pytest.approx(0.55)
+    assert wsd[9:60] == [1.0] * 51 and wsd[60] == pytest.approx(1 - 0.9 / 41)
+    assert wsd[60:] == sorted(wsd[60:], reverse=True)
+
+
+def test_no_step_is_without_effect():
+    """Catches a last step with a learning rate of exactly zero."""
+    for name in ScheduleName:
+        config = ScheduleConfig(name=name, warmup_steps=3, decay_fraction=0.5, final_factor=0.0)
+        assert all(learning_rate_factor(step, 20, config) > 0 for step in range(20))
 
 
 def test_degenerate_lengths():

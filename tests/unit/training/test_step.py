@@ -102,6 +102,43 @@ def test_cross_entropy_is_the_mean_over_targets():
     assert trained.step(_step_batch(rows, 2)).cross_entropy == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("formula", [LoadBalancing.per_layer, LoadBalancing.pooled])
+def test_auxiliary_losses_reach_the_gradient(formula):
+    """Catches an auxiliary loss that is silently off, wrongly weighted, or fed with a load that never changes:
+    gradients against the losses written out with the router's full probabilities, balanced by the load of the step
+    before."""
+    rows = _rows(4)
+    trained, batch = _Trained(_config(load_balancing=formula)), _join(rows)
+    trained.step(_step_batch(rows, 4))
+    model, load, mask = trained.model, trained.load.clone(), batch.routing_mask.flatten()
+    assert not torch.allclose(load, torch.full_like(load, 1 / 8)) and torch.allclose(load.sum(-1), torch.ones(2))
+    logits: list[torch.Tensor] = []
+    hooks = [
+        layer.mlp.gate.register_forward_hook(lambda gate, x, _: logits.append(x[0].float() @ gate.weight.T))
+        for layer in model.model.layers
+    ]
+    hidden = model(batch.input_ids, batch.position_ids, batch.document_ids, batch.routing_mask).hidden_BSD
+    for hook in hooks:
+        hook.remove()
+    probability = torch.stack([of_layer.softmax(-1)[mask].mean(0) for of_layer in logits])
+    if formula is LoadBalancing.per_layer:
+        balancing = sum(8 * (f * p).sum() for f, p in zip(load, probability, strict=True)) / 2
+    else:
+        balancing = 2 * 8 * (load.mean(0) * probability.mean(0)).sum()
+    z = torch.stack([of_layer.logsumexp(-1)[mask].square().mean() for of_layer in logits]).mean()
+    cross_entropy = torch.nn.functional.cross_entropy(model.logits(hidden).flatten(0, 1), batch.labels.flatten())
+    model.zero_grad()
+    (cross_entropy + 0.1 * balancing + 0.01 * z).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    trained.optimizer.step = lambda norm, factor: None  # keep the gradients of the very same weights
+    result = trained.step(_step_batch(rows, 2))
+    assert result.load_balancing == pytest.approx(balancing.item(), rel=1e-5)
+    assert result.router_z == pytest.approx(z.item(), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        if expected[name].norm() > 0:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_bf16_twin_follows_fp32_masters():
     """Catches a twin that is not refreshed, gradients that are lost or kept in bf16, or a router that was rounded."""
     trained = _Trained(_config(), torch.bfloat16)

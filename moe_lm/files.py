@@ -1,5 +1,6 @@
 """Writing files so that a reader finds the old one, the new one or none, and never half of one."""
 
+import hashlib
 import json
 import os
 import secrets
@@ -36,3 +37,18 @@ def write_atomically(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON atomically, readable and in the order given."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

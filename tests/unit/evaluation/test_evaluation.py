@@ -1,0 +1,106 @@
+"""Bits per byte, compressors and sampling."""
+
+import gzip
+import lzma
+import math
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_lm.data.corpus import Document
+from moe_lm.data.loader import validation_batches
+from moe_lm.data.shards import write_shard
+from moe_lm.data.tokenizer import train_tokenizer
+from moe_lm.evaluation.bits_per_byte import bits_per_byte
+from moe_lm.evaluation.compressors import document_bytes, gzip_bits_per_byte, xz_bits_per_byte
+from moe_lm.evaluation.generation import generate
+from moe_lm.model.config import ModelConfig
+from moe_lm.model.decoder import CausalLM
+from moe_lm.model.initialization import initialize
+from moe_lm.parallel.runtime import Runtime
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):
+    """Two documents as a shard, their tokenizer, and a small model."""
+    directory = tmp_path_factory.mktemp("held-out")
+    source = (Path(sysconfig.get_path("stdlib")) / "textwrap.py").read_text(encoding="utf-8")
+    texts = [source[:700], "kurz: äöü €\n" * 3]
+    tokenizer = train_tokenizer([source], 400, directory)
+    shard = write_shard([Document(str(i), text) for i, text in enumerate(texts)], tokenizer, directory, "validation")
+    config = ModelConfig(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.3,
+    )
+    model = CausalLM(config)
+    initialize(model, 1)
+    return model, shard, tokenizer, texts
+
+
+def test_bits_per_byte_is_the_cost_of_every_token_over_the_bytes(held_out):
+    """Catches nats for bits, characters for bytes, end marks left out, targets at row edges lost or counted twice:
+    against each document by itself with full logits (rows longer than the documents), and any row length counts each
+    target."""
+    model, shard, tokenizer, texts = held_out
+    bits = 0.0
+    for text in texts:
+        ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]])
+        with torch.no_grad():
+            probability = model.logits(model(ids[:, :-1]).hidden_BSD).double().log_softmax(-1)
+        bits -= probability.gather(2, ids[:, 1:, None]).sum().item() / math.log(2)
+    expected = bits / sum(len(text.encode()) for text in texts)
+    runtime = Runtime("cpu")
+    whole = bits_per_byte(model, validation_batches(shard, 1, shard.num_tokens), shard, runtime)
+    assert whole == pytest.approx(expected, rel=1e-5)
+    for length, batch in ((7, 3), (64, 2)):
+        rows = list(validation_batches(shard, batch, length))
+        assert sum(int((b.labels >= 0).sum()) for b in rows) == shard.num_targets
+        assert bits_per_byte(model, rows, shard, runtime) == pytest.approx(expected, rel=0.5)
+
+
+def test_compressors_see_the_documents_themselves(held_out):
+    """Catches a comparison with other bytes than those that bits per byte are counted over, or a weaker setting."""
+    _, shard, tokenizer, texts = held_out
+    content = document_bytes(shard, tokenizer)
+    assert content == "".join(texts).encode() and len(content) == shard.num_bytes
+    big = content * 40
+    header = 18  # of the gzip format
+    assert gzip_bits_per_byte(big) == pytest.approx(8 * (len(gzip.compress(big, 9)) - header) / len(big))
+    assert xz_bits_per_byte(big) == 8 * len(lzma.compress(big, preset=9)) / len(big)
+
+
+def _sampled(model: CausalLM, tokens: int = 1, **options) -> list[int]:
+    return list(generate(model, [1, 7, 9], tokens, end_id=-1, **options))
+
+
+def test_sampling_follows_temperature_top_k_and_seed(held_out):
+    """Catches an inverted temperature, a top-k that lets others through, and a seed that does not decide."""
+    model, *_ = held_out
+    with torch.no_grad():
+        logits = model.logits(model(torch.tensor([[1, 7, 9]])).hidden_BSD[0, -1])
+    best = int(logits.argmax())
+    assert _sampled(model) == _sampled(model, temperature=1.0, top_k=1) == [best]
+    assert all(_sampled(model, temperature=1e-40, seed=s) == [best] for s in range(20))
+    allowed = set(logits.topk(5).indices.tolist())
+    drawn = [_sampled(model, temperature=1.0, top_k=5, seed=s)[0] for s in range(300)]
+    assert set(drawn) <= allowed and len(set(drawn)) > 1
+    share = drawn.count(best) / 300
+    assert share == pytest.approx(logits.topk(5).values.softmax(0)[0].item(), abs=0.12)
+    hot = [_sampled(model, temperature=3.0, top_k=5, seed=s)[0] for s in range(300)].count(best) / 300
+    assert hot < share
+    assert _sampled(model, 6, temperature=1.0, seed=3) == _sampled(model, 6, temperature=1.0, seed=3)
+
+
+def test_generation_ends_at_the_end_mark(held_out):
+    """Catches an end mark that is printed, or a text that goes on behind it."""
+    model, *_ = held_out
+    first = _sampled(model, 8)
+    assert len(first) == 8
+    assert list(generate(model, [1, 7, 9], 8, end_id=first[3])) == first[: first.index(first[3])]

@@ -95,7 +95,8 @@ def test_bad_input_ends_on_every_process(single):
     wrong = ["data.paths=small", "run_name=wrong", "trainer.micro_batch_size=6"]
     done = moe_lm(*options, *wrong, cwd=directory, launcher=TORCHRUN, check=False)
     ours = [line for line in done.stderr.splitlines() if line.startswith("moe-lm")]
-    assert sorted(line.split(":")[0] for line in ours) == ["moe-lm", "moe-lm (rank 1)"]
+    # The launcher may end one process before it has spoken; whoever speaks says the same, and nobody shows a traceback.
+    assert {line.split(":")[0] for line in ours} <= {"moe-lm", "moe-lm (rank 1)"}
     assert len({line.partition(": ")[2] for line in ours}) == 1 and "tokenizer.vocab_size" in ours[0]
-    assert done.returncode != 0
+    assert done.returncode != 0 and "moe_lm/parallel" not in done.stderr
     assert not (directory / "runs/wrong").exists()

@@ -122,7 +122,8 @@ class Decoder(nn.Module):
             if seen == 0 and (window is None or window >= keys):
                 return None
             document_ids_BS = torch.ones_like(input_ids_BS)
-        assert seen == 0 or bool((document_ids_BS == 1).all()), "a key-value cache holds one document per row"
+        else:
+            assert seen == 0, "a key-value cache holds one document per row"
         key_documents_BT = document_ids_BS if seen == 0 else document_ids_BS[:, :1].expand(-1, keys)
         return attention_mask(document_ids_BS, key_documents_BT, seen, window)
 

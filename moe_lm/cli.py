@@ -1,5 +1,6 @@
 """The command line: `moe-lm COMMAND [NAME=VALUE ...]`. Nothing heavy is imported until a command is known."""
 
+import errno
 import importlib
 import os
 import sys
@@ -47,11 +48,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(name, *str(error).splitlines(), file=sys.stderr)  # one line, whatever the user's values hold
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
-        print(
-            "\nmoe-lm: interrupted; a training run goes on from its newest checkpoint by the same command",
-            file=sys.stderr,
-        )
+        print("\nmoe-lm: interrupted", file=sys.stderr)
         return STOPPED
+    except BrokenPipeError:  # the reader of our output has seen enough, as in `moe-lm pretrain --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO):
+            raise
+        print(f"moe-lm: {error.filename or 'a file'} can not be written: {error.strerror}", file=sys.stderr)
+        return 1
 
 
 def wait_briefly_for_threads() -> None:

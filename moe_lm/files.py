@@ -1,5 +1,6 @@
 """Writing files so that a reader finds the old one, the new one or none, and never half of one."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -37,6 +38,25 @@ def write_atomically(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON atomically, readable and in the order given."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[bool]:
+    """Holds a lock on a directory while the block runs; gives False where another process holds it.
+
+    The lock is on the directory itself: no file is left, and the system releases it however the process ends. Where the
+    file system has no locks, it gives True.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
+    except OSError as error:
+        free = not isinstance(error, BlockingIOError)
+    try:
+        yield free
+    finally:
+        os.close(descriptor)
 
 
 def sha256(path: Path) -> str:

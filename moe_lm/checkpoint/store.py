@@ -273,7 +273,10 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a durable safetensors file, readable by whom the user's umask says (the library makes it private)."""
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise RunError(f"{path}: can not be written ({error})") from error
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)

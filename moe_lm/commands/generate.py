@@ -20,8 +20,21 @@ def run(config: GenerateConfig) -> int:
     device: torch.device = Runtime(config.device.value).device
     model, tokenizer = open_model(Path(config.checkpoint), device)
     prompt_ids = [tokenizer.bos_id, *tokenizer.encode(config.prompt)]
+    context = model.config.max_position_embeddings
+    if len(prompt_ids) + config.max_new_tokens > context:
+        raise InputError(
+            f"max_new_tokens={config.max_new_tokens}: with the {len(prompt_ids)} tokens of the prompt that is more "
+            f"than the model's context of {context} tokens; shorten one of them."
+        )
     new_ids = generate(
-        model, prompt_ids, config.max_new_tokens, tokenizer.eos_id, config.temperature, config.top_k, config.seed
+        model,
+        prompt_ids,
+        config.max_new_tokens,
+        tokenizer.eos_id,
+        config.temperature,
+        config.top_k,
+        config.seed,
+        tokenizer.generated_ids,
     )
     print(config.prompt + tokenizer.decode(list(new_ids)))
     return 0

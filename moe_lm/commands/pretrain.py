@@ -18,12 +18,13 @@ from moe_lm.data.prepare import PreparedData, prepare
 from moe_lm.errors import InputError
 from moe_lm.evaluation.compressors import document_bytes, gzip_bits_per_byte, xz_bits_per_byte
 from moe_lm.evaluation.generation import generate
-from moe_lm.files import write_json
+from moe_lm.files import locked, write_json
 from moe_lm.hf.export import check_output
-from moe_lm.model.accounting import count_parameters
+from moe_lm.model.accounting import count_parameters, training_state_bytes
 from moe_lm.parallel.runtime import Runtime, launched_world_size
 from moe_lm.training.config import ResumePolicy, RunConfig, TrackerName
 from moe_lm.training.loop import train
+from moe_lm.training.machine import total_memory
 from moe_lm.training.run import Run
 
 Say = Callable[[str], None]
@@ -46,9 +47,10 @@ def run(config: RunConfig) -> int:
         if runtime.is_main:
             print(text, flush=True)
 
-    with contextlib.closing(runtime):
+    with contextlib.closing(runtime), contextlib.ExitStack() as held:
         with _nothing_left_by_bad_input(directory, runtime):
-            runtime.on_main(lambda: _open_directory(config, directory))
+            _check_memory(config, runtime)
+            runtime.on_main(lambda: _open_directory(config, directory, held))
             training = Run(config, runtime, _prepare(config, directory, runtime, say), directory)
         if _resume(training, say):
             count, dtype = count_parameters(config.model), str(training.compute.dtype).removeprefix("torch.")
@@ -56,7 +58,7 @@ def run(config: RunConfig) -> int:
                 f"{count.total / 1e6:.1f} M parameters, {count.active / 1e6:.1f} M active per token; computing in "
                 f"{dtype} on {runtime.world_size} x {runtime.device.type}; ready after {time.monotonic() - start:.0f} s"
             )
-            with _end_recorded(training):
+            with _end_recorded(training, say):
                 final = train(training)
                 runtime.on_main(lambda: _finish(training, final, say))
     return 0
@@ -74,12 +76,25 @@ def _nothing_left_by_bad_input(directory: Path, runtime: Runtime) -> Iterator[No
         raise
 
 
-def _open_directory(config: RunConfig, directory: Path) -> None:
-    """Create the run directory, or check that the run in it is the one asked for."""
+def _check_memory(config: RunConfig, runtime: Runtime) -> None:
+    """Refuse a model that can not fit before minutes go into its data, and before the system ends the process."""
+    needed, there = training_state_bytes(config.model), total_memory(runtime.device)
+    if needed > there:
+        billions = count_parameters(config.model).total / 1e9
+        raise InputError(
+            f"model: {billions:.1f} B parameters need {needed / 2**30:,.0f} GiB for weights, gradients and moments "
+            f"alone, and this {runtime.device.type} has {there / 2**30:,.0f} GiB; choose a smaller model."
+        )
+
+
+def _open_directory(config: RunConfig, directory: Path, held: contextlib.ExitStack) -> None:
+    """Create the run directory, or check that the run in it is the one asked for; lock it until `held` closes."""
     if not config.output_dir:
         raise InputError("output_dir='': give a directory; '.' is the present one.")
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        if not held.enter_context(locked(directory)):
+            raise InputError(f"run_name={config.run_name}: another process is training in {directory}; wait for it.")
         if CheckpointStore(directory / "checkpoints", 1).paths():
             _check_same_run(config, directory)
         if config.finish.export:
@@ -140,13 +155,16 @@ def _is_finished(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _end_recorded(training: Run) -> Iterator[None]:
+def _end_recorded(training: Run, say: Say) -> Iterator[None]:
     """Say in state.json how the run ends, if it does not end well; `_finish` says so if it does."""
     try:
         _write_state(training, "running")
         yield
     except KeyboardInterrupt:
         _write_state(training, "stopped", exit_code=cli.STOPPED)
+        newest = max((path.name for path in training.store.paths()), default=None)
+        again = f"goes on from {newest}" if newest else "begins anew, for there is no checkpoint yet"
+        say(f"stopped in step {training.progress.step + 1}; the same command {again}")
         raise
     except Exception as error:
         _write_state(training, "failed", exit_code=1, error=str(error))
@@ -197,5 +215,6 @@ def _finish(training: Run, bits_per_byte: float, say: Say) -> None:
 def _sample(training: Run, prompt: str, tokens: int) -> str:
     tokenizer = training.data.tokenizer
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    new_ids = generate(training.model, ids, tokens, tokenizer.eos_id, temperature=0.7, top_k=50)
+    choices = tokenizer.generated_ids
+    new_ids = generate(training.model, ids, tokens, tokenizer.eos_id, temperature=0.7, top_k=50, choices=choices)
     return prompt + tokenizer.decode(list(new_ids))

@@ -106,9 +106,13 @@ def validate_batch_sizes(global_batch_size: int, micro_batch_size: int, world_si
     unit = micro_batch_size * world_size
     if global_batch_size % unit:
         nearest = max(1, round(global_batch_size / unit)) * unit
+        share = global_batch_size // world_size
+        smaller = max(size for size in range(1, max(share, 1) + 1) if share % size == 0 and size <= micro_batch_size)
+        fits = global_batch_size % world_size == 0
+        other = f", or set trainer.micro_batch_size={smaller}" if fits else ""
         raise InputError(
             f"trainer.global_batch_size={global_batch_size}: must be a multiple of trainer.micro_batch_size="
-            f"{micro_batch_size} times {world_size} process{'' if world_size == 1 else 'es'}, such as {nearest}."
+            f"{micro_batch_size} times {world_size} process{'' if world_size == 1 else 'es'}, such as {nearest}{other}."
         )
 
 

@@ -24,6 +24,7 @@ import hashlib
 import io
 import re
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import sentencepiece
@@ -175,6 +176,12 @@ class Tokenizer:
     def is_control(self, token: int) -> bool:
         """Whether an id is a control symbol, which no text encodes to."""
         return self._processor.is_control(token)
+
+    @cached_property
+    def generated_ids(self) -> list[int]:
+        """Ids that a text may go on with: its pieces, and the end mark; not the other control ids, nor `<unk>`."""
+        ids = range(self.vocab_size)
+        return [i for i in ids if i == self.eos_id or not (self.is_control(i) or self.is_unknown(i))]
 
     def token_id(self, piece: str) -> int:
         """The id of a piece such as `<|user|>`.

@@ -1,6 +1,6 @@
 """Text from a model: one prompt, a key-value cache, greedy or sampled."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -17,6 +17,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     seed: int = 0,
+    choices: Sequence[int] | None = None,
 ) -> Iterator[int]:
     """Yield new token ids until `end_id` (which is not yielded) or `max_new_tokens`.
 
@@ -28,25 +29,28 @@ def generate(
         temperature: 0 takes the most probable token every time.
         top_k: sample among this many most probable tokens; null means all.
         seed: seed of the sampling.
+        choices: ids that may be generated; null means all of the model's vocabulary.
     """
     weight = model.lm_head.weight
     cache = KeyValueCache(model.config, 1, len(prompt_ids) + max_new_tokens, weight.device, weight.dtype)
     generator = torch.Generator().manual_seed(seed)
+    choice_C = torch.tensor(range(model.config.vocab_size) if choices is None else choices)
     new_ids = prompt_ids
     for _ in range(max_new_tokens):
         hidden_BSD = model(torch.tensor([new_ids], device=weight.device), cache=cache).hidden_BSD
-        token = _choose(model.logits(hidden_BSD[0, -1]).float().cpu(), temperature, top_k, generator)
+        logits_C = model.logits(hidden_BSD[0, -1]).float().cpu().index_select(0, choice_C)
+        token = int(choice_C[_choose(logits_C, temperature, top_k, generator)])
         if token == end_id:
             return
         yield token
         new_ids = [token]
 
 
-def _choose(logits_V: torch.Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
+def _choose(logits_C: torch.Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
     if temperature == 0:
-        return int(logits_V.argmax())
-    if top_k is not None and top_k < len(logits_V):
-        logits_V = logits_V.masked_fill(logits_V < logits_V.topk(top_k).values[-1], float("-inf"))
+        return int(logits_C.argmax())
+    if top_k is not None and top_k < len(logits_C):
+        logits_C = logits_C.masked_fill(logits_C < logits_C.topk(top_k).values[-1], float("-inf"))
     # The maximum goes first: a tiny temperature must not divide logits into infinities.
-    scaled_V = (logits_V - logits_V.max()) / temperature
-    return int(torch.multinomial(scaled_V.softmax(dim=-1), 1, generator=generator))
+    scaled_C = (logits_C - logits_C.max()) / temperature
+    return int(torch.multinomial(scaled_C.softmax(dim=-1), 1, generator=generator))

@@ -78,10 +78,12 @@ def export(
     """
     check_output(output)
     output = output.resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
     temporary, replaced = output.with_name(f".tmp-{output.name}"), output.with_name(f".old-{output.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{output}: can not be written ({error.strerror}); give another output=.") from error
     try:
         _write_weights(temporary, tensors, dtype)
         _write_configs(temporary, config, token_ids, dtype)

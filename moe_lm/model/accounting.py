@@ -34,6 +34,11 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     )
 
 
+def training_state_bytes(config: ModelConfig) -> int:
+    """Bytes of weights, gradients and two moments in fp32: what training holds at least."""
+    return 16 * count_parameters(config).total
+
+
 def training_flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     """Forward and backward operations per token: 6 · active parameters but the look-up + 6 · L · S · N · H for
     attention.

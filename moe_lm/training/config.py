@@ -103,7 +103,7 @@ class ScheduleConfig:
     """`cosine` falls from the end of warm-up; `wsd` (warm-up, stable, decay) holds, then falls linearly; `constant`
     holds."""
     warmup_steps: int = 100
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up from 0; a run that is shorter is all warm-up."""
     decay_fraction: float = 0.2
     """Share of trainer.max_steps that the decay of `wsd` takes, at the end."""
     final_factor: float = 0.1
@@ -214,11 +214,6 @@ class RunConfig:
             raise InputError(
                 f"data.sequence_length={self.data.sequence_length}: must be at most "
                 f"model.max_position_embeddings={self.model.max_position_embeddings}."
-            )
-        if self.schedule.warmup_steps > self.trainer.max_steps:
-            raise InputError(
-                f"schedule.warmup_steps={self.schedule.warmup_steps}: must be at most "
-                f"trainer.max_steps={self.trainer.max_steps}."
             )
 
 

@@ -1,5 +1,6 @@
 """What this machine can do at most, the yardstick of model-FLOPs utilisation, and what of it a run has used."""
 
+import os
 import resource
 import sys
 import time
@@ -22,6 +23,13 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, seco
         _synchronize(device)
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best
+
+
+def total_memory(device: torch.device) -> int:
+    """Memory of the GPU, or of this machine, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_memory(device: torch.device) -> int:

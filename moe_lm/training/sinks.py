@@ -15,6 +15,7 @@ from typing import IO, Any
 from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from moe_lm.files import write_atomically
 from moe_lm.training.config import TrackerConfig, TrackerName
@@ -123,8 +124,9 @@ class Display:
         self._start = self._last_line = time.monotonic()
         self._progress: Progress | None = None
         if shown and self._console.is_terminal and not os.environ.get("CI"):
-            columns = (BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-            self._progress = Progress(*columns, console=self._console)
+            text = TextColumn("{task.description}", table_column=Column(no_wrap=True))
+            columns = (MofNCompleteColumn(), BarColumn(None), text, TimeRemainingColumn(compact=True))
+            self._progress = Progress(*columns, console=self._console, expand=True)
             self._task = self._progress.add_task("", total=max_steps, completed=first_step)
             self._progress.start()
 

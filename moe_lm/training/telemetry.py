@@ -89,5 +89,5 @@ class Telemetry:
 def _figures(values: dict[str, Any]) -> str:
     return (
         f"loss {values['loss']:.3f}  lr {values['learning_rate']:.1e}  {values['tokens_per_second']:,.0f} tok/s  "
-        f"MFU {values['flops_utilization']:.1%}  busiest expert +{values['load_violation']:.0%}"
+        f"MFU {values['flops_utilization']:.0%}  busiest +{values['load_violation']:.0%}"
     )

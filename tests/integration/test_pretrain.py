@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moe_lm.files import locked
 from tests.runs import ENVIRONMENT, TINY, final_tensors, metrics, moe_lm, write_corpus
 
 
@@ -97,6 +98,57 @@ def test_a_killed_run_goes_on_bit_for_bit(finished):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     exports = [d / "hf/model.safetensors" for d in (run, whole)]
     assert len({hashlib.sha256(e.read_bytes()).hexdigest() for e in exports}) == 1
+
+
+def test_a_run_that_is_being_trained_is_left_alone(finished):
+    """Catches two processes that write one run: the second is refused, the first goes on undisturbed."""
+    directory, options, _ = finished
+    with locked(directory / "runs/whole") as free:
+        assert free
+        done = moe_lm(*options, "run_name=whole", cwd=directory, check=False)
+    assert done.returncode == 2 and "run_name=whole: another process is training" in done.stderr
+
+
+def test_an_interrupted_run_says_how_it_goes_on(finished):
+    """Catches a Ctrl-C that ends in a traceback, or promises a checkpoint that is not there."""
+    directory, options, _ = finished
+    for interval, words in (("0", "begins anew"), ("4", "goes on from step-")):
+        name = f"stopped{interval}"
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "moe_lm",
+                *options,
+                "trainer.max_steps=2000",
+                f"run_name={name}",
+                f"checkpoint.interval={interval}",
+            ],
+            cwd=directory,
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        run = directory / "runs" / name
+        deadline = time.monotonic() + 120
+        while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 9:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        said, errors = process.communicate(timeout=60)
+        assert process.returncode == 75 and words in said, (said, errors)
+        assert "Traceback" not in errors
+        assert json.loads((run / "state.json").read_text())["status"] == "stopped"
+
+
+def test_a_model_larger_than_its_tokenizer(finished):
+    """Catches ids that no token stands for, or control ids, being sampled: the sample and `generate` must not fail."""
+    directory, options, _ = finished
+    wide = ["model.vocab_size=3000", "trainer.max_steps=3", "run_name=wide", "finish.sample_tokens=60"]
+    moe_lm(*options, *wide, cwd=directory)
+    said = moe_lm("generate", "checkpoint=runs/wide", "temperature=5", "top_k=null", cwd=directory).stdout
+    assert "<|" not in said and "\u2047" not in said
 
 
 def test_going_on_in_bf16_is_exact_too(finished):

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from moe_lm.files import write_atomically
-from moe_lm.training.config import TrackerConfig, TrackerName
+from moe_lm.training.config import TrackerConfig, TrackerMode, TrackerName
 
 
 class MetricsFile:
@@ -68,6 +68,11 @@ class Tracker:
         self._guard(self._start, config, directory, name, run)
 
     def _start(self, config: TrackerConfig, directory: Path, name: str, run: dict[str, Any]) -> None:
+        import wandb
+
+        # Asked first, because accelerate's init would stop the run at a question on the terminal.
+        if config.mode is TrackerMode.online and not wandb.login(prompt=False):
+            raise RuntimeError("nobody is logged in; run `wandb login`, or give tracker.mode=offline")
         options = {
             "id": _tracker_id(directory / "tracker.json", name),
             "resume": "allow",

@@ -185,3 +185,16 @@ def test_wandb_keeps_its_id_over_a_resume(tmp_path, monkeypatch):
     # One directory for each start; wandb numbers those of the same second.
     assert {p.name for p in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")} == {f"run-{identity}.wandb"}
     assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{identity}*"))) == 2
+
+
+def test_a_tracker_without_a_login_never_asks(tmp_path, monkeypatch, capsys):
+    """Catches a run that waits at a question on the terminal: without a login, online tracking is off with one line."""
+    for name in ("HOME", "NETRC", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    accelerator = Accelerator(cpu=True, log_with="wandb")
+    online = TrackerConfig(name=TrackerName.wandb, mode=TrackerMode.online)
+    tracker = Tracker(accelerator, online, tmp_path, "run", {})
+    tracker.log({"loss": 1.0}, 1)
+    tracker.close()
+    assert "tracker switched off" in capsys.readouterr().err and not accelerator.trackers

@@ -1,11 +1,13 @@
 """`moe-lm pretrain`: prepare the data, train, evaluate, sample, export, and say where everything is."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +49,10 @@ def run(config: RunConfig) -> int:
         if runtime.is_main:
             print(text, flush=True)
 
-    with contextlib.closing(runtime), contextlib.ExitStack() as held:
-        with _nothing_left_by_bad_input(directory, runtime):
+    with contextlib.closing(runtime), ExitStack() as held:
+        with ExitStack() as beginning:
             _check_memory(config, runtime)
-            runtime.on_main(lambda: _open_directory(config, directory, held))
+            runtime.on_main(lambda: _open_directory(config, directory, held, beginning))
             training = Run(config, runtime, _prepare(config, directory, runtime, say), directory)
         if _resume(training, say):
             count, dtype = count_parameters(config.model), str(training.compute.dtype).removeprefix("torch.")
@@ -64,18 +66,6 @@ def run(config: RunConfig) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def _nothing_left_by_bad_input(directory: Path, runtime: Runtime) -> Iterator[None]:
-    """Remove a run directory that this command made, where the user's mistake ends it before training began."""
-    made_here = runtime.is_main and not os.path.exists(directory)
-    try:
-        yield
-    except InputError:
-        if made_here:
-            shutil.rmtree(directory, ignore_errors=True)
-        raise
-
-
 def _check_memory(config: RunConfig, runtime: Runtime) -> None:
     """Refuse a model that can not fit before minutes go into its data, and before the system ends the process."""
     needed, there = training_state_bytes(config.model), total_memory(runtime.device)
@@ -87,14 +77,19 @@ def _check_memory(config: RunConfig, runtime: Runtime) -> None:
         )
 
 
-def _open_directory(config: RunConfig, directory: Path, held: contextlib.ExitStack) -> None:
-    """Create the run directory, or check that the run in it is the one asked for; lock it until `held` closes."""
+def _open_directory(config: RunConfig, directory: Path, held: ExitStack, beginning: ExitStack) -> None:
+    """Create the run directory, or check that the run in it is the one asked for; lock it until `held` closes.
+
+    A directory that was created here goes again if bad input is found before `beginning` closes.
+    """
     if not config.output_dir:
         raise InputError("output_dir='': give a directory; '.' is the present one.")
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        created = _create(directory)
         if not held.enter_context(locked(directory)):
             raise InputError(f"run_name={config.run_name}: another process is training in {directory}; wait for it.")
+        if created:
+            beginning.push(functools.partial(_remove_after_bad_input, directory))
         if CheckpointStore(directory / "checkpoints", 1).paths():
             _check_same_run(config, directory)
         if config.finish.export:
@@ -104,6 +99,20 @@ def _open_directory(config: RunConfig, directory: Path, held: contextlib.ExitSta
         raise InputError(
             f"output_dir={config.output_dir}: {directory} can not be written ({error.strerror}); give another one."
         ) from error
+
+
+def _create(directory: Path) -> bool:
+    """Make a directory; false where it stands already."""
+    try:
+        directory.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _remove_after_bad_input(directory: Path, kind: type[BaseException] | None, *_: object) -> None:
+    if kind is not None and issubclass(kind, InputError):
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _check_same_run(config: RunConfig, directory: Path) -> None:

@@ -109,6 +109,16 @@ def test_a_run_that_is_being_trained_is_left_alone(finished):
     assert done.returncode == 2 and "run_name=whole: another process is training" in done.stderr
 
 
+def test_a_second_start_does_not_take_the_first_ones_directory(finished):
+    """Catches a process that finds the run locked and cleans up what it did not make."""
+    directory, options, _ = finished
+    fresh = directory / "runs/fresh"
+    fresh.mkdir()
+    with locked(fresh):
+        assert moe_lm(*options, "run_name=fresh", cwd=directory, check=False).returncode == 2
+    assert fresh.is_dir()
+
+
 def test_an_interrupted_run_says_how_it_goes_on(finished):
     """Catches a Ctrl-C that ends in a traceback, or promises a checkpoint that is not there."""
     directory, options, _ = finished

@@ -29,19 +29,10 @@ STOPPED = 75
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the return value is the process's exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        width = max(map(len, COMMANDS))
-        print(USAGE.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())))
-        return 0
-    command, rest = arguments[0], arguments[1:]
-    if command == "--version":
-        from importlib.metadata import version
-
-        print(f"moe-lm {version('moe-lm')}")
-        return 0
     try:
-        return _run(command, rest)
+        code = _run(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+        return code
     except (InputError, RunError) as error:
         rank = os.environ.get("RANK", "0")  # under a launcher every process meets the mistake
         name = "moe-lm:" if rank == "0" else f"moe-lm (rank {rank}):"
@@ -50,13 +41,15 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nmoe-lm: interrupted", file=sys.stderr)
         return STOPPED
-    except BrokenPipeError:  # the reader of our output has seen enough, as in `moe-lm pretrain --help | head`
+    except BrokenPipeError:
+        # The reader of our output has gone, as in `moe-lm pretrain --help | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("moe-lm: ended, because nobody reads its output any more", file=sys.stderr)
         return 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO):
             raise
-        print(f"moe-lm: {error.filename or 'a file'} can not be written: {error.strerror}", file=sys.stderr)
+        print(f"moe-lm: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return 1
 
 
@@ -71,7 +64,20 @@ def wait_briefly_for_threads() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
-def _run(command: str, arguments: list[str]) -> int:
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS))
+        print(USAGE.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())))
+        return 0
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"moe-lm {version('moe-lm')}")
+        return 0
+    return _run_command(arguments[0], arguments[1:])
+
+
+def _run_command(command: str, arguments: list[str]) -> int:
     if command not in COMMANDS:
         import difflib
 

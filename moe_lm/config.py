@@ -24,7 +24,7 @@ from omegaconf.errors import InterpolationValidationError, OmegaConfBaseExceptio
 from moe_lm.commands.config import ExportConfig, GenerateConfig
 from moe_lm.errors import InputError
 from moe_lm.files import write_atomically
-from moe_lm.training.config import RunConfig
+from moe_lm.training.config import RunConfig, to_plain
 
 SCHEMAS: dict[str, type] = {"pretrain": RunConfig, "export": ExportConfig, "generate": GenerateConfig}
 
@@ -73,14 +73,9 @@ def to_dataclass(schema: type, values: Any) -> Any:
     return _build(schema, merged)
 
 
-def to_plain(config: Any) -> dict[str, Any]:
-    """The opposite of `to_dataclass`: nested dictionaries of JSON values."""
-    return _container(OmegaConf.structured(config))
-
-
 def save(config: Any, path: Path) -> None:
     """Write a configuration as YAML, whole or not at all."""
-    write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(to_plain(config))).encode())
+    write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(_escaped_texts(to_plain(config)))).encode())
 
 
 def load_saved(schema: type, path: Path) -> Any:
@@ -202,6 +197,15 @@ def _merge(command: str, arguments: list[str]) -> Any:
 def _escaped(text: str) -> str:
     """Text that OmegaConf gives back as it stands: `${` would be an interpolation."""
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def _escaped_texts(value: Any) -> Any:
+    """All texts of nested dictionaries and lists, escaped."""
+    if isinstance(value, dict):
+        return {name: _escaped_texts(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_escaped_texts(inner) for inner in value]
+    return _escaped(value) if isinstance(value, str) else value
 
 
 def _compose(command: str, groups: list[str]) -> DictConfig:

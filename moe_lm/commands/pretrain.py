@@ -24,7 +24,7 @@ from moe_lm.files import locked, write_json
 from moe_lm.hf.export import check_output
 from moe_lm.model.accounting import count_parameters, training_state_bytes
 from moe_lm.parallel.runtime import Runtime, launched_world_size
-from moe_lm.training.config import ResumePolicy, RunConfig, TrackerName
+from moe_lm.training.config import OptimizerName, ResumePolicy, RunConfig, TrackerName
 from moe_lm.training.loop import train
 from moe_lm.training.machine import total_memory
 from moe_lm.training.run import Run
@@ -68,7 +68,8 @@ def run(config: RunConfig) -> int:
 
 def _check_memory(config: RunConfig, runtime: Runtime) -> None:
     """Refuse a model that can not fit before minutes go into its data, and before the system ends the process."""
-    needed, there = training_state_bytes(config.model), total_memory(runtime.device)
+    moments = 1 if config.optimizer.name is OptimizerName.muon else 2
+    needed, there = training_state_bytes(config.model, moments), total_memory(runtime.device)
     if needed > there:
         billions = count_parameters(config.model).total / 1e9
         raise InputError(
@@ -171,12 +172,12 @@ def _end_recorded(training: Run, say: Say) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         _write_state(training, "stopped", exit_code=cli.STOPPED)
-        newest = max((path.name for path in training.store.paths()), default=None)
-        again = f"goes on from {newest}" if newest else "begins anew, for there is no checkpoint yet"
-        say(f"stopped in step {training.progress.step + 1}; the same command {again}")
+        saved = training.store.paths()
+        again = f"goes on from {saved[-1].name}" if saved else "begins anew, for there is no checkpoint yet"
+        say(f"stopped after step {training.progress.step}; the same command {again}")
         raise
     except Exception as error:
-        _write_state(training, "failed", exit_code=1, error=str(error))
+        _write_state(training, "failed", exit_code=2 if isinstance(error, InputError) else 1, error=str(error))
         raise
 
 

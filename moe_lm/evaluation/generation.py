@@ -47,7 +47,7 @@ def generate(
 
 
 def _choose(logits_C: torch.Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
-    if temperature == 0:
+    if temperature < 1e-30:  # 0, or so little that fp32 would divide by it
         return int(logits_C.argmax())
     if top_k is not None and top_k < len(logits_C):
         logits_C = logits_C.masked_fill(logits_C < logits_C.topk(top_k).values[-1], float("-inf"))

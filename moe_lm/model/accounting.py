@@ -34,9 +34,9 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     )
 
 
-def training_state_bytes(config: ModelConfig) -> int:
-    """Bytes of weights, gradients and two moments in fp32: what training holds at least."""
-    return 16 * count_parameters(config).total
+def training_state_bytes(config: ModelConfig, moments: int) -> int:
+    """Bytes of weights, gradients and `moments` numbers per parameter in fp32: what training holds at least."""
+    return 4 * (2 + moments) * count_parameters(config).total
 
 
 def training_flops_per_token(config: ModelConfig, sequence_length: int) -> int:

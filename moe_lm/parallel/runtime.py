@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
-from moe_lm.errors import InputError
+from moe_lm.errors import InputError, RunError
 from moe_lm.kernels.allocator import keep_freed_memory
 
 
@@ -57,22 +57,28 @@ class Runtime:
     def on_main(self, work: Callable[[], object]) -> None:
         """Run `work` on the main process while the others wait for it to end.
 
-        A mistake of the user's that it meets is raised on every process: none is left waiting for a peer that has gone.
+        What it raises there is raised on the others as well, a user's mistake as such: none is left waiting for a peer
+        that has gone, and none dies of the missing peer with a traceback of its own.
         """
-        said = ""
+        failure: Exception | None = None
         if self.is_main:
             try:
                 work()
-            except InputError as error:
-                said = str(error)
-        if said := self._from_main(said):
-            raise InputError(said)
+            except Exception as error:
+                failure = error
+        kind = "input" if isinstance(failure, InputError) else "run"
+        said = self._from_main("" if failure is None else f"{kind}:{failure}")
+        if failure is not None:
+            raise failure
+        if said:
+            kind, _, sentence = said.partition(":")
+            raise InputError(sentence) if kind == "input" else RunError(f"the main process failed: {sentence}")
 
     def _from_main(self, text: str) -> str:
         """The main process's text, on every process; as plain bytes, since broadcasting objects would unpickle them."""
         if self.world_size == 1:
             return text
-        content = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        content = torch.tensor(list(text.encode(errors="backslashreplace")), dtype=torch.uint8, device=self.device)
         length = torch.tensor([len(content)], device=self.device)
         dist.broadcast(length, 0)
         content = content if self.is_main else torch.empty(int(length), dtype=torch.uint8, device=self.device)

@@ -39,8 +39,8 @@ class Muon(torch.optim.Optimizer):
                 gradient = parameter.grad.unflatten(*split)
                 momentum = state["momentum_buffer"].unflatten(*split).lerp_(gradient, 1 - group["momentum"])
                 direction = orthogonalize(gradient.lerp(momentum, group["momentum"]))
-                # An expert that got no token stays where it is. Its momentum only fades, but orthogonalising would
-                # bring it back to full length and walk the expert along a stale direction, step after step.
+                # An expert that got no token is not moved (but by decay). Its momentum only fades, but orthogonalising
+                # would bring it back to full length and walk the expert along a stale direction, step after step.
                 direction = direction * (gradient.abs().amax(dim=(-2, -1), keepdim=True) > 0)
                 scale = 0.2 * max(direction.shape[-2:]) ** 0.5
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])

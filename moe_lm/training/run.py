@@ -5,7 +5,6 @@ import platform
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from moe_lm.model.balancing import load_fraction
 from moe_lm.model.decoder import CausalLM
 from moe_lm.model.initialization import initialize
 from moe_lm.parallel.runtime import Runtime
-from moe_lm.training.config import RunConfig
+from moe_lm.training.config import RunConfig, to_plain
 from moe_lm.training.optimizer import Optimizer
 from moe_lm.training.precision import ComputeModel, compute_dtype
 
@@ -78,15 +77,10 @@ class Run:
                 "threads": torch.get_num_threads(),
                 "corpus_fingerprint": self.data.corpus_fingerprint,
                 "tokenizer_fingerprint": self.data.tokenizer.fingerprint,
-                "config": self.plain_config,
+                "config": to_plain(self.config),
             }
             self.store.save(self.progress.step, self._tensors(), state)
         self.runtime.barrier()
-
-    @property
-    def plain_config(self) -> dict[str, Any]:
-        """The configuration as JSON values; enums by name."""
-        return dataclasses.asdict(self.config, dict_factory=_plain_values)
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from ((f"model/{name}", p) for name, p in self.model.named_parameters())
@@ -117,7 +111,3 @@ def versions() -> dict[str, str]:
     """Versions that a bit-exact resume depends on."""
     packages = {name: version(name) for name in ("moe-lm", "torch", "transformers", "accelerate")}
     return {"python": platform.python_version(), **packages}
-
-
-def _plain_values(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {name: value.name if hasattr(value, "name") and hasattr(value, "value") else value for name, value in items}

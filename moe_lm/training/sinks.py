@@ -122,7 +122,6 @@ class Display:
     SECONDS_BETWEEN_LINES = 10.0
 
     def __init__(self, shown: bool, max_steps: int, first_step: int):
-        self._shown = shown
         self._max_steps = max_steps
         self._first_step = first_step
         self._console = Console(file=sys.stderr, quiet=not shown, highlight=False)

@@ -5,6 +5,7 @@ from typing import Any
 
 from moe_lm.model.accounting import training_flops_per_token
 from moe_lm.model.balancing import load_violation
+from moe_lm.training.config import to_plain
 from moe_lm.training.machine import matmul_rate, peak_memory
 from moe_lm.training.run import Run
 from moe_lm.training.schedule import is_due
@@ -20,7 +21,7 @@ class Telemetry:
         self._run, self._progress = run, run.progress
         self._log_interval = config.trainer.log_interval
         self._metrics = MetricsFile(run.directory / "metrics.jsonl", self._progress.step) if runtime.is_main else None
-        self._tracker = Tracker(runtime.accelerator, config.tracker, run.directory, config.run_name, run.plain_config)
+        self._tracker = Tracker(runtime.accelerator, config.tracker, run.directory, config.run_name, to_plain(config))
         self._display = Display(runtime.is_main, config.trainer.max_steps, self._progress.step)
         rate = matmul_rate(runtime.device, run.compute.dtype) * runtime.world_size
         self._utilization_per_token = training_flops_per_token(config.model, config.data.sequence_length) / rate

@@ -36,3 +36,12 @@ def test_differences_name_every_field_that_matters():
     one, other = load("pretrain", []), load("pretrain", ["seed=9", "trainer.log_interval=3", "model.rope_theta=5"])
     assert differences(one, other) == ["seed=1 → 9", "model.rope_theta=10000.0 → 5.0"]
     assert "seed" in field_names(RunConfig)
+
+
+@pytest.mark.parametrize("text", ["cost ${x}", "a\\${b", "${seed}", "\\\\${a}", "{x: 1}", "null", "1", "ä\nb", "- x"])
+def test_text_of_any_kind_survives_saving(text, tmp_path):
+    """Catches an interpolation, a number or a list that comes out of a text when its configuration is written down."""
+    config = load("pretrain", [f"finish.sample_prompt={text}", f"tracker.project={text}x"])
+    save(config, tmp_path / "config.yaml")
+    again = load_saved(RunConfig, tmp_path / "config.yaml")
+    assert again == config and again.tracker.project == f"{text}x" and not differences(config, again)

@@ -1,7 +1,5 @@
 """`python -m moe_lm COMMAND …`, for launchers: `torchrun … -m moe_lm pretrain …`."""
 
-import sys
+from moe_lm.cli import run_and_exit
 
-from moe_lm.cli import main
-
-sys.exit(main())
+run_and_exit()

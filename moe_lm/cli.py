@@ -4,6 +4,7 @@ import errno
 import importlib
 import os
 import sys
+from typing import NoReturn
 
 from moe_lm.errors import InputError, RunError
 
@@ -53,6 +54,21 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
+def run_and_exit(arguments: list[str] | None = None) -> NoReturn:
+    """Run one command as a process of its own, and end it with the command's exit code.
+
+    A process of a launcher ends at once, without the interpreter's own tear-down: there, a thread of torch's or gloo's
+    was once seen to abort a process whose run was finished and whose process group was gone, and the launcher then
+    reports the whole job as failed.
+    """
+    code = main(arguments)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def wait_briefly_for_threads() -> None:
     """Let OpenMP's threads sleep soon when they wait for each other, instead of spinning for milliseconds.
 
@@ -97,4 +113,4 @@ def _run_command(command: str, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit()

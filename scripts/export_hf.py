@@ -2,6 +2,6 @@
 
 import sys
 
-from moe_lm.cli import main
+from moe_lm.cli import run_and_exit
 
-sys.exit(main(["export", *sys.argv[1:]]))
+run_and_exit(["export", *sys.argv[1:]])

@@ -2,6 +2,6 @@
 
 import sys
 
-from moe_lm.cli import main
+from moe_lm.cli import run_and_exit
 
-sys.exit(main(["pretrain", *sys.argv[1:]]))
+run_and_exit(["pretrain", *sys.argv[1:]])

@@ -63,6 +63,7 @@ def run(config: RunConfig) -> int:
             with _end_recorded(training, say):
                 final = train(training)
                 runtime.on_main(lambda: _finish(training, final, say))
+        runtime.barrier()  # nobody takes the process group down while a peer still listens
     return 0
 
 

@@ -14,7 +14,7 @@ import torch
 torch.set_num_threads(1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def outside_data() -> Path:
     """The directory of real texts named by MOE_LM_TEST_DATA; tests that want it are skipped where it is not set."""
     directory = os.environ.get("MOE_LM_TEST_DATA")

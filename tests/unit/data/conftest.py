@@ -1,6 +1,5 @@
 """Shared by the data tests: a small real tokenizer, a byte tokenizer, and shards of random documents."""
 
-import os
 import random
 import sysconfig
 from collections.abc import Callable, Sequence
@@ -58,12 +57,3 @@ def random_texts() -> list[str]:
     """57 documents of 1 to 200 characters, from a fixed seed."""
     generator = random.Random(3)
     return ["".join(generator.choices("abcdé \n", k=generator.randint(1, 200))) for _ in range(57)]
-
-
-@pytest.fixture(scope="session")
-def test_data() -> Path:
-    """The directory of outside data; tests that need it are skipped without."""
-    directory = os.environ.get("MOE_LM_TEST_DATA")
-    if not directory:
-        pytest.skip("MOE_LM_TEST_DATA is not set")
-    return Path(directory)

@@ -166,10 +166,10 @@ def test_jsonl_errors_name_file_and_line(tmp_path: Path, line: str, sentence: st
         read_documents(jsonl_config(tmp_path / "rows.jsonl"))
 
 
-def test_public_text_is_read_whole(test_data: Path) -> None:
-    corpus = read_documents(text_config(test_data / "tinyshakespeare.txt"))
+def test_public_text_is_read_whole(outside_data: Path) -> None:
+    corpus = read_documents(text_config(outside_data / "tinyshakespeare.txt"))
     whole = corpus.train[0].text + corpus.validation[0].text
-    assert whole.encode() == (test_data / "tinyshakespeare.txt").read_bytes()
+    assert whole.encode() == (outside_data / "tinyshakespeare.txt").read_bytes()
     assert 0.049 < len(corpus.validation[0].text) / len(whole) < 0.051
-    korean = read_documents(jsonl_config(test_data / "tldr-ko.jsonl"))
+    korean = read_documents(jsonl_config(outside_data / "tldr-ko.jsonl"))
     assert len(korean.train) > 10 * len(korean.validation) > 0

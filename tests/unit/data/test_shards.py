@@ -190,11 +190,11 @@ def test_documents_larger_than_a_tokenizing_batch_lose_nothing(
     assert np.array_equal(make_shard(random_texts).tokens, whole.tokens)
 
 
-def test_public_text_compresses(test_data: Path, tmp_path: Path) -> None:
-    data = DataConfig(source=DataSource.text, paths=[str(test_data / "tinyshakespeare.txt")])
+def test_public_text_compresses(outside_data: Path, tmp_path: Path) -> None:
+    data = DataConfig(source=DataSource.text, paths=[str(outside_data / "tinyshakespeare.txt")])
     prepared = prepare(data, TokenizerConfig(), tmp_path)
     assert prepared.train.num_bytes / prepared.train.num_tokens > 3
     start = random.Random(0).randrange(prepared.train.num_tokens // 2)
     text = prepared.tokenizer.decode(prepared.train.tokens[start : start + 500].tolist())
-    assert text.strip("\ufffd") in (test_data / "tinyshakespeare.txt").read_text(encoding="utf-8")
+    assert text.strip("\ufffd") in (outside_data / "tinyshakespeare.txt").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "data" / "manifest.json").read_text())["counts"] == prepared.counts

@@ -214,10 +214,10 @@ def test_a_model_with_a_dummy_prefix_and_no_padding_is_exported_exactly(
         assert other.decode(ids) == tokenizer.decode(ids) == text
 
 
-def test_hard_text_of_other_languages(test_data: Path, fast_tokenizer: tuple[Tokenizer, object]) -> None:
+def test_hard_text_of_other_languages(outside_data: Path, fast_tokenizer: tuple[Tokenizer, object]) -> None:
     tokenizer, other = fast_tokenizer
     for name in ("tldr-ko.jsonl", "tldr-ru.jsonl", "tldr-es.jsonl"):
-        for line in (test_data / name).read_text(encoding="utf-8").splitlines()[:150]:
+        for line in (outside_data / name).read_text(encoding="utf-8").splitlines()[:150]:
             text = json.loads(line)["text"]
             ids = tokenizer.encode(text)
             assert tokenizer.decode(ids) == text

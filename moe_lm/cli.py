@@ -9,6 +9,7 @@ from typing import NoReturn
 from moe_lm.errors import InputError, RunError
 
 COMMANDS = {
+    "prepare": "make a tokenizer and token shards of text, once, for any number of runs",
     "pretrain": "train a model from scratch, or go on with a run; evaluates and exports at the end",
     "export": "write a run's checkpoint as a Hugging Face directory",
     "generate": "continue a text with a checkpoint or an export",

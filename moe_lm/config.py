@@ -21,16 +21,22 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationValidationError, OmegaConfBaseException
 
-from moe_lm.commands.config import ExportConfig, GenerateConfig
+from moe_lm.commands.config import ExportConfig, GenerateConfig, PrepareConfig
 from moe_lm.errors import InputError
 from moe_lm.files import write_atomically
 from moe_lm.training.config import RunConfig, to_plain
 
-SCHEMAS: dict[str, type] = {"pretrain": RunConfig, "export": ExportConfig, "generate": GenerateConfig}
+SCHEMAS: dict[str, type] = {
+    "prepare": PrepareConfig,
+    "pretrain": RunConfig,
+    "export": ExportConfig,
+    "generate": GenerateConfig,
+}
 
 FREE_TO_CHANGE = (
     "output_dir",
     "resume",
+    "data.workers",
     "trainer.device",
     "trainer.micro_batch_size",
     "trainer.activation_checkpointing",
@@ -113,15 +119,41 @@ def field_types(schema: type, prefix: str = "") -> dict[str, Any]:
     for field in dataclasses.fields(schema):
         if dataclasses.is_dataclass(field.type):
             kinds |= field_types(typing.cast(type, field.type), f"{prefix}{field.name}.")
+        elif (named := named_sections(field.type)) is not None:
+            kinds |= field_types(named, f"{prefix}{field.name}.{ANY_NAME}.")
         else:
             kinds[prefix + field.name] = field.type
     return kinds
 
 
+ANY_NAME = "NAME"
+"""Stands for the name that the user gives to a section of a mapping, as in data.sources.NAME.paths."""
+
+
+def named_sections(kind: Any) -> Any | None:
+    """The dataclass of a mapping's sections; null for any other type."""
+    arguments = typing.get_args(kind) if typing.get_origin(kind) is dict else ()
+    return arguments[1] if len(arguments) == 2 and dataclasses.is_dataclass(arguments[1]) else None
+
+
+def _kind_of(name: str, kinds: dict[str, Any]) -> Any | None:
+    """Type of a field by its dotted name, whatever the name of its section in a mapping; null where there is none."""
+    if name in kinds:
+        return kinds[name]
+    parts = name.split(".")
+    patterns = (".".join([*parts[:i], ANY_NAME, *parts[i + 1 :]]) for i in range(1, len(parts) - 1))
+    return next((kinds[pattern] for pattern in patterns if pattern in kinds), None)
+
+
 def _groups(command: str) -> list[str]:
-    if command != "pretrain":
+    if not (config_directory() / f"{command}.yaml").exists():
         return []
-    return sorted(p.name for p in config_directory().iterdir() if p.is_dir())
+    every = sorted(p.name for p in config_directory().iterdir() if p.is_dir())
+    return (
+        every
+        if command == "pretrain"
+        else [g for g in every if g in {f.name for f in dataclasses.fields(SCHEMAS[command])}]
+    )
 
 
 class _Given(typing.NamedTuple):
@@ -130,6 +162,7 @@ class _Given(typing.NamedTuple):
     argument: str
     name: str
     value: Any
+    kind: Any
 
 
 def _parse(command: str, arguments: list[str]) -> tuple[list[str], list[_Given]]:
@@ -145,17 +178,18 @@ def _parse(command: str, arguments: list[str]) -> tuple[list[str], list[_Given]]
         name = key.lstrip("+~")
         if key.startswith("-") or not (equals or key.startswith("~")):
             raise InputError(f"{argument!r}: options are written NAME=VALUE; `moe-lm {command} --help` lists them.")
-        if name not in kinds and name not in choices:
+        kind = _kind_of(name, kinds)
+        if kind is None and name not in choices:
             raise InputError(f"{argument}: there is no option {name!r}{_nearest(name, [*kinds, *choices])}")
         if key.startswith("~"):
             raise InputError(f"{argument}: only NAME=VALUE sets a value.")
-        if kinds.get(name) in (str, str | None):
-            value = None if text == "null" and kinds[name] is not str else text
+        if kind in (str, str | None):
+            value = None if text == "null" and kind is not str else text
         else:
             value = _parse_value(argument)
         if name in choices and value not in choices[name]:
             raise InputError(f"{argument}: there is no such {name}; choose from {', '.join(choices[name])}.")
-        given[name] = _Given(argument, name, value)
+        given[name] = _Given(argument, name, value, kind)
     groups = [f"{name}={one.value}" for name, one in given.items() if name in choices]
     return groups, [one for name, one in given.items() if name not in choices]
 
@@ -177,21 +211,38 @@ def _merge(command: str, arguments: list[str]) -> Any:
     """The schema, filled from the groups' files, then from the values given, each checked as it is set."""
     schema = SCHEMAS[command]
     groups, values = _parse(command, arguments)
-    kinds = field_types(schema)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), _compose(command, groups))
+        composed = _compose(command, groups)
+        own = {field.name for field in dataclasses.fields(schema)}
+        # A group's file may set what another command has no use for, such as the prompt of a sample.
+        merged = OmegaConf.merge(
+            OmegaConf.structured(schema), OmegaConf.masked_copy(composed, sorted(own & set(composed)))
+        )
     except OmegaConfBaseException as error:
         raise InputError(_readable(error)) from error
-    for argument, name, value in values:
-        if isinstance(value, str) and typing.get_origin(kinds[name]) is list:
+    for argument, name, value, kind in values:
+        if isinstance(value, str) and typing.get_origin(kind) is list:
             value = [value]  # data.paths=book.txt means the list of one
-        if isinstance(value, str) and kinds[name] in (str, str | None):
+        if isinstance(value, str) and kind in (str, str | None):
             value = _escaped(value)
         try:
+            _open_section(merged, schema, name)
             OmegaConf.update(merged, name, value)
         except OmegaConfBaseException as error:
-            raise InputError(f"{argument}: must be {_expected(kinds[name])}.") from error
+            raise InputError(f"{argument}: must be {_expected(kind)}.") from error
     return merged
+
+
+def _open_section(merged: Any, schema: Any, name: str) -> None:
+    """Gives a mapping the section that a dotted name leads into, if it is a new one."""
+    node, parts = merged, name.split(".")
+    for index, part in enumerate(parts[:-2]):
+        node, kind = node[part], {field.name: field.type for field in dataclasses.fields(schema)}[part]
+        if (named := named_sections(kind)) is not None:
+            if parts[index + 1] not in node:
+                node[parts[index + 1]] = OmegaConf.structured(named)
+            return
+        schema = kind
 
 
 def _escaped(text: str) -> str:
@@ -223,6 +274,9 @@ def _build(schema: Any, values: Any, prefix: str = "") -> Any:
         value = _resolve(values, field, name)
         if dataclasses.is_dataclass(field.type):
             arguments[field.name] = _build(field.type, value, f"{name}.")
+            continue
+        if (named := named_sections(field.type)) is not None:
+            arguments[field.name] = {key: _build(named, value[key], f"{name}.{key}.") for key in value}
             continue
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{name}={value}: must be a finite number.")

@@ -2,7 +2,9 @@
 
 import dataclasses
 import enum
+import re
 
+from moe_lm.data.config import DataConfig, DataSource, TokenizerConfig
 from moe_lm.errors import InputError
 from moe_lm.training.config import Device
 
@@ -12,6 +14,36 @@ class ExportType(enum.Enum):
 
     fp32 = "fp32"
     bf16 = "bf16"
+
+
+@dataclasses.dataclass
+class PrepareConfig:
+    """`moe-lm prepare`."""
+
+    output: str | None = None
+    """Directory to write the tokenizer and the token shards into; `pretrain` takes it by data=prepared
+    data.paths=[…]."""
+    part: str = "1/1"
+    """`i/n` makes the i-th of n slices of the work, so that n machines share it. The last one to end joins all, if they
+    write into one directory; otherwise copy the directories into one and run `prepare` there without `part`."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+
+    def __post_init__(self) -> None:
+        _require_given("output", self.output)
+        index, total = self.slice
+        if not 1 <= index <= total:
+            raise InputError(f"part={self.part}: must be i/n with i from 1 to n, such as 2/8.")
+        if self.data.source is DataSource.prepared:
+            raise InputError("data.source=prepared: is prepared already; give the text that it shall be made of.")
+        if self.data.streaming:
+            raise InputError("data.streaming=true: a stream is not prepared; leave it out, or give it to `pretrain`.")
+
+    @property
+    def slice(self) -> tuple[int, int]:
+        """Index, from 1, and number of the parts."""
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.part)
+        return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 @dataclasses.dataclass

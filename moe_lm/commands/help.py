@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from moe_lm.config import SCHEMAS, group_choices, load_values, written
+from moe_lm.config import ANY_NAME, SCHEMAS, group_choices, load_values, named_sections, written
 
 
 def print_help(command: str, summary: str, arguments: list[str]) -> None:
@@ -39,6 +39,10 @@ def describe(schema: Any, values: dict[str, Any], prefix: str = "") -> Iterator[
         if dataclasses.is_dataclass(field.type):
             yield prefix + field.name, None, inspect.getdoc(field.type) or ""
             yield from describe(field.type, value, f"{prefix}{field.name}.")
+        elif (named := named_sections(field.type)) is not None:
+            yield f"{prefix}{field.name}", None, documentation[field.name]
+            for name, section in (value or {ANY_NAME: dataclasses.asdict(named())}).items():
+                yield from describe(named, section, f"{prefix}{field.name}.{name}.")
         else:
             yield prefix + field.name, written(value), documentation[field.name] + _choices(field.type)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from moe_lm.checkpoint.store import Checkpoint, CheckpointError, CheckpointStore
 from moe_lm.config import to_dataclass
-from moe_lm.data.tokenizer import MODEL_FILE, Tokenizer
-from moe_lm.data.tokenizer_export import save_tokenizer_files
+from moe_lm.data.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer
+from moe_lm.data.tokenizer_huggingface import TOKENIZER_FILE
 from moe_lm.errors import InputError
 from moe_lm.hf.export import export
 from moe_lm.hf.load import load_config, load_model
@@ -81,9 +81,11 @@ def open_model(path: Path, device: torch.device) -> tuple[CausalLM, Tokenizer]:
 
 def open_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer that stands beside a model."""
-    if not (directory / MODEL_FILE).exists():
-        raise InputError(f"checkpoint: there is no {MODEL_FILE} in {directory}, so its text can not be read.")
-    return Tokenizer(directory / MODEL_FILE)
+    if not any((directory / name).exists() for name in (MODEL_FILE, TOKENIZER_FILE)):
+        raise InputError(
+            f"checkpoint: there is no {MODEL_FILE} in {directory}, nor a {TOKENIZER_FILE}, so its text can not be read."
+        )
+    return load_tokenizer(directory)
 
 
 def write_export(
@@ -97,7 +99,7 @@ def write_export(
     tokenizer = open_tokenizer(tokenizer_directory)
 
     def write_tokenizer(directory: Path) -> None:
-        save_tokenizer_files(tokenizer, directory, config.max_position_embeddings)
+        tokenizer.save(directory, config.max_position_embeddings)
 
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     export(config, parameters, write_tokenizer, ids, output, dtype)

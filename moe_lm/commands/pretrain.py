@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -14,9 +13,14 @@ from typing import Any
 from moe_lm import cli
 from moe_lm.checkpoint.store import Checkpoint, CheckpointStore
 from moe_lm.commands.model_source import write_export
+from moe_lm.commands.prepare import PreparationDisplay
 from moe_lm.config import differences, load_saved, save
+from moe_lm.data.config import DataSource
 from moe_lm.data.loader import validate_batch_sizes
-from moe_lm.data.prepare import PreparedData, prepare
+from moe_lm.data.prepare import prepare
+from moe_lm.data.prepared import PreparedData, load
+from moe_lm.data.streams import check_world_size
+from moe_lm.data.tokenizer import Tokenizer, load_tokenizer
 from moe_lm.errors import InputError
 from moe_lm.evaluation.compressors import document_bytes, gzip_bits_per_byte, xz_bits_per_byte
 from moe_lm.evaluation.generation import generate
@@ -43,6 +47,8 @@ def run(config: RunConfig) -> int:
     start = time.monotonic()
     directory = Path(config.output_dir) / config.run_name
     validate_batch_sizes(config.trainer.global_batch_size, config.trainer.micro_batch_size, launched_world_size())
+    if config.data.streaming:
+        check_world_size(config.data.num_streams, launched_world_size())
     runtime = Runtime(config.trainer.device.value, None if config.tracker.name is TrackerName.none else "wandb")
 
     def say(text: str) -> None:
@@ -130,11 +136,30 @@ def _check_same_run(config: RunConfig, directory: Path) -> None:
 def _prepare(config: RunConfig, directory: Path, runtime: Runtime, say: Say) -> PreparedData:
     """The main process makes the tokenizer and the shards; then all load them."""
 
-    def make_or_load() -> PreparedData:
-        return prepare(config.data, config.tokenizer, directory, threads=os.cpu_count() or 1, report=say)
+    def make() -> None:
+        if config.tokenizer.path is not None:
+            _check_vocabulary(config, load_tokenizer(Path(config.tokenizer.path).expanduser()))
+        with PreparationDisplay() as display:
+            prepare(config.data, config.tokenizer, directory, report=display.line, progress=display.progress)
 
-    runtime.on_main(make_or_load)
-    return make_or_load()
+    if config.data.source is not DataSource.prepared:
+        runtime.on_main(make)
+        data = load(config.data, config.tokenizer, directory)
+    else:
+        # The main process copies the tokenizer into the run's directory before the others read anything.
+        runtime.on_main(lambda: load(config.data, config.tokenizer, directory))
+        data = load(config.data, config.tokenizer, directory)
+    _check_vocabulary(config, data.tokenizer)
+    return data
+
+
+def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer with ids that the model's embedding does not have."""
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise InputError(
+            f"model.vocab_size={config.model.vocab_size}: must be at least the tokenizer's vocabulary, "
+            f"{tokenizer.vocab_size}."
+        )
 
 
 def _resume(training: Run, say: Say) -> bool:
@@ -148,9 +173,9 @@ def _resume(training: Run, say: Say) -> bool:
             )
         return True
     max_steps = training.config.trainer.max_steps
-    if checkpoint.step == max_steps and _is_finished(training.directory / STATE_FILE):
-        name = training.config.run_name
-        say(f"run {name} is finished ({max_steps} steps): see {training.directory}; another run_name= starts a new one")
+    if _is_finished(training.directory / STATE_FILE, checkpoint.step):
+        name, done = training.config.run_name, f"({checkpoint.step} steps)"
+        say(f"run {name} is finished {done}: see {training.directory}; another run_name= starts a new one")
         return False
     _check_same_data(training, checkpoint)
     training.load(checkpoint)
@@ -158,9 +183,10 @@ def _resume(training: Run, say: Say) -> bool:
     return True
 
 
-def _is_finished(path: Path) -> bool:
+def _is_finished(path: Path, step: int) -> bool:
     try:
-        return json.loads(path.read_bytes())["status"] == "finished"
+        state = json.loads(path.read_bytes())
+        return state["status"] == "finished" and state["step"] == step
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -207,7 +233,7 @@ def _finish(training: Run, bits_per_byte: float, say: Say) -> None:
         content = document_bytes(data.validation, data.tokenizer)
         figures |= {"gzip_9": gzip_bits_per_byte(content), "xz_9": xz_bits_per_byte(content)}
         say(
-            f"\nheld out: {data.validation.num_documents} documents, {len(content):,} bytes ({data.split}), "
+            f"\nheld out: {data.counts['validation_documents']} documents, {len(content):,} bytes ({data.split}), "
             f"corpus {data.corpus_fingerprint[:12]}\n"
             f"bits per byte: this model {bits_per_byte:.3f}, gzip -9 {figures['gzip_9']:.3f}, "
             f"xz -9 {figures['xz_9']:.3f}"

@@ -1,12 +1,9 @@
-"""Rows of a shard as tensors.
+"""Rows of token arrays as tensors.
 
-Row i is tokens [i·S, i·S + S + 1): the first S are the inputs, the last S the labels, so neighbouring rows share one
-token and every token but the first is a label exactly once. A label that would be the `<s>` of the next document is
-no target. The last row is padded, in training too: dropping it would leave its targets out of every epoch.
-
-Letters: B rows, S sequence length.
+Letters: B rows, P pieces of them (`rows.py`), N segments (runs of one document within a row), S sequence length.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -14,13 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe_lm.data.shards import TokenShard
+from moe_lm.data.rows import Pieces
+from moe_lm.data.shards import TokenArray
 
 IGNORED = -100
 """Label of a position that predicts nothing; what torch's cross-entropy ignores by default."""
-
-EMPTY_ROW = -1
-"""A row id for a row of padding, which fills up a rank's share."""
 
 
 @dataclass
@@ -37,65 +32,133 @@ class Batch:
     routing_mask: Tensor
     """bool: real tokens, which count in balancing and telemetry; False in padding."""
     domain_ids: Tensor
-    """Which source of a mixture a token came from: 0 where there is one source."""
+    """Number of each token's domain; 0 in padding."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
         return Batch(**{field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)})
 
-
-def num_rows(shard: TokenShard, sequence_length: int) -> int:
-    """Rows of a shard, the padded last one included."""
-    return max(0, -(-(shard.num_tokens - 1) // sequence_length))
-
-
-def count_tokens(shard: TokenShard, rows: NDArray[np.int64], sequence_length: int) -> tuple[int, int]:
-    """Counts targets and routed tokens of rows, from the document index alone.
-
-    Returns:
-        Number of targets (labels that are not ignored) and of real input tokens.
-    """
-    first_BS = rows[rows != EMPTY_ROW] * sequence_length
-    last_BS = np.minimum(first_BS + sequence_length, shard.num_tokens - 1)
-    num_inputs = int((last_BS - first_BS).sum())
-    starts_B = shard.starts.searchsorted(last_BS, side="right") - shard.starts.searchsorted(first_BS, side="right")
-    return num_inputs - int(starts_B.sum()), num_inputs
+    def split(self, size: int) -> list["Batch"]:
+        """The same rows as batches of `size` rows; the last may be smaller."""
+        parts = zip(*(getattr(self, field.name).split(size) for field in fields(self)))
+        return [Batch(*part) for part in parts]
 
 
-def make_batch(shard: TokenShard, rows: NDArray[np.int64], sequence_length: int, mask_documents: bool = True) -> Batch:
-    """Reads rows of a shard.
+@dataclass
+class _Segments:
+    """Runs of one document within a row, in no particular order."""
+
+    start_N: NDArray[np.int64]
+    """Flat position in [B·S]."""
+    domain_N: NDArray[np.int64]
+
+
+def make_batch(
+    pieces: Sequence[tuple[TokenArray, Pieces]],
+    num_rows: int,
+    sequence_length: int,
+    *,
+    mask_documents: bool = True,
+    pad_id: int = 0,
+    domain_ids: dict[str, int] | None = None,
+) -> Batch:
+    """Puts pieces together to rows; what they leave free is padding.
 
     Args:
-        shard: The shard.
-        rows: Row ids [B], in any order; `EMPTY_ROW` gives a row of padding.
+        pieces: Of each array, the pieces that are wanted and where they go.
+        num_rows: B.
         sequence_length: S.
         mask_documents: Whether positions and document ids restart at each document.
+        pad_id: Id of padding.
+        domain_ids: Number of each domain; null gives 0 to all.
+
+    Raises:
+        InputError: A shard's file is not what was written.
     """
-    offset_S1 = np.arange(sequence_length + 1)
-    index_BS1 = rows[:, None] * sequence_length + offset_S1
-    real_BS1 = (index_BS1 < shard.num_tokens) & (rows != EMPTY_ROW)[:, None]
-    if real_BS1.all():
-        tokens_BS1 = shard.tokens[index_BS1].astype(np.int64)
-    else:
-        tokens_BS1 = np.where(real_BS1, shard.tokens[np.where(real_BS1, index_BS1, 0)].astype(np.int64), shard.pad_id)
-    # An input counts when it has a next token: the shard's very last token is a label only.
-    routing_BS = real_BS1[:, 1:]
-    input_BS = np.where(routing_BS, tokens_BS1[:, :-1], shard.pad_id)
-    next_BS = tokens_BS1[:, 1:]
-    label_BS = np.where(routing_BS & (next_BS != shard.bos_id), next_BS, IGNORED)
-    if mask_documents:
-        starts_BS = input_BS == shard.bos_id
-        starts_BS[:, 0] = True
-        document_BS = np.cumsum(starts_BS, axis=1)
-        position_BS = offset_S1[:-1] - np.maximum.accumulate(np.where(starts_BS, offset_S1[:-1], 0), axis=1)
-    else:
-        document_BS = np.ones_like(input_BS)
-        position_BS = np.broadcast_to(offset_S1[:-1], input_BS.shape)
+    size = num_rows * sequence_length
+    input_T, label_T = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
+    used_B = np.zeros(num_rows, dtype=np.int64)
+    segments = [_Segments(np.arange(num_rows) * sequence_length, np.zeros(num_rows, dtype=np.int64))]
+    for array, (row_P, column_P, first_P, length_P) in pieces:
+        array.check(first_P, first_P + length_P)
+        place_P = row_P * sequence_length + column_P
+        tokens = array.tokens
+        for place, first, length in zip(place_P.tolist(), first_P.tolist(), length_P.tolist()):
+            input_T[place : place + length] = tokens[first : first + length]
+            label_T[place : place + length] = tokens[first + 1 : first + length + 1]
+        np.maximum.at(used_B, row_P, column_P + length_P)
+        segments.append(_find_segments(array, place_P, first_P, length_P, label_T, domain_ids))
+    _pad(input_T, label_T, used_B, sequence_length, pad_id)
+    routing_BS = np.arange(sequence_length) < used_B[:, None]
+    document_BS, position_BS, domain_BS = _number_segments(segments, num_rows, sequence_length, mask_documents)
+    if used_B.min(initial=sequence_length) < sequence_length:
+        for numbers_BS in (document_BS, position_BS, domain_BS):
+            numbers_BS *= routing_BS
+    shape = (num_rows, sequence_length)
     return Batch(
-        input_ids=torch.from_numpy(input_BS),
-        labels=torch.from_numpy(label_BS),
-        position_ids=torch.from_numpy(position_BS * routing_BS),
-        document_ids=torch.from_numpy(document_BS * routing_BS),
-        routing_mask=torch.from_numpy(routing_BS.copy()),
-        domain_ids=torch.zeros(input_BS.shape, dtype=torch.int64),
+        input_ids=torch.from_numpy(input_T.reshape(shape)),
+        labels=torch.from_numpy(label_T.reshape(shape)),
+        position_ids=torch.from_numpy(position_BS),
+        document_ids=torch.from_numpy(document_BS),
+        routing_mask=torch.from_numpy(routing_BS),
+        domain_ids=torch.from_numpy(domain_BS),
     )
+
+
+def _find_segments(
+    array: TokenArray,
+    place_P: NDArray[np.int64],
+    first_P: NDArray[np.int64],
+    length_P: NDArray[np.int64],
+    label_T: NDArray[np.int64],
+    domain_ids: dict[str, int] | None,
+) -> _Segments:
+    """Where documents begin in pieces; labels that would be a document's first token are taken out of `label_T`."""
+    starts = array.starts
+    # Documents [before, behind) begin in tokens (first, first + length].
+    before_P = starts.searchsorted(first_P, side="right")
+    behind_P = starts.searchsorted(first_P + length_P, side="right")
+    count_P = behind_P - before_P
+    ends_P = np.cumsum(count_P)
+    total = int(ends_P[-1]) if len(ends_P) else 0
+    document_N = np.repeat(before_P - (ends_P - count_P), count_P) + np.arange(total)
+    place_N = starts[document_N] + np.repeat(place_P - first_P, count_P)
+    label_T[place_N - 1] = IGNORED
+    # One that begins at the last label is no input of this piece.
+    inside_N = place_N < np.repeat(place_P + length_P, count_P)
+    start_N = np.concatenate([place_P, place_N[inside_N]])
+    if domain_ids is None:
+        return _Segments(start_N, np.zeros_like(start_N))
+    number = np.array([domain_ids[name] for name in array.domain_names])
+    document_N = np.concatenate([before_P - 1, document_N[inside_N]])
+    return _Segments(start_N, number[array.domains[document_N]])
+
+
+def _pad(
+    input_T: NDArray[np.int64], label_T: NDArray[np.int64], used_B: NDArray[np.int64], length: int, pad_id: int
+) -> None:
+    for row in np.flatnonzero(used_B < length).tolist():
+        free = slice(row * length + int(used_B[row]), (row + 1) * length)
+        input_T[free], label_T[free] = pad_id, IGNORED
+
+
+def _number_segments(
+    segments: list[_Segments], num_rows: int, length: int, mask_documents: bool
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Document ids, positions and domains [B, S], padding not yet taken out."""
+    mark_T = np.zeros(num_rows * length, dtype=np.bool_)
+    start_N = np.concatenate([part.start_N for part in segments])
+    mark_T[start_N] = True
+    # Segments by their place: each row has one at its first column, by its first piece or (without one) of padding.
+    index_T = np.cumsum(mark_T, dtype=np.int64)
+    domain_N = np.empty(int(index_T[-1]), dtype=np.int64)
+    domain_N[index_T[start_N] - 1] = np.concatenate([part.domain_N for part in segments])
+    start_of_N = np.flatnonzero(mark_T)
+    index_BS = index_T.reshape(num_rows, length)
+    count_N = np.diff(np.append(start_of_N, num_rows * length))
+    domain_BS = np.repeat(domain_N, count_N).reshape(num_rows, length)
+    if not mask_documents:
+        column_S = np.arange(length, dtype=np.int64)
+        return np.ones_like(index_BS), np.broadcast_to(column_S, index_BS.shape).copy(), domain_BS
+    position_T = np.arange(num_rows * length) - np.repeat(start_of_N, count_N)
+    return index_BS - (index_BS[:, :1] - 1), position_T.reshape(num_rows, length), domain_BS

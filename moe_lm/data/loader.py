@@ -1,97 +1,195 @@
 """Whole optimizer steps of batches: a pure function of (configuration, seed, data step).
 
-Nothing is remembered between steps, so resuming is calling `step` with the next number, and every rank computes the
-global batch's rows and counts by itself, without communication. Rows are numbered k = 0, 1, 2 … over the whole run;
-row k is place k mod N of epoch k div N, and each epoch permutes the N rows of the shard anew (`permutation.py`).
-A global batch may straddle two epochs.
+Rows are numbered n = 0, 1, 2 … over the whole run. Step k takes the rows k·B … k·B + B − 1 of a global batch of B, and
+process r of W the rows with n mod W = r, whatever kind the source is. The mixture says which source row n comes from,
+and how many of that source's rows came before it (`mixture.py`). Here these are looked up in token shards: row i of a
+source is place i mod N of epoch i div N, and each epoch permutes the source's N rows anew (`permutation.py`). Nothing
+is remembered between steps, so the state is the step's number. Streams, which do remember, are in `streams.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_lm.data.batch import EMPTY_ROW, Batch, count_tokens, make_batch, num_rows
+from moe_lm.data.batch import IGNORED, Batch, make_batch
+from moe_lm.data.config import DataConfig, Packing
+from moe_lm.data.mixture import Mixture
 from moe_lm.data.permutation import epoch_key, permute_array
-from moe_lm.data.shards import TokenShard
+from moe_lm.data.rows import Pieces, RowSet
+from moe_lm.data.shards import TokenArray
 from moe_lm.errors import InputError
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one optimizer step trains on."""
+    """One process's share of what one optimizer step trains on."""
 
     micro_batches: list[Batch]
-    """This rank's share, in order."""
     num_targets: int
-    """Targets in the global batch, over all ranks: what the summed loss is divided by."""
-    num_routed_tokens: int
-    """Real input tokens in the global batch, over all ranks."""
-    rows: list[int]
-    """Row ids of the global batch, in order; rank r has the r-th of `world_size` equal slices."""
+    """Targets of this share."""
+    domain_tokens: NDArray[np.int64]
+    """Real input tokens of this share, of each domain."""
+    live_sources: NDArray[np.int64]
+    """Of each source, how many of its streams still had text at this step; where the sum over all processes is 0, the
+    data ends before this step."""
+    state: dict[str, Any]
+    """Where the data stands behind this step, JSON; empty where the step's number says it all."""
 
 
-class StepLoader:
-    """Gives the batches of any data step of a run."""
+class Loader(Protocol):
+    """Gives the steps of a run."""
 
-    def __init__(
-        self,
-        shard: TokenShard,
-        *,
-        seed: int,
-        global_batch_size: int,
-        micro_batch_size: int,
-        sequence_length: int,
-        mask_documents: bool = True,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        """Checks that the sizes fit.
-
-        Args:
-            shard: The training tokens.
-            seed: The run's seed; with the epoch, it decides the order of rows.
-            global_batch_size: Rows per optimizer step, over all ranks.
-            micro_batch_size: Rows per forward and backward on one rank.
-            sequence_length: Tokens per row.
-            mask_documents: Whether positions and attention stay within documents.
-            rank: Which share to give.
-            world_size: Into how many shares a global batch is cut.
-
-        Raises:
-            InputError: The global batch is not a whole number of micro-batches on every rank.
-        """
-        validate_batch_sizes(global_batch_size, micro_batch_size, world_size)
-        assert 0 <= rank < world_size
-        self.shard, self.seed, self.sequence_length, self.mask_documents = shard, seed, sequence_length, mask_documents
-        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
-        self.rank, self.world_size = rank, world_size
-        self.num_rows = num_rows(shard, sequence_length)
-        assert self.num_rows > 0, "prepare() refuses text that is too small"
+    @property
+    def num_steps(self) -> int | None:
+        """Steps until the data ends; null where it does not, or nobody knows yet."""
 
     def step(self, data_step: int) -> StepBatch:
-        """The batches of data step 0, 1, 2 …; the order of calls does not matter."""
-        rows = self.rows_of(data_step)
-        num_targets, num_routed_tokens = count_tokens(self.shard, rows, self.sequence_length)
-        share = self.global_batch_size // self.world_size
-        own_rows = rows[self.rank * share : (self.rank + 1) * share]
-        micro_batches = [
-            make_batch(self.shard, own_rows[i : i + self.micro_batch_size], self.sequence_length, self.mask_documents)
-            for i in range(0, share, self.micro_batch_size)
-        ]
-        return StepBatch(micro_batches, num_targets, num_routed_tokens, rows.tolist())
+        """This process's share of a data step; asked for one after the other."""
 
-    def rows_of(self, data_step: int) -> NDArray[np.int64]:
-        """Row ids of a step's global batch, in order."""
-        assert data_step >= 0
+
+@dataclass(frozen=True)
+class Cut:
+    """How a run cuts its batches, and which share of them is this process's."""
+
+    seed: int
+    global_batch_size: int
+    micro_batch_size: int
+    sequence_length: int
+    pad_id: int
+    domains: Sequence[str]
+    """Names of all domains, in the order of their ids."""
+    mask_documents: bool = True
+    packing: Packing = Packing.sequential
+    epochs: int | None = None
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        """Checks that a global batch is a whole number of micro-batches on every process.
+
+        Raises:
+            InputError: It is not.
+        """
+        validate_batch_sizes(self.global_batch_size, self.micro_batch_size, self.world_size)
+        assert 0 <= self.rank < self.world_size
+
+    def own_rows(self, data_step: int) -> NDArray[np.int64]:
+        """Numbers of this process's rows of a step."""
         first = data_step * self.global_batch_size
-        epochs, places = np.divmod(first + np.arange(self.global_batch_size), self.num_rows)
-        rows = np.empty(self.global_batch_size, dtype=np.int64)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            rows[chosen] = permute_array(places[chosen], self.num_rows, epoch_key(self.seed, int(epoch)))
-        return rows
+        return np.arange(first + self.rank, first + self.global_batch_size, self.world_size)
+
+    def assemble(
+        self, pieces: Sequence[tuple[TokenArray, Pieces]], live_sources: NDArray[np.int64], state: dict[str, Any]
+    ) -> StepBatch:
+        """Makes the step's batches of pieces of rows 0 … of this process's share."""
+        num_rows = self.global_batch_size // self.world_size
+        ids = {name: index for index, name in enumerate(self.domains)}
+        whole = make_batch(
+            pieces,
+            num_rows,
+            self.sequence_length,
+            mask_documents=self.mask_documents,
+            pad_id=self.pad_id,
+            domain_ids=ids,
+        )
+        if len(self.domains) == 1:
+            domain_tokens = np.array([int(whole.routing_mask.sum())])
+        else:
+            real = whole.domain_ids[whole.routing_mask].numpy()
+            domain_tokens = np.bincount(real, minlength=len(self.domains)).astype(np.int64)
+        num_targets = int((whole.labels != IGNORED).sum())
+        return StepBatch(whole.split(self.micro_batch_size), num_targets, domain_tokens, live_sources, state)
+
+
+class ShardLoader:
+    """Steps of prepared shards, in any order."""
+
+    def __init__(
+        self, sources: Sequence[Sequence[TokenArray]], names: Sequence[str], mixture: Mixture, cut: Cut
+    ) -> None:
+        """Cuts the shards into rows.
+
+        Args:
+            sources: The shards of each source.
+            names: The sources' names.
+            mixture: Which source each row comes from.
+            cut: How batches are cut.
+        """
+        self._cut, self._mixture, self._names = cut, mixture, names
+        self._sets = [RowSet(shards, cut.sequence_length, cut.packing) for shards in sources]
+        self._sizes = np.array([rows.num_rows for rows in self._sets], dtype=np.int64)
+        assert self._sizes.all(), "a source without a row is refused before"
+        self._last_row = None if cut.epochs is None else _rows_until_used_up(mixture, self._sizes * cut.epochs)
+        self.num_steps = None if self._last_row is None else -(-self._last_row // cut.global_batch_size)
+
+    def step(self, data_step: int) -> StepBatch:
+        """This process's share of data step 0, 1, 2 …; the order of calls does not matter."""
+        pieces = []
+        for source, (rows, places) in self.rows_of(data_step).items():
+            pieces += self._sets[source].pieces(rows, places)
+        return self._cut.assemble(pieces, np.ones(len(self._sets), dtype=np.int64), {})
+
+    def rows_of(self, data_step: int) -> dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """By source, which of its rows this process has in a step, and at which places of its share."""
+        assert data_step >= 0
+        numbers = self._cut.own_rows(data_step)
+        if self._last_row is not None:
+            numbers = numbers[numbers < self._last_row]
+        source_N, ordinal_N = self._mixture.locate(numbers)
+        found = {}
+        for source in np.unique(source_N).tolist():
+            places = np.flatnonzero(source_N == source)
+            size = int(self._sizes[source])
+            epoch_N, place_N = np.divmod(ordinal_N[places], size)
+            rows = np.empty_like(place_N)
+            for epoch in np.unique(epoch_N).tolist():
+                chosen = epoch_N == epoch
+                key = epoch_key(self._cut.seed, self._names[source], epoch)
+                rows[chosen] = permute_array(place_N[chosen], size, key)
+            found[source] = (rows, places)
+        return found
+
+
+def _rows_until_used_up(mixture: Mixture, limits: NDArray[np.int64]) -> int:
+    """Rows of the run before the first that would take more than `limits` rows of a source."""
+    low, high = 0, 1
+    while (mixture.counts(high) <= limits).all():
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if (mixture.counts(middle) <= limits).all() else (low, middle)
+    return low
+
+
+def make_mixture(config: DataConfig, sources: Mapping[str, Sequence[TokenArray]], total_rows: int) -> Mixture:
+    """The mixture of sources by their names' order, from the weights of the configuration.
+
+    Raises:
+        InputError: A weight is too small to be seen, or none is above 0.
+    """
+    names = sorted(sources)
+    given = [config.sources.get(name) for name in names]
+    if not any(source is not None and source.weight is not None for source in given):
+        sizes = [float(sum(array.num_tokens for array in sources[name])) for name in names]
+        return Mixture(np.array(sizes) if len(names) > 1 else np.ones(1))
+    weights, final = [], []
+    for name, source in zip(names, given):
+        if source is None or source.weight is None:
+            raise InputError(f"data.sources.{name}.weight=null: other sources have weights; give this one too.")
+        weights.append(source.weight)
+        final.append(source.weight if source.final_weight is None else source.final_weight)
+    for what, values in (("weight", weights), ("final_weight", final)):
+        if not sum(values) > 0:
+            raise InputError(f"data.sources.{names[0]}.{what}=0: at least one source needs a weight above 0.")
+        for name, value in zip(names, values):
+            if 0 < value / sum(values) < 0.5e-4:
+                raise InputError(f"data.sources.{name}.{what}={value}: is less than one row in 10000; give 0, or more.")
+    begin, end = np.array(weights), np.array(final)
+    unchanged = np.array_equal(begin / begin.sum(), end / end.sum())
+    return Mixture(begin) if unchanged else Mixture(begin, end, total_rows)
 
 
 def validate_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size: int) -> None:
@@ -117,34 +215,37 @@ def validate_batch_sizes(global_batch_size: int, micro_batch_size: int, world_si
 
 
 def validation_batches(
-    shard: TokenShard,
+    shards: Sequence[TokenArray],
     batch_size: int,
     sequence_length: int,
     *,
     mask_documents: bool = True,
+    pad_id: int = 0,
     rank: int = 0,
     world_size: int = 1,
     max_rows: int | None = None,
 ) -> Iterator[Batch]:
-    """Gives every row of a shard once, in order, each rank a contiguous share.
+    """Gives every row of shards once, in order, each rank a contiguous share.
 
     Every rank gets the same number of equally large batches, as collectives need: rows of padding (no targets, no
     routed tokens) fill the last share up. Only the last batch may be smaller than `batch_size`.
 
     Args:
-        shard: The held-out tokens.
+        shards: The held-out tokens.
         batch_size: Rows per batch on one rank.
         sequence_length: Tokens per row.
         mask_documents: Whether positions and attention stay within documents.
+        pad_id: Id of padding.
         rank: Which share to give.
         world_size: Into how many shares the rows are cut.
         max_rows: Most rows over all ranks; of more, evenly spaced ones are chosen.
     """
-    total = num_rows(shard, sequence_length)
-    chosen = total if max_rows is None else min(max_rows, total)
+    row_set = RowSet(shards, sequence_length, Packing.sequential)
+    chosen = row_set.num_rows if max_rows is None else min(max_rows, row_set.num_rows)
     share = -(-chosen // world_size)
-    rows = np.full(share * world_size, EMPTY_ROW, dtype=np.int64)
-    rows[:chosen] = np.arange(chosen) * total // max(1, chosen)
-    own_rows = rows[rank * share : (rank + 1) * share]
+    own = np.arange(rank * share, min((rank + 1) * share, chosen)) * row_set.num_rows // max(1, chosen)
     for start in range(0, share, batch_size):
-        yield make_batch(shard, own_rows[start : start + batch_size], sequence_length, mask_documents)
+        rows = own[start : start + batch_size]
+        pieces = row_set.pieces(rows, np.arange(len(rows)))
+        size = min(batch_size, share - start)
+        yield make_batch(pieces, size, sequence_length, mask_documents=mask_documents, pad_id=pad_id)

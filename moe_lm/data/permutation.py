@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 NUM_ROUNDS = 6
 
 
-def epoch_key(seed: int, epoch: int) -> int:
-    """A 64-bit key for an epoch of a run; every epoch is shuffled anew."""
-    digest = hashlib.sha256(f"moe-lm rows {seed} {epoch}".encode()).digest()
+def epoch_key(seed: int, source: str, epoch: int, block: int | None = None) -> int:
+    """A 64-bit key for an epoch of a source, or a block of one, in a run; every epoch is shuffled anew."""
+    digest = hashlib.sha256(f"moe-lm rows {seed} {source} {epoch} {block}".encode()).digest()
     return int.from_bytes(digest[:8], "little")
 
 

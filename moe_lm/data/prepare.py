@@ -1,42 +1,61 @@
 """Text to tokenizer and token shards, once; later calls load what is there. The files:
 
-DIRECTORY/tokenizer/            tokenizer.model and transformers' files
-DIRECTORY/data/train.*          the training shard
-DIRECTORY/data/validation.*     the validation shard
-DIRECTORY/data/manifest.json    configuration, fingerprints and counts; written last, so that it means "complete"
+DIRECTORY/tokenizer/              tokenizer.model (or tokenizer.json) and transformers' files
+DIRECTORY/data/SOURCE/            the chunks of each source (`chunks.py`); of a stream, of its held-out text only
+DIRECTORY/data/validation.paths/  the chunks of data.validation_paths
+DIRECTORY/data/begun.json         the settings, written first, so that an interrupted preparation goes on as the same
+DIRECTORY/data/manifest.json      settings, fingerprints, counts, the chunks' hashes; last, as the mark of completion
+
+Whatever is made is a function of text and settings alone: interrupted or not, by one process or many, on one machine
+or, each taking a part of the units, on several that join their chunks in one directory.
 """
 
-import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import hashlib
+import itertools
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moe_lm.data.chunks import CHANGED, SIDES, Chunk, Unit, check_unchanged, chunk_name, divide, made_chunks, make_unit
 from moe_lm.data.config import DataConfig, TokenizerConfig
-from moe_lm.data.corpus import read_documents
-from moe_lm.data.shards import TokenShard, write_shard
-from moe_lm.data.tokenizer import MODEL_FILE, Tokenizer, train_tokenizer
-from moe_lm.data.tokenizer_export import save_tokenizer_files
+from moe_lm.data.documents import Split, SplitWay, choose_split
+from moe_lm.data.encode import Encoder
+from moe_lm.data.prepared import FORMAT, VALIDATION, read_manifest
+from moe_lm.data.sources import Beginning, Source, beginning_of, open_sources, open_validation
+from moe_lm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from moe_lm.errors import InputError
-from moe_lm.files import write_json
+from moe_lm.files import sha256, write_json
 
-FORMAT = 1
-"""Version of the files; raised when a change makes old ones unreadable."""
+DATA_ONLY_CUT = (
+    "sequence_length",
+    "mask_documents",
+    "packing",
+    "epochs",
+    "num_streams",
+    "workers",
+    "domains",
+)
+"""Fields that say how rows are cut, ordered and read, not what is in the shards."""
+
+Report = Callable[[str], None]
+Progress = Callable[[int, int], None]
+"""Called with bytes of text tokenized so far, and bytes of all files (0 where they are not known)."""
 
 
 @dataclass(frozen=True)
-class PreparedData:
-    """What training needs of the data."""
+class Part:
+    """Which slice of the work this process does: `index` of `total`, from 1."""
 
-    train: TokenShard
-    validation: TokenShard
-    tokenizer: Tokenizer
-    tokenizer_directory: Path
-    corpus_fingerprint: str
-    counts: dict[str, int]
-    """Documents, bytes and tokens of each side (`train_documents` …), and `skipped_files`."""
-    split: str
-    """How the validation text was chosen, in words."""
+    index: int = 1
+    total: int = 1
+
+    def takes(self, units: list[Any]) -> list[Any]:
+        """Its slice: neighbouring units, so that machines read different files."""
+        return units[len(units) * (self.index - 1) // self.total : len(units) * self.index // self.total]
 
 
 def prepare(
@@ -44,125 +63,255 @@ def prepare(
     tokenizer_config: TokenizerConfig,
     directory: Path,
     *,
-    threads: int = 2,
-    report: Callable[[str], None] = lambda message: None,
-) -> PreparedData:
-    """Makes or loads a run's tokenizer and shards.
+    part: Part = Part(),
+    report: Report = lambda message: None,
+    progress: Progress = lambda done, total: None,
+) -> bool:
+    """Makes a tokenizer and token shards, or finds that they are there.
 
     Several processes may call it for the same directory at once: every file is renamed into place whole, and all
-    write the same. (Calling it on the main process first, and on the others after, saves the work.)
+    write the same.
 
     Args:
         config: Which documents.
         tokenizer_config: Which tokenizer.
-        directory: The run's directory (made if missing).
-        threads: Threads to tokenize with.
+        directory: Where to (made if missing).
+        part: Which slice of the work to do.
         report: Called with a line about each stage.
+        progress: Called as text is tokenized.
+
+    Returns:
+        Whether the set is complete: false where other parts are still missing.
 
     Raises:
-        InputError: The text cannot be read or is too small, or the directory was prepared with other settings.
+        InputError: The text cannot be read or is too small, or the directory was prepared from other text, with other
+            settings or with another tokenizer.
     """
-    manifest_path = directory / "data" / "manifest.json"
+    data = directory / "data"
     settings = _settings(config, tokenizer_config)
-    if manifest_path.exists():
-        _check_settings(settings, manifest_path)
-    else:
-        _make(config, tokenizer_config, directory, settings, threads, report)
-    prepared = _load(directory, manifest_path)
-    if prepared.train.num_tokens < config.sequence_length + 1:
-        raise InputError(
-            f"data.sequence_length={config.sequence_length}: the training text has only {prepared.train.num_tokens} "
-            f"tokens ({prepared.train.num_bytes} bytes), which do not fill one row; "
-            f"give more text, or a sequence length of at most {prepared.train.num_tokens - 1}."
-        )
-    return prepared
+    for name in ("manifest.json", "begun.json"):
+        if (data / name).exists():
+            _check_settings(settings, data / name)
+            break
+    validation = open_validation(config)
+    sources = open_sources(config, without=validation)
+    if (data / "manifest.json").exists():
+        if not config.streaming:
+            _check_sources([*sources, *_as_source(validation)], data)
+        return True
+    if config.streaming:
+        sources = [beginning_of(source, tokenizer_config.training_bytes) for source in sources]
+    splits = _choose_splits(sources, validation, config)
+    directory.mkdir(parents=True, exist_ok=True)
+    begun = (data / "begun.json").exists()
+    tokenizer = _tokenizer(sources, splits, tokenizer_config, directory, begun, config.sequence_length, report)
+    data.mkdir(parents=True, exist_ok=True)
+    write_json(data / "begun.json", {"format": FORMAT, "settings": settings})
+    work = _work(sources, validation, splits, config)
+    _make_chunks(part.takes(work), tokenizer, config, directory, progress)
+    missing = [unit for source, _, unit in work if not made_chunks(data / source.name, unit)[1]]
+    if missing:
+        report(f"part {part.index}/{part.total} is done; {len(missing)} of {len(work)} units are still to be made")
+        return False
+    _write_manifest(work, splits, settings, tokenizer, data, report)
+    return True
 
 
-def _make(
-    config: DataConfig,
+Work = tuple[Source, Split, Unit]
+
+
+def _as_source(validation: Source | None) -> list[Source]:
+    """`data.validation_paths` as a source under the name of its directory."""
+    return [replace(validation, name=VALIDATION)] if validation is not None else []
+
+
+def _work(sources: list[Source], validation: Source | None, splits: dict[str, Split], config: DataConfig) -> list[Work]:
+    """All units, in the order in which one process would make them."""
+    work: list[Work] = []
+    hold_out_all = Split(SplitWay.hold_out_all, config.validation_fraction)
+    for source in sources:
+        split = splits[source.name]
+        if isinstance(source, Beginning):
+            # Of a stream, the held-out documents of its beginning; none of its documents is held as shards to train on.
+            held_out = [side for document in source.documents if (side := split.sides(document)[1])]
+            source, split = replace(source, documents=held_out), hold_out_all
+        work += [(source, split, unit) for unit in divide(source)]
+    for source in _as_source(validation):
+        work += [(source, hold_out_all, unit) for unit in divide(source)]
+    return work
+
+
+def _make_chunks(
+    work: list[Work], tokenizer: Tokenizer, config: DataConfig, directory: Path, progress: Progress
+) -> None:
+    """Makes the units that are not there yet."""
+    workers = config.workers if config.workers is not None else os.cpu_count() or 1
+    total, done = sum(f.size for source, _, unit in work for f in source.files[unit.first : unit.stop]), 0
+
+    def advance(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        progress(done, total)
+
+    with closing(Encoder(tokenizer, directory / "tokenizer", workers)) as encoder:
+        for source, split, unit in work:
+            made = directory / "data" / source.name
+            make_unit(source, split, unit, made, encoder, window=2 * workers + 1, progress=advance)
+
+
+def _choose_splits(sources: Iterable[Source], validation: Source | None, config: DataConfig) -> dict[str, Split]:
+    """How each source is split."""
+    if validation is not None:
+        return {source.name: Split(SplitWay.train_all, config.validation_fraction) for source in sources}
+    splits = {}
+    for source in sources:
+        documents = (document for document, _ in source.read())
+        splits[source.name] = choose_split(documents, config.validation_fraction)
+    return splits
+
+
+def _tokenizer(
+    sources: list[Source],
+    splits: dict[str, Split],
     tokenizer_config: TokenizerConfig,
     directory: Path,
-    settings: dict[str, Any],
-    threads: int,
-    report: Callable[[str], None],
-) -> None:
-    corpus = read_documents(config)
-    num_bytes = sum(len(document.text.encode()) for document in corpus.train)
-    report(
-        f"read {len(corpus.train)} training documents ({num_bytes / 1e6:.1f} MB) and {len(corpus.validation)} "
-        f"for validation ({corpus.split})"
-    )
+    begun: bool,
+    sequence_length: int,
+    report: Report,
+) -> Tokenizer:
+    """Takes, trains or (where a preparation was interrupted) finds the tokenizer; its files stand in the directory."""
+    path = directory / "tokenizer"
+    if begun:
+        return load_tokenizer(path)
     if tokenizer_config.path is not None:
-        tokenizer = Tokenizer(Path(tokenizer_config.path).expanduser())
+        tokenizer = load_tokenizer(Path(tokenizer_config.path).expanduser())
     else:
-        texts = [document.text for document in corpus.train]
+        texts = (
+            side.text
+            for source in sources
+            for document, _ in source.read()
+            if (side := splits[source.name].sides(document)[0])
+        )
+        first = next(texts, None)
+        if first is None:
+            raise InputError(f"{sources[0].option}: there is no text in it; give files with text.")
         tokenizer = train_tokenizer(
-            texts, tokenizer_config.vocab_size, directory / "tokenizer", tokenizer_config.training_bytes
+            itertools.chain([first], texts), tokenizer_config.vocab_size, path, tokenizer_config.training_bytes
         )
         report(f"trained a tokenizer of {tokenizer.vocab_size} ids")
-    save_tokenizer_files(tokenizer, directory / "tokenizer", config.sequence_length)
-    shards = {
-        side: write_shard(documents, tokenizer, directory / "data", side, threads)
-        for side, documents in (("train", corpus.train), ("validation", corpus.validation))
-    }
-    train = shards["train"]
-    report(f"wrote {train.num_tokens} training tokens ({train.num_bytes / train.num_tokens:.2f} bytes each)")
-    counts = {
-        f"{side}_{unit}": getattr(shard, f"num_{unit}")
-        for side, shard in shards.items()
-        for unit in ("documents", "bytes", "tokens")
-    }
-    write_json(
-        directory / "data" / "manifest.json",
-        {
-            "format": FORMAT,
-            "settings": settings,
-            "corpus_fingerprint": corpus.fingerprint,
-            "tokenizer_fingerprint": tokenizer.fingerprint,
-            "split": corpus.split,
-            "counts": {**counts, "skipped_files": corpus.num_skipped},
+        for source in sources:  # what was passed over here is counted when the text is tokenized
+            source.bad.skipped.clear()
+            source.empty_documents[0] = 0
+    tokenizer.save(path, sequence_length)
+    return load_tokenizer(path)
+
+
+def _write_manifest(
+    work: list[Work],
+    splits: dict[str, Split],
+    settings: dict[str, Any],
+    tokenizer: Tokenizer,
+    data: Path,
+    report: Report,
+) -> None:
+    """Joins the chunks: everything in the manifest is read from them."""
+    chunks: dict[str, list[list[str]]] = {}
+    digest, counts, skipped = hashlib.sha256(), Counter[str](), Counter[str]()
+    for source, _, unit in work:
+        made, _ = made_chunks(data / source.name, unit)
+        for number, chunk in enumerate(made):
+            if chunk.tokenizer_fingerprint != tokenizer.fingerprint:
+                raise InputError(
+                    f"tokenizer: {data / source.name / chunk_name(unit, number)}.json was made with another tokenizer "
+                    f"than {data.parent / 'tokenizer'}; parts are joined only if all have the same. {CHANGED}"
+                )
+            name = chunk_name(unit, number)
+            chunks.setdefault(source.name, []).append([name, sha256(data / source.name / f"{name}.json")])
+            digest.update(chunk.documents_sha256.encode())
+            skipped.update(chunk.skipped)
+            for side, shard in chunk.shards.items():
+                for what in ("documents", "bytes", "tokens"):
+                    counts[f"{side}_{what}"] += getattr(shard, f"num_{what}")
+    names = list(dict.fromkeys(str(split) for split in splits.values()))
+    manifest = {
+        "format": FORMAT,
+        "settings": settings,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "corpus_fingerprint": digest.hexdigest(),
+        "split": "; ".join(names),
+        "splits": {name: split.way.name for name, split in splits.items()},
+        "counts": {
+            f"{side}_{what}": counts[f"{side}_{what}"] for side in SIDES for what in ("documents", "bytes", "tokens")
         },
-    )
-
-
-def _load(directory: Path, manifest_path: Path) -> PreparedData:
-    manifest = json.loads(manifest_path.read_text())
-    tokenizer = Tokenizer(directory / "tokenizer" / MODEL_FILE)
-    if tokenizer.fingerprint != manifest["tokenizer_fingerprint"]:
+        "skipped": dict(sorted(skipped.items())),
+        "chunks": chunks,
+    }
+    if VALIDATION in chunks:
+        manifest["split"] = str(Split(SplitWay.hold_out_all, 0.5))
+    if not counts["validation_tokens"]:
         raise InputError(
-            f"{directory / 'tokenizer' / MODEL_FILE}: is not the tokenizer that the token shards in "
-            f"{manifest_path.parent} were made with; delete both directories and run the command again."
+            f"data.validation_fraction: the {counts['train_bytes']} bytes of text are too few to hold any out; "
+            "give more text, or data.validation_paths."
         )
-    shards = [TokenShard(directory / "data", side) for side in ("train", "validation")]
-    for shard in shards:
-        shard.verify()
-    return PreparedData(
-        train=shards[0],
-        validation=shards[1],
-        tokenizer=tokenizer,
-        tokenizer_directory=directory / "tokenizer",
-        corpus_fingerprint=manifest["corpus_fingerprint"],
-        counts=manifest["counts"],
-        split=manifest["split"],
+    write_json(data / "manifest.json", manifest)
+    _report(manifest, report)
+
+
+def _report(manifest: dict[str, Any], report: Report) -> None:
+    """Says what was made."""
+    counts, skipped = manifest["counts"], manifest["skipped"]
+    if counts["train_documents"]:
+        report(
+            f"tokenized {counts['train_documents']:,} training documents ({counts['train_bytes'] / 1e6:.1f} MB, "
+            f"{counts['train_tokens']:,} tokens, {counts['train_bytes'] / counts['train_tokens']:.2f} bytes each)"
+        )
+    report(
+        f"held out {counts['validation_documents']:,} documents ({counts['validation_bytes'] / 1e6:.1f} MB): "
+        f"{manifest['split']}"
     )
+    if skipped:
+        report("left out: " + said_skipped(skipped))
+
+
+def said_skipped(skipped: dict[str, int]) -> str:
+    """Counts of rows left out, in words."""
+    return ", ".join(f"{count:,} × {kind.replace('_', ' ')}" for kind, count in sorted(skipped.items()))
+
+
+def _check_sources(sources: list[Source], data: Path) -> None:
+    """Compares the files of sources with those that a complete set was prepared from.
+
+    Raises:
+        InputError: A file has come, gone or changed.
+    """
+    for source in sources:
+        recorded = []
+        for path in sorted((data / source.name).glob("*-000.json")):
+            recorded += Chunk.load(path).files
+        check_unchanged(source, Unit(0, 0, len(source.files)), recorded, data)
 
 
 def _settings(config: DataConfig, tokenizer_config: TokenizerConfig) -> dict[str, Any]:
-    """What the shards depend on: not the sequence length, nor masking."""
-    data = {**asdict(config), "source": config.source.name}
-    del data["sequence_length"], data["mask_documents"]
-    return {f"data.{name}": value for name, value in data.items()} | {
-        f"tokenizer.{name}": value for name, value in asdict(tokenizer_config).items()
-    }
+    """What the shards depend on, by option."""
+    values = asdict(config)
+    for name in DATA_ONLY_CUT:
+        del values[name]
+    for source in values["sources"].values():
+        del source["weight"], source["final_weight"]
+    flat = _flatten({"data": values, "tokenizer": asdict(tokenizer_config)})
+    return {name: value.name if hasattr(value, "name") else value for name, value in sorted(flat.items())}
 
 
-def _check_settings(settings: dict[str, Any], manifest_path: Path) -> None:
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _check_settings(settings: dict[str, Any], path: Path) -> None:
     """Compares with the settings a directory was prepared with, and names what differs."""
-    try:
-        manifest = json.loads(manifest_path.read_text())
-        written = manifest["settings"] if manifest["format"] == FORMAT else {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{manifest_path}: cannot be read ({error}); delete its directory to prepare again.") from None
+    written = read_manifest(path)["settings"]
     differences = [
         f"{name}={settings.get(name)!r} (there: {written.get(name)!r})"
         for name in sorted(settings.keys() | written.keys())
@@ -170,6 +319,6 @@ def _check_settings(settings: dict[str, Any], manifest_path: Path) -> None:
     ]
     if differences:
         raise InputError(
-            f"{', '.join(differences)}: {manifest_path.parent} was prepared with other settings; "
-            "choose another run_name, or delete that directory to prepare again."
+            f"{', '.join(differences)}: {path.parent} was prepared with other settings; "
+            "prepare into another directory, or delete that one to prepare it anew."
         )

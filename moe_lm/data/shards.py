@@ -1,175 +1,236 @@
 """Token shards: the token ids of documents end to end in one memory-mapped file.
 
-A shard NAME is three files: `NAME.tokens.bin` (ids, little-endian uint16 or uint32), `NAME.documents.npy` (int64
-position of each document's first token, the `<s>`) and `NAME.json` (sizes, checksums, the ids of the marks). No
-sequence length is in it: rows are cut when batches are made (`batch.py`).
+A shard NAME is three files: `NAME.tokens.bin` (ids, little-endian uint16 or uint32), `NAME.starts.npy` (int64 position
+of each document's first token) and `NAME.domains.npy` (uint16 number of each document's domain). Sizes, checksums and
+the domains' names are in its header, which is kept by whoever wrote the shard (`prepare.py`). No sequence length is in
+it: rows are cut when batches are made (`rows.py`).
+
+Tokens are verified as they are used: the header has a SHA-256 of every MiB, and a block is compared with its own before
+the first token of it is given out. So a set of terabytes opens at once, and a flipped bit is found all the same.
 """
 
 import hashlib
-import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_lm.data.corpus import Document
-from moe_lm.data.tokenizer import Tokenizer
+from moe_lm.data.encode import Encoded, token_type
 from moe_lm.errors import InputError
-from moe_lm.files import atomic_file, sha256, write_json
+from moe_lm.files import atomic_file, sha256
 
-ENCODE_CHARACTERS = 4_000_000
-"""Text tokenized at a time: enough to keep the threads busy, little enough that Python lists of ids stay small."""
+BLOCK_BYTES = 2**20
+"""Bytes that one checksum covers."""
+
+MAX_DOMAINS = 2**16
+
+REMEDY = "bring back a good copy, or delete its directory and prepare it again."
+
+
+@dataclass
+class TokenArray:
+    """Documents end to end, in memory or mapped."""
+
+    tokens: NDArray[np.uint16 | np.uint32]
+    """Ids, the marks of every document included."""
+    starts: NDArray[np.int64]
+    """Position of each document's first token, its begin mark."""
+    domains: NDArray[np.integer]
+    """Number of each document's domain in `domain_names`."""
+    domain_names: list[str]
+    pad_id: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, the two marks of every document included."""
+        return len(self.tokens)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents."""
+        return len(self.starts)
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are predicted in one pass over all rows: all but each document's begin mark."""
+        return self.num_tokens - self.num_documents
+
+    def check(self, first_P: NDArray[np.int64], last_P: NDArray[np.int64]) -> None:
+        """Makes sure that tokens [first, last] of each piece may be used; in memory there is nothing to check."""
 
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """The content of `NAME.json`."""
+    """What is recorded of a shard, as JSON."""
 
     dtype: str
     num_tokens: int
     num_documents: int
     num_bytes: int
     """Raw UTF-8 bytes of the documents: what bits per byte are counted over."""
-    bos_id: int
-    pad_id: int
+    domain_names: list[str]
+    domain_tokens: list[int]
+    """Tokens of each domain, in the order of the names."""
     tokens_sha256: str
-    documents_sha256: str
+    block_sha256: list[str]
+    """Of each MiB of the tokens."""
+    starts_sha256: str
+    domains_sha256: str
 
 
-class TokenShard:
-    """A shard on disk; tokens are read where they lie."""
+class TokenShard(TokenArray):
+    """A shard on disk; tokens are read where they lie, and verified before they are."""
 
-    def __init__(self, directory: Path, name: str) -> None:
+    def __init__(self, directory: Path, name: str, header: ShardHeader, pad_id: int) -> None:
         """Opens a shard.
 
         Raises:
-            InputError: A file is missing, or its size is not the recorded one.
+            InputError: A file is missing, its size is not the recorded one, or the index is not what was written.
         """
-        self.directory, self.name = directory, name
+        self.path, self.header = directory / f"{name}.tokens.bin", header
         try:
-            self.header = ShardHeader(**json.loads((directory / f"{name}.json").read_text()))
-            self.tokens: NDArray[np.uint16 | np.uint32] = np.memmap(
-                directory / f"{name}.tokens.bin", dtype=np.dtype(self.header.dtype), mode="r"
+            starts, domains = (
+                _load_index(directory / f"{name}.{kind}.npy", expected)
+                for kind, expected in (("starts", header.starts_sha256), ("domains", header.domains_sha256))
             )
-            self.document_starts: NDArray[np.int64] = np.load(
-                directory / f"{name}.documents.npy", mmap_mode="r", allow_pickle=False
+            size = self.path.stat().st_size
+            expected_size = header.num_tokens * np.dtype(header.dtype).itemsize
+            if size != expected_size:
+                raise InputError(f"{self.path}: has {size} bytes instead of {expected_size}; {REMEDY}")
+            tokens = (
+                np.memmap(self.path, dtype=np.dtype(header.dtype), mode="r")
+                if size
+                else np.empty(0, dtype=np.dtype(header.dtype))
             )
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(f"{directory / name}: this token shard cannot be read ({error}); {REMEDY}") from None
-        sizes = (len(self.tokens), len(self.document_starts))
-        if sizes != (self.num_tokens, self.num_documents):
-            raise InputError(
-                f"{directory / name}: this token shard has {sizes[0]} tokens in {sizes[1]} documents, "
-                f"but should have {self.num_tokens} in {self.num_documents}; {REMEDY}"
-            )
+        super().__init__(tokens, starts, domains, header.domain_names, pad_id)
+        self._raw = tokens.view(np.uint8)
+        self._tokens_per_block = BLOCK_BYTES // tokens.itemsize
+        self._verified = np.zeros(len(header.block_sha256), dtype=bool)
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens, `<s>` and `</s>` of every document included."""
-        return self.header.num_tokens
-
-    @property
-    def num_documents(self) -> int:
-        """Documents."""
-        return self.header.num_documents
-
-    @property
-    def num_targets(self) -> int:
-        """Tokens that are predicted in one pass over all rows: all but each document's `<s>`."""
-        return self.num_tokens - self.num_documents
-
-    @property
-    def num_bytes(self) -> int:
-        """Raw UTF-8 bytes of all documents."""
-        return self.header.num_bytes
-
-    @property
-    def bos_id(self) -> int:
-        """Id of `<s>`; it stands at the start of each document and nowhere else."""
-        return self.header.bos_id
-
-    @property
-    def pad_id(self) -> int:
-        """Id that fills the last row."""
-        return self.header.pad_id
-
-    @cached_property
-    def starts(self) -> NDArray[np.int64]:
-        """The document starts as a plain array: searching a memory map costs several times as much."""
-        return np.asarray(self.document_starts)
-
-    def verify(self) -> None:
-        """Compares the files with their checksums.
+    def check(self, first_P: NDArray[np.int64], last_P: NDArray[np.int64]) -> None:
+        """Compares the blocks of tokens [first, last] of each piece with their checksums, each block once.
 
         Raises:
-            InputError: A file has changed since it was written.
+            InputError: The file is not what was written.
         """
-        for suffix, expected in (
-            ("tokens.bin", self.header.tokens_sha256),
-            ("documents.npy", self.header.documents_sha256),
-        ):
-            path = self.directory / f"{self.name}.{suffix}"
-            if sha256(path) != expected:
-                raise InputError(f"{path}: the content is not what was written (checksum differs); {REMEDY}")
+        first_block_P, last_block_P = first_P // self._tokens_per_block, last_P // self._tokens_per_block
+        near = (last_block_P - first_block_P <= 1).all()
+        if near and self._verified[first_block_P].all() and self._verified[last_block_P].all():
+            return
+        for first, last in zip(first_block_P.tolist(), last_block_P.tolist()):
+            for block in range(first, last + 1):
+                if not self._verified[block]:
+                    self._verify_block(block)
+
+    def verify(self) -> None:
+        """Compares every block with its checksum.
+
+        Raises:
+            InputError: The file is not what was written.
+        """
+        for block in range(len(self._verified)):
+            self._verify_block(block)
+
+    def _verify_block(self, block: int) -> None:
+        content = memoryview(self._raw[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES])  # type: ignore[arg-type]
+        if hashlib.sha256(content).hexdigest() != self.header.block_sha256[block]:
+            raise InputError(
+                f"{self.path}: bytes {block * BLOCK_BYTES} to {block * BLOCK_BYTES + content.nbytes - 1} are not what "
+                f"was written (checksum differs); {REMEDY}"
+            )
+        self._verified[block] = True
 
 
-REMEDY = "delete its directory and run the command again."
+def _load_index(path: Path, expected_sha256: str) -> NDArray:
+    if sha256(path) != expected_sha256:
+        raise InputError(f"{path}: is not what was written (checksum differs); {REMEDY}")
+    return np.load(path, allow_pickle=False)
 
 
-def write_shard(
-    documents: Iterable[Document], tokenizer: Tokenizer, directory: Path, name: str, threads: int = 2
-) -> TokenShard:
-    """Tokenizes documents, wraps each in `<s> … </s>`, and writes a shard.
+class ShardWriter:
+    """Writes one shard, batch of documents by batch; a context manager that leaves all of its files or none."""
 
-    Args:
-        documents: The documents, in the order they shall lie in.
-        tokenizer: Encodes them.
-        directory: Where the shard's files go (made if missing).
-        name: The shard's name.
-        threads: Threads to tokenize with.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    lengths: list[int] = []
-    num_bytes = 0
-    digest = hashlib.sha256()
-    with atomic_file(directory / f"{name}.tokens.bin") as file:
-        for batch in _batches(documents):
-            num_bytes += sum(len(document.text.encode()) for document in batch)
-            for ids in tokenizer.encode_batch([document.text for document in batch], threads):
-                data = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype=dtype).tobytes()
-                digest.update(data)
-                file.write(data)
-                lengths.append(len(ids) + 2)
-    ends = np.cumsum(np.array(lengths, dtype=np.int64))
-    starts = ends - np.array(lengths, dtype=np.int64)
-    with atomic_file(directory / f"{name}.documents.npy") as file:
-        np.save(file, starts, allow_pickle=False)
-    header = ShardHeader(
-        dtype=dtype.str,
-        num_tokens=int(ends[-1]) if lengths else 0,
-        num_documents=len(lengths),
-        num_bytes=num_bytes,
-        bos_id=tokenizer.bos_id,
-        pad_id=tokenizer.pad_id,
-        tokens_sha256=digest.hexdigest(),
-        documents_sha256=sha256(directory / f"{name}.documents.npy"),
-    )
-    write_json(directory / f"{name}.json", asdict(header))
-    return TokenShard(directory, name)
+    def __init__(self, directory: Path, name: str, vocab_size: int) -> None:
+        """Opens the temporary file (the directory is made if missing)."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory, self._name, self._dtype = directory, name, token_type(vocab_size)
+        self._lengths: list[NDArray[np.int64]] = []
+        self._domains: list[NDArray[np.uint16]] = []
+        self._names: dict[str, int] = {}
+        self._whole, self._block, self._block_filled = hashlib.sha256(), hashlib.sha256(), 0
+        self._blocks: list[str] = []
+        self.num_tokens = self.num_bytes = 0
+        self._opened = atomic_file(directory / f"{name}.tokens.bin")
+        self._file = self._opened.__enter__()
 
+    def add(self, encoded: Encoded, domains: list[str], num_bytes: int) -> None:
+        """Appends documents.
 
-def _batches(documents: Iterable[Document]) -> Iterable[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= ENCODE_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+        Args:
+            encoded: Their tokens.
+            domains: The domain of each.
+            num_bytes: UTF-8 bytes of all of them.
+
+        Raises:
+            InputError: There are more domains than an index can tell apart.
+        """
+        assert encoded.tokens.dtype == self._dtype
+        numbers = [self._names.setdefault(domain, len(self._names)) for domain in domains]
+        if len(self._names) > MAX_DOMAINS:
+            raise InputError(
+                f"data.domain_field: has more than {MAX_DOMAINS} different values in a shard; name a field with fewer."
+            )
+        self._domains.append(np.array(numbers, dtype=np.uint16))
+        self._lengths.append(encoded.lengths)
+        self.num_tokens += len(encoded.tokens)
+        self.num_bytes += num_bytes
+        content = memoryview(encoded.tokens.view(np.uint8))  # type: ignore[arg-type]
+        self._file.write(content)
+        self._whole.update(content)
+        while content.nbytes:
+            piece, content = content[: BLOCK_BYTES - self._block_filled], content[BLOCK_BYTES - self._block_filled :]
+            self._block.update(piece)
+            self._block_filled += piece.nbytes
+            if self._block_filled == BLOCK_BYTES:
+                self._end_block()
+
+    def _end_block(self) -> None:
+        self._blocks.append(self._block.hexdigest())
+        self._block, self._block_filled = hashlib.sha256(), 0
+
+    def finish(self) -> ShardHeader:
+        """Renames the files into place."""
+        if self._block_filled:
+            self._end_block()
+        empty = np.empty(0, dtype=np.int64)
+        lengths = np.concatenate([empty, *self._lengths])
+        starts = np.cumsum(lengths) - lengths
+        domains = np.concatenate([np.empty(0, dtype=np.uint16), *self._domains])
+        tokens = np.bincount(domains, weights=lengths, minlength=len(self._names)).astype(np.int64).tolist()
+        self.close()
+        hashes = {}
+        for kind, index in (("starts", starts), ("domains", domains)):
+            with atomic_file(self._directory / f"{self._name}.{kind}.npy") as file:
+                np.save(file, index, allow_pickle=False)
+            hashes[kind] = sha256(self._directory / f"{self._name}.{kind}.npy")
+        return ShardHeader(
+            dtype=self._dtype.str,
+            num_tokens=self.num_tokens,
+            num_documents=len(lengths),
+            num_bytes=self.num_bytes,
+            domain_names=list(self._names),
+            domain_tokens=tokens,
+            tokens_sha256=self._whole.hexdigest(),
+            block_sha256=self._blocks,
+            starts_sha256=hashes["starts"],
+            domains_sha256=hashes["domains"],
+        )
+
+    def close(self, *exception: object) -> None:
+        """Ends the temporary file: renamed into place, or gone after an exception."""
+        self._opened.__exit__(*(exception or (None, None, None)))  # type: ignore[arg-type]

@@ -23,11 +23,14 @@ training had as one piece ("import" where the piece is "import ").
 import hashlib
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import sentencepiece
+from numpy.typing import NDArray
 
 from moe_lm.data.config import MIN_VOCAB_SIZE
 from moe_lm.errors import InputError
@@ -46,12 +49,12 @@ MAX_PIECE_CHARACTERS = 24
 
 
 def train_tokenizer(
-    texts: Sequence[str], vocab_size: int, directory: Path, training_bytes: int = 32_000_000
-) -> "Tokenizer":
+    texts: Iterable[str], vocab_size: int, directory: Path, training_bytes: int = 32_000_000
+) -> "SentencePieceTokenizer":
     """Trains a BPE tokenizer and writes `tokenizer.model` into a directory (made if missing).
 
     Args:
-        texts: The documents; iterated twice, so not a generator.
+        texts: The documents; iterated once, and never held all at a time.
         vocab_size: Number of ids in all, control and byte ids included.
         directory: Where the model goes.
         training_bytes: Most UTF-8 bytes to train on; more is thinned out evenly over all the text.
@@ -63,9 +66,11 @@ def train_tokenizer(
         InputError: The text holds too few different pieces for `vocab_size`, or too many characters.
     """
     model = io.BytesIO()
+    # sentencepiece leaves out a sentence that holds a tab, its internal boundary mark: split there.
+    sentences = (part for chunk in training_chunks(texts, training_bytes) for part in chunk.split("\t") if part)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_training_chunks(texts, training_bytes),
+            sentence_iterator=sentences,
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -90,22 +95,28 @@ def train_tokenizer(
         raise _training_error(error, vocab_size) from None
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(directory / MODEL_FILE, model.getvalue())
-    return Tokenizer(directory / MODEL_FILE)
+    return SentencePieceTokenizer(directory / MODEL_FILE)
 
 
-def _training_chunks(texts: Sequence[str], training_bytes: int) -> Iterator[str]:
-    """Cuts texts into chunks; of more than `training_bytes`, keeps evenly spaced chunks of at most that size."""
-    total = sum(len(text.encode()) for text in texts)
-    seen = kept = 0
+def training_chunks(texts: Iterable[str], training_bytes: int) -> list[str]:
+    """Cuts texts into chunks; of more than `training_bytes`, keeps evenly spaced ones of at most that size.
+
+    One pass in bounded memory: whenever too much is kept, every second chunk goes, and from then on as many are passed
+    over between two that are kept.
+    """
+    kept: list[str] = []
+    size = number = 0
+    stride = 1
     for text in texts:
         for start in range(0, len(text), CHUNK_CHARACTERS):
-            chunk = text[start : start + CHUNK_CHARACTERS]
-            size = len(chunk.encode())
-            seen += size
-            if (kept + size) * total <= seen * min(training_bytes, total):
-                kept += size
-                # sentencepiece leaves out a sentence that holds a tab, its internal boundary mark: split there.
-                yield from (part for part in chunk.split("\t") if part)
+            if number % stride == 0:
+                kept.append(text[start : start + CHUNK_CHARACTERS])
+                size += len(kept[-1].encode())
+            number += 1
+            while size > training_bytes and len(kept) > 1:
+                kept = kept[::2]
+                size, stride = sum(len(chunk.encode()) for chunk in kept), 2 * stride
+    return kept
 
 
 def _training_error(error: RuntimeError, vocab_size: int) -> Exception:
@@ -131,7 +142,53 @@ def _training_error(error: RuntimeError, vocab_size: int) -> Exception:
     return error
 
 
-class Tokenizer:
+class Tokenizer(Protocol):
+    """What the rest of the program asks of a tokenizer, whichever kind it is."""
+
+    fingerprint: str
+    """SHA-256 (hex) of the file that decides every id."""
+    vocab_size: int
+    bos_id: int
+    """Id at each document's begin."""
+    eos_id: int
+    """Id at each document's end; where a tokenizer has one mark only, the same as `bos_id`."""
+    pad_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Encodes a text, without control ids: a control string inside the text is text."""
+
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[NDArray[np.int32] | list[int]]:
+        """Encodes many texts on this core, without control ids."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Decodes ids; control ids become nothing, bytes that are not UTF-8 become U+FFFD."""
+
+    @property
+    def generated_ids(self) -> list[int]:
+        """Ids that a text may go on with: its pieces, and the end mark; not the other control ids."""
+
+    def save(self, directory: Path, model_max_length: int) -> None:
+        """Writes the files that transformers loads it from, and that `load_tokenizer` loads it from."""
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Loads a tokenizer from a sentencepiece model, or from a directory in Hugging Face's layout.
+
+    Raises:
+        InputError: There is none, or one that can not be used.
+    """
+    from moe_lm.data.tokenizer_huggingface import TOKENIZER_FILE, HuggingFaceTokenizer
+
+    if not path.is_dir():
+        return SentencePieceTokenizer(path)
+    if (path / MODEL_FILE).exists():
+        return SentencePieceTokenizer(path / MODEL_FILE)
+    if (path / TOKENIZER_FILE).exists():
+        return HuggingFaceTokenizer(path)
+    raise InputError(f"tokenizer.path: '{path}' holds neither {MODEL_FILE} nor {TOKENIZER_FILE}.")
+
+
+class SentencePieceTokenizer:
     """A sentencepiece model; the same on every machine that has its file."""
 
     def __init__(self, path: Path) -> None:
@@ -161,9 +218,15 @@ class Tokenizer:
         """Encodes a text, without control ids."""
         return self._processor.encode(text)
 
-    def encode_batch(self, texts: Sequence[str], threads: int = 2) -> list[list[int]]:
-        """Encodes many texts at once, without control ids."""
-        return self._processor.encode(list(texts), num_threads=threads)
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Encodes many texts on this core, without control ids."""
+        return self._processor.encode_as_numpy(list(texts), num_threads=1)
+
+    def save(self, directory: Path, model_max_length: int) -> None:
+        """Writes the files that transformers loads it from, and that `load_tokenizer` loads it from."""
+        from moe_lm.data.tokenizer_export import save_tokenizer_files
+
+        save_tokenizer_files(self, directory, model_max_length)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decodes ids; control ids become nothing, bytes that are not UTF-8 become U+FFFD."""

@@ -10,14 +10,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moe_lm.data.tokenizer import MODEL_FILE, Tokenizer
+from moe_lm.data.tokenizer import MODEL_FILE, SentencePieceTokenizer
 from moe_lm.errors import InputError
 from moe_lm.files import write_atomically, write_json
 
 SPACE = "\u2581"
 
 
-def save_tokenizer_files(tokenizer: Tokenizer, directory: Path, model_max_length: int) -> None:
+def save_tokenizer_files(tokenizer: SentencePieceTokenizer, directory: Path, model_max_length: int) -> None:
     """Writes tokenizer.model, tokenizer.json, tokenizer_config.json and special_tokens_map.json.
 
     Args:
@@ -50,7 +50,7 @@ def save_tokenizer_files(tokenizer: Tokenizer, directory: Path, model_max_length
     )
 
 
-def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+def tokenizer_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     """The content of tokenizer.json: tokenizers' BPE with sentencepiece's merges.
 
     Raises:
@@ -111,7 +111,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _merges(tokenizer: Tokenizer) -> list[list[str]]:
+def _merges(tokenizer: SentencePieceTokenizer) -> list[list[str]]:
     """All pairs of pieces whose concatenation is a piece, by the id of the result."""
     tokens = range(tokenizer.vocab_size)
     ordinary = {tokenizer.piece(t): t for t in tokens if not (_is_special(tokenizer, t) or tokenizer.is_byte(t))}
@@ -122,19 +122,19 @@ def _merges(tokenizer: Tokenizer) -> list[list[str]]:
     return merges
 
 
-def _is_special(tokenizer: Tokenizer, token: int) -> bool:
+def _is_special(tokenizer: SentencePieceTokenizer, token: int) -> bool:
     return tokenizer.is_control(token) or tokenizer.is_unknown(token)
 
 
-def _unknown_id(tokenizer: Tokenizer) -> int:
+def _unknown_id(tokenizer: SentencePieceTokenizer) -> int:
     return next(token for token in range(tokenizer.vocab_size) if tokenizer.is_unknown(token))
 
 
-def _has_dummy_prefix(tokenizer: Tokenizer) -> bool:
+def _has_dummy_prefix(tokenizer: SentencePieceTokenizer) -> bool:
     return tokenizer.piece(tokenizer.encode("a")[0]).startswith(SPACE)
 
 
-def _check_exportable(tokenizer: Tokenizer) -> None:
+def _check_exportable(tokenizer: SentencePieceTokenizer) -> None:
     """Refuses models whose ids tokenizers' BPE would not reproduce: unigram, user-defined pieces, normalisation."""
     remedy = "use a BPE model with byte_fallback and identity normalisation, or let moe-lm train one."
     tokens = range(tokenizer.vocab_size)

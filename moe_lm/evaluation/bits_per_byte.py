@@ -5,7 +5,7 @@ documents. Unlike perplexity it can be compared across tokenizers, and with comp
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -17,10 +17,10 @@ from moe_lm.parallel.runtime import Runtime
 
 
 @torch.no_grad()
-def bits_per_byte(model: CausalLM, batches: Iterable[Batch], shard: TokenShard, runtime: Runtime) -> float:
-    """Bits per byte of `shard`, from this process's share of its rows.
+def bits_per_byte(model: CausalLM, batches: Iterable[Batch], shards: Sequence[TokenShard], runtime: Runtime) -> float:
+    """Bits per byte of shards, from this process's share of their rows.
 
-    With a part of the rows it is an estimate: their bits per target, times the targets per byte of the whole shard.
+    With a part of the rows it is an estimate: their bits per target, times the targets per byte of all of them.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)  # nats, targets
     for batch in batches:
@@ -30,4 +30,6 @@ def bits_per_byte(model: CausalLM, batches: Iterable[Batch], shard: TokenShard, 
         sums[1] += (batch.labels >= 0).sum()
     runtime.sum([sums])
     nats, targets = sums.tolist()
-    return nats / math.log(2) / targets * shard.num_targets / shard.num_bytes
+    num_targets = sum(shard.num_targets for shard in shards)
+    num_bytes = sum(shard.header.num_bytes for shard in shards)
+    return nats / math.log(2) / targets * num_targets / num_bytes

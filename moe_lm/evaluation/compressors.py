@@ -2,6 +2,7 @@
 
 import lzma
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,11 +21,13 @@ def xz_bits_per_byte(content: bytes) -> float:
     return 8 * len(lzma.compress(content, preset=9)) / len(content)
 
 
-def document_bytes(shard: TokenShard, tokenizer: Tokenizer) -> bytes:
-    """The documents of a shard end to end, decoded; exactly the bytes that bits per byte are counted over.
+def document_bytes(shards: Sequence[TokenShard], tokenizer: Tokenizer) -> bytes:
+    """The documents of shards end to end, decoded; exactly the bytes that bits per byte are counted over.
 
     (Exactly, unless a text holds U+2581, which the tokenizer's format gives back as a space.)
     """
-    ends = np.append(shard.starts[1:], shard.num_tokens)
-    texts = (tokenizer.decode(shard.tokens[a + 1 : b - 1].tolist()) for a, b in zip(shard.starts, ends, strict=True))
+    texts = []
+    for shard in shards:
+        ends = np.append(shard.starts[1:], shard.num_tokens)
+        texts += [tokenizer.decode(shard.tokens[a + 1 : b - 1].tolist()) for a, b in zip(shard.starts, ends)]
     return "".join(texts).encode()

@@ -74,6 +74,20 @@ class Runtime:
             kind, _, sentence = said.partition(":")
             raise InputError(sentence) if kind == "input" else RunError(f"the main process failed: {sentence}")
 
+    def gather(self, text: str) -> list[str]:
+        """Every process's text, on every process, in order of ranks."""
+        if self.world_size == 1:
+            return [text]
+        content = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        sizes = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
+        sizes[self.rank] = len(content)
+        self.sum([sizes])
+        padded = torch.zeros(int(sizes.max()), dtype=torch.uint8, device=self.device)
+        padded[: len(content)] = content
+        gathered = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(gathered, padded)
+        return [bytes(of_rank[:size].tolist()).decode() for of_rank, size in zip(gathered, sizes.tolist())]
+
     def _from_main(self, text: str) -> str:
         """The main process's text, on every process; as plain bytes, since broadcasting objects would unpickle them."""
         if self.world_size == 1:

@@ -5,19 +5,19 @@ import platform
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_lm.checkpoint.store import Checkpoint, CheckpointStore
-from moe_lm.data.loader import StepLoader
-from moe_lm.data.prepare import PreparedData
-from moe_lm.errors import InputError
+from moe_lm.data.prepared import PreparedData
 from moe_lm.model.balancing import load_fraction
 from moe_lm.model.decoder import CausalLM
 from moe_lm.model.initialization import initialize
 from moe_lm.parallel.runtime import Runtime
 from moe_lm.training.config import RunConfig, to_plain
+from moe_lm.training.feed import Feed, GlobalBatch
 from moe_lm.training.optimizer import Optimizer
 from moe_lm.training.precision import ComputeModel, compute_dtype
 
@@ -32,19 +32,22 @@ class Progress:
     """Global batches consumed."""
     targets: int = 0
     """Target tokens learned from."""
+    tokens_by_domain: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Input tokens learned from, by domain."""
     best_bits_per_byte: float | None = None
     """Lowest validation figure so far."""
+
+    def count(self, batch: GlobalBatch, domains: list[str]) -> None:
+        """Add what a step learned from."""
+        self.targets += batch.num_targets
+        for name, tokens in zip(domains, batch.domain_tokens):
+            self.tokens_by_domain[name] = self.tokens_by_domain.get(name, 0) + tokens
 
 
 class Run:
     """A training run: model, optimizer, data and progress."""
 
     def __init__(self, config: RunConfig, runtime: Runtime, data: PreparedData, directory: Path):
-        if data.tokenizer.vocab_size > config.model.vocab_size:
-            raise InputError(
-                f"model.vocab_size={config.model.vocab_size}: must be at least the tokenizer's vocabulary, "
-                f"{data.tokenizer.vocab_size}."
-            )
         self.config, self.runtime, self.data, self.directory = config, runtime, data, directory
         trainer = config.trainer
         with torch.device(runtime.device):
@@ -54,21 +57,20 @@ class Run:
         self.compute = ComputeModel(self.model, compute_dtype(trainer.precision, runtime.device))
         self.optimizer = Optimizer(self.model, config.optimizer)
         self.load_LE = initial_load(self.model).to(runtime.device)
-        self.loader = StepLoader(
-            data.train,
-            seed=config.seed,
-            global_batch_size=trainer.global_batch_size,
-            micro_batch_size=trainer.micro_batch_size,
-            sequence_length=config.data.sequence_length,
-            mask_documents=config.data.mask_documents,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-        )
         self.store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep_last)
         self.progress = Progress()
+        self.data_state: dict[str, Any] = {}
+        """Where the data stands besides `progress.data_step`: of this process, or in a checkpoint of all."""
+        self.saved_step: int | None = None
+        """Step of the newest checkpoint."""
 
-    def save(self) -> None:
+    def open_feed(self) -> Feed:
+        """The batches from where the run stands on; to be used as a context manager."""
+        return Feed(self.config, self.runtime, self.data, self.progress.data_step, self.data_state)
+
+    def save(self, feed: Feed) -> None:
         """Write a checkpoint of the present state; every process must call it."""
+        data_state = feed.whole_state(self.data_state)
         if self.runtime.is_main:
             state = {
                 "progress": dataclasses.asdict(self.progress),
@@ -78,8 +80,10 @@ class Run:
                 "corpus_fingerprint": self.data.corpus_fingerprint,
                 "tokenizer_fingerprint": self.data.tokenizer.fingerprint,
                 "config": to_plain(self.config),
+                "data": data_state,
             }
             self.store.save(self.progress.step, self._tensors(), state)
+        self.saved_step = self.progress.step
         self.runtime.barrier()
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -97,6 +101,8 @@ class Run:
         self.optimizer.load_state_tensors(moments)
         self.load_LE.copy_(checkpoint.tensor("balancing/load"))
         self.progress = Progress(**checkpoint.state["progress"])
+        self.data_state = checkpoint.state["data"]
+        self.saved_step = checkpoint.step
 
 
 def initial_load(model: CausalLM) -> Tensor:

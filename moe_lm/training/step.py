@@ -10,9 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from moe_lm.data.loader import StepBatch
 from moe_lm.model.balancing import load_fraction
 from moe_lm.parallel.runtime import Runtime
+from moe_lm.training.feed import GlobalBatch
 from moe_lm.training.loss import loss_shares
 from moe_lm.training.optimizer import Optimizer
 from moe_lm.training.precision import ComputeModel
@@ -35,7 +35,7 @@ class StepResult:
 
 
 def train_step(
-    compute: ComputeModel, optimizer: Optimizer, runtime: Runtime, batch: StepBatch, load_LE: Tensor, factor: float
+    compute: ComputeModel, optimizer: Optimizer, runtime: Runtime, batch: GlobalBatch, load_LE: Tensor, factor: float
 ) -> StepResult:
     """Run one step on this process's micro-batches of the global batch.
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-
 from moe_lm.data.corpus import Document
+
 from moe_lm.data.shards import TokenShard, write_shard
 from moe_lm.data.tokenizer import Tokenizer, train_tokenizer
 

@@ -5,9 +5,9 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from moe_lm.data.corpus import Document, read_documents, read_stdlib, split_documents
 
 from moe_lm.data.config import DataConfig, DataSource
-from moe_lm.data.corpus import Document, read_documents, read_stdlib, split_documents
 from moe_lm.errors import InputError
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from moe_lm.data.corpus import Document
 
 from moe_lm.data.config import DataConfig, DataSource, TokenizerConfig
-from moe_lm.data.corpus import Document
 from moe_lm.data.prepare import prepare
 from moe_lm.data.shards import TokenShard, write_shard
 from moe_lm.errors import InputError

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from moe_lm.data.corpus import Document
+
 from moe_lm.data.loader import validation_batches
 from moe_lm.data.shards import write_shard
 from moe_lm.data.tokenizer import train_tokenizer

@@ -1,0 +1,68 @@
+"""`moe-lm prepare`: text to a tokenizer and token shards."""
+
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from moe_lm.commands.config import PrepareConfig
+from moe_lm.data.prepare import Part, prepare
+from moe_lm.errors import InputError
+
+
+def run(config: PrepareConfig) -> int:
+    """Make the set, or say that it is there."""
+    assert config.output is not None
+    directory = Path(config.output)
+    complete = (directory / "data" / "manifest.json").exists()
+    part = Part(*config.slice)
+    try:
+        with PreparationDisplay() as display:
+            done = prepare(
+                config.data, config.tokenizer, directory, part=part, report=display.line, progress=display.progress
+            )
+    except FileExistsError as error:
+        raise InputError(f"output={config.output}: {error.filename} is not a directory; give another one.") from error
+    if complete:
+        print(f"{directory} is prepared already, from the same text and with the same settings")
+    elif done:
+        print(f"prepared: {directory} (train on it with data=prepared data.paths=[{directory}])")
+    return 0
+
+
+class PreparationDisplay:
+    """A bar of bytes on a terminal, and lines that stay; a context manager."""
+
+    def __init__(self) -> None:
+        console = Console(file=sys.stderr, highlight=False)
+        self._open = ExitStack()
+        self._bar: Progress | None = None
+        if console.is_terminal and not os.environ.get("CI"):
+            columns = (TextColumn("tokenizing"), BarColumn(None), DownloadColumn(), TransferSpeedColumn())
+            self._bar = Progress(*columns, TimeRemainingColumn(compact=True), console=console, transient=True)
+            self._task = self._bar.add_task("", total=None, start=False)
+
+    def __enter__(self) -> "PreparationDisplay":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.close()
+
+    def line(self, text: str) -> None:
+        """Print a line that stays."""
+        if self._bar is not None and self._bar.live.is_started:
+            self._bar.console.print(text, soft_wrap=True, markup=False)
+        else:
+            print(text, flush=True)
+
+    def progress(self, done: int, total: int) -> None:
+        """Show that so many bytes of text are tokenized, of about so many."""
+        if self._bar is None:
+            return
+        if not self._bar.live.is_started:
+            self._open.enter_context(self._bar)
+            self._bar.start_task(self._task)
+        self._bar.update(self._task, completed=done, total=max(total, done) or None)

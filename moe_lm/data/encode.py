@@ -1,0 +1,125 @@
+"""Tokenizing beside the process that asks: a pool of processes that hold nothing but the tokenizer (not torch).
+
+Processes rather than threads, because a training process has a lock on its interpreter that training itself needs. A
+worker that dies (killed for memory, say) breaks its pool, and whoever waits for a result hears of it at once.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_lm.data.tokenizer import Tokenizer, load_tokenizer
+from moe_lm.errors import RunError
+
+
+class Encoded(NamedTuple):
+    """Documents as tokens, each in its marks, end to end."""
+
+    tokens: NDArray[np.uint16 | np.uint32]
+    lengths: NDArray[np.int64]
+    """Tokens of each document, marks included."""
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Encoded:
+    """Tokenizes documents on this core and wraps each in `<s> … </s>`."""
+    documents = tokenizer.encode_batch(texts)
+    lengths = np.array([len(ids) + 2 for ids in documents], dtype=np.int64)
+    tokens = np.empty(int(lengths.sum()), dtype=token_type(tokenizer.vocab_size))
+    position = 0
+    for ids, length in zip(documents, lengths.tolist()):
+        tokens[position] = tokenizer.bos_id
+        tokens[position + 1 : position + length - 1] = ids
+        tokens[position + length - 1] = tokenizer.eos_id
+        position += length
+    return Encoded(tokens, lengths)
+
+
+def token_type(vocab_size: int) -> np.dtype:
+    """The smallest type of a file that holds every id."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+class Encoder:
+    """Tokenizes texts in worker processes, or in this one."""
+
+    def __init__(self, tokenizer: Tokenizer, path: Path, workers: int) -> None:
+        """Starts the workers.
+
+        Args:
+            tokenizer: The tokenizer.
+            path: Where the workers load the same from.
+            workers: How many; 0 tokenizes in the calling thread.
+        """
+        self._tokenizer = tokenizer
+        self.fingerprint, self.vocab_size, self.pad_id = tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.pad_id
+        self._pool = (
+            ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker, (str(path), tokenizer.fingerprint))
+            if workers
+            else None
+        )
+
+    def submit(self, texts: Sequence[str]) -> "Future[Encoded]":
+        """Asks for texts to be tokenized; give the future to `result`."""
+        if self._pool is not None:
+            try:
+                return self._pool.submit(_encode_in_worker, texts)
+            except BrokenProcessPool as error:
+                raise _worker_died() from error
+        future: Future[Encoded] = Future()
+        future.set_result(encode(self._tokenizer, texts))
+        return future
+
+    def result(self, future: "Future[Encoded]") -> Encoded:
+        """Waits for a result.
+
+        Raises:
+            RunError: A worker died.
+        """
+        try:
+            return future.result()
+        except BrokenProcessPool as error:
+            raise _worker_died() from error
+
+    def close(self) -> None:
+        """Ends the workers without waiting for work that nobody needs any more."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _worker_died() -> RunError:
+    return RunError(
+        "a tokenizing process (data.workers) died, perhaps for want of memory; start the same command again, with "
+        "fewer data.workers if it happens again."
+    )
+
+
+_worker_tokenizer: Tokenizer
+
+
+def _begin_worker(path: str, fingerprint: str) -> None:
+    """Loads the tokenizer; leaves Ctrl-C to the parent, and ends with it however it ends."""
+    global _worker_tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker_tokenizer = load_tokenizer(Path(path))
+    assert _worker_tokenizer.fingerprint == fingerprint, "the tokenizer changed on disk while it was being used"
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode_in_worker(texts: Sequence[str]) -> Encoded:
+    return encode(_worker_tokenizer, texts)

@@ -1,0 +1,168 @@
+"""Prepared sets: opening what `prepare.py` made, one of them or several together."""
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_lm.data.chunks import SIDES, Chunk
+from moe_lm.data.config import DataConfig, DataSource, TokenizerConfig
+from moe_lm.data.documents import Split, SplitWay
+from moe_lm.data.shards import TokenShard
+from moe_lm.data.tokenizer import Tokenizer, load_tokenizer
+from moe_lm.errors import InputError
+from moe_lm.files import sha256
+
+FORMAT = 2
+"""Version of the files; raised when a change makes old ones unreadable."""
+
+VALIDATION = "validation.paths"
+"""Stands for a source's name, which can not have a dot, for `data.validation_paths`."""
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What training needs of the data."""
+
+    train: dict[str, list[TokenShard]]
+    """Training shards of each source; empty lists for streams."""
+    validation: list[TokenShard]
+    tokenizer: Tokenizer
+    tokenizer_directory: Path
+    corpus_fingerprint: str
+    counts: dict[str, int]
+    """Documents, bytes and tokens of each side (`train_documents` …)."""
+    split: str
+    """How the validation text was chosen, in words."""
+    domains: list[str]
+    """Names of all domains; their places are the domain ids of batches."""
+    skipped: dict[str, int]
+    """Rows left out when the shards were made, by kind."""
+    splits: dict[str, Split] = field(default_factory=dict)
+    """How each stream is split."""
+
+
+def load(config: DataConfig, tokenizer_config: TokenizerConfig, directory: Path) -> PreparedData:
+    """Opens what `prepare` made; for `data.source=prepared`, in the directories that `data.paths` names.
+
+    Args:
+        config: Which documents, and which of them are streamed.
+        tokenizer_config: Which tokenizer is asked for.
+        directory: A run's directory; a prepared set's tokenizer is copied into it.
+
+    Raises:
+        InputError: A file is missing or not what was written, sets have different tokenizers, or there is too little
+            text for one row.
+    """
+    is_prepared = config.source is DataSource.prepared
+    opened = [_load(Path(path).expanduser()) for path in (config.paths if is_prepared else [str(directory)])]
+    first = opened[0]
+    for path, other in zip(config.paths, opened):
+        if other.tokenizer.fingerprint != first.tokenizer.fingerprint:
+            raise InputError(
+                f"data.paths: {path} was prepared with another tokenizer than {config.paths[0]}; prepare one of them "
+                "anew with the other's, by tokenizer.path."
+            )
+        if both := other.train.keys() & {name for one in opened if one is not other for name in one.train}:
+            raise InputError(
+                f"data.paths: {path} and another set both have a source named {min(both)!r}; prepare one of them under "
+                "another name, by data.sources.NAME."
+            )
+    if is_prepared:
+        if tokenizer_config.path is not None:
+            asked = load_tokenizer(Path(tokenizer_config.path).expanduser())
+            if asked.fingerprint != first.tokenizer.fingerprint:
+                raise InputError(
+                    f"tokenizer.path={tokenizer_config.path}: {config.paths[0]} was prepared with another tokenizer; "
+                    "leave tokenizer.path out, or prepare the text anew with this one."
+                )
+        for name in config.sources:
+            if not any(name in one.train for one in opened):
+                there = ", ".join(sorted(name for one in opened for name in one.train))
+                raise InputError(f"data.sources.{name}: there is no such source in data.paths; there are {there}.")
+        first.tokenizer.save(directory / "tokenizer", config.sequence_length)
+    return _join(opened, config, directory)
+
+
+def _join(opened: list[PreparedData], config: DataConfig, directory: Path) -> PreparedData:
+    """Several sets as one."""
+    train = {name: shards for one in opened for name, shards in sorted(one.train.items())}
+    validation = [shard for one in opened for shard in one.validation]
+    counts: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
+    for one in opened:
+        counts.update(one.counts)
+        skipped.update(one.skipped)
+    names = {name for shards in (*train.values(), validation) for s in shards for name in s.domain_names}
+    if config.streaming:
+        names |= {*config.domains, *(s.domain for s in config.resolved_sources().values() if s.domain is not None)}
+    fingerprints = [one.corpus_fingerprint for one in opened]
+    joined = hashlib.sha256("".join(fingerprints).encode()).hexdigest() if len(opened) > 1 else fingerprints[0]
+    return PreparedData(
+        train=train,
+        validation=validation,
+        tokenizer=opened[0].tokenizer,
+        tokenizer_directory=directory / "tokenizer",
+        corpus_fingerprint=joined,
+        counts=dict(counts),
+        split="; ".join(dict.fromkeys(one.split for one in opened)),
+        domains=sorted(names),
+        skipped=dict(skipped),
+        splits={name: split for one in opened for name, split in one.splits.items()},
+    )
+
+
+def _load(directory: Path) -> PreparedData:
+    """One prepared set."""
+    data = directory / "data"
+    manifest = read_manifest(data / "manifest.json")
+    tokenizer = load_tokenizer(directory / "tokenizer")
+    if tokenizer.fingerprint != manifest["tokenizer_fingerprint"]:
+        raise InputError(
+            f"{directory / 'tokenizer'}: is not the tokenizer that the token shards in {data} were made with; bring "
+            "that one back, or delete both directories and run the command again."
+        )
+    sides: dict[str, dict[str, list[TokenShard]]] = {side: {} for side in SIDES}
+    for source, chunks in manifest["chunks"].items():
+        for name, expected in chunks:
+            path = data / source / f"{name}.json"
+            if not path.exists() or sha256(path) != expected:
+                raise InputError(f"{path}: is not what was written; bring back a good copy, or prepare the set again.")
+            chunk = Chunk.load(path)
+            for side in SIDES:
+                shards = sides[side].setdefault(source, [])
+                if chunk.shards[side].num_tokens:
+                    shards.append(chunk.open_shard(data / source, name, side))
+    fraction = float(manifest["settings"]["data.validation_fraction"])
+    return PreparedData(
+        train={name: shards for name, shards in sides["train"].items() if name != VALIDATION},
+        validation=[shard for shards in sides["validation"].values() for shard in shards],
+        tokenizer=tokenizer,
+        tokenizer_directory=directory / "tokenizer",
+        corpus_fingerprint=manifest["corpus_fingerprint"],
+        counts=manifest["counts"],
+        split=manifest["split"],
+        domains=[],
+        skipped=manifest["skipped"],
+        splits={name: Split(SplitWay[way], fraction) for name, way in manifest["splits"].items()},
+    )
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Reads manifest.json or begun.json.
+
+    Raises:
+        InputError: It is not there, or not what this version writes.
+    """
+    if not path.exists():
+        state = "is begun but not complete; run `moe-lm prepare` for it again" if path.parent.is_dir() else "holds none"
+        raise InputError(f"data.paths: {path.parent.parent} is no prepared set: it {state}.")
+    try:
+        manifest = json.loads(path.read_bytes())
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {manifest['format']} instead of {FORMAT}")
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); delete its directory to prepare again.") from None

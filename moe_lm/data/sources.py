@@ -1,0 +1,332 @@
+"""Sources: where documents come from, in an order that never changes, readable from any position.
+
+A source is a list of files and a reader for their format (`formats.py`); a data set of the Hub counts as one file. A
+position is the JSON value [file, offset]: what was read up to it is not read again, and nothing behind it is missed.
+"""
+
+import glob
+import logging
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_lm.data.config import DataConfig, DataSource, OnBadRow, SourceConfig
+from moe_lm.data.documents import BadRows, Document
+from moe_lm.data.formats import Offset, Reader, Row, read_arrow, read_jsonl, read_parquet, read_text
+from moe_lm.errors import InputError
+
+STDLIB_EXCLUDED_PARTS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+
+ENDINGS = {
+    DataSource.text: ("",),
+    DataSource.jsonl: (".jsonl", ".jsonl.gz", ".jsonl.zst"),
+    DataSource.parquet: (".parquet",),
+    DataSource.arrow: (".arrow",),
+}
+"""Of a directory, which files are read."""
+
+HUB_STATE_EVERY = 256
+"""Rows between two states that are asked of `datasets`: each one is a nested dictionary."""
+
+Position = list[Any]
+"""[index of a file, offset within it], JSON."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file, and its name below the directory that all files of its source share."""
+
+    path: Path
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """Documents in a fixed order."""
+
+    name: str
+    option: str
+    """How the user writes its paths, for messages."""
+    files: list[SourceFile]
+    reader: Reader
+    fields: list[str]
+    """Names of the fields of text and, if there is one, of the domain."""
+    domain: str
+    """Domain of every document, where no field says it."""
+    domains: list[str]
+    """All values that the domain's field may have; empty where any may come."""
+    bad: BadRows
+    watched: list[Path]
+    """The files on disk whose change is a change of the source."""
+    empty_documents: list[int]
+    """[documents left out because their text is empty]: not bad, but nothing to learn from."""
+
+    def read(self, position: Position | None = None, stop: int | None = None) -> Iterator[tuple[Document, Position]]:
+        """Documents from a position on, each with the position behind it.
+
+        Args:
+            position: Where an earlier reading had come to; null is the beginning.
+            stop: Index of the first file that is not read any more.
+
+        Raises:
+            InputError: A file can not be read, or holds a bad row and the policy is `error`.
+        """
+        first, offset = position or (0, None)
+        for index in range(first, len(self.files) if stop is None else stop):
+            file = self.files[index]
+            try:
+                for row, behind in self.reader(file.path, offset, self.fields, self.bad):
+                    document = self._document(file, row)
+                    if document is not None:
+                        yield document, [index, behind]
+            except OSError as error:
+                raise InputError(f"{self.option}: {file.path} cannot be read ({error.strerror or error}).") from None
+            offset = None
+
+    def _document(self, file: SourceFile, row: Row) -> Document | None:
+        """The document of a row; null for a bad row, and for an empty text."""
+        text_field = self.fields[0]
+        if text_field not in row.fields:
+            there = ", ".join(sorted(row.fields)) or "none"
+            complaint = f"no field '{text_field}' (its fields: {there})"
+            self.bad.found("missing_field", row.place, complaint, "mend or remove it, set the text field")
+            return None
+        text = row.fields[text_field]
+        if isinstance(text, bytes):
+            self.bad.found("invalid_utf8", row.place, f"the field '{text_field}' is not UTF-8 text")
+            return None
+        if not self.bad.accept(text, row.place, f"the field '{text_field}'" if row.name else "the text"):
+            return None
+        domain = self._domain(row)
+        if domain is None:
+            return None
+        if not text:
+            self.empty_documents[0] += 1
+            return None
+        return Document(f"{file.name}{row.name}", text, domain)
+
+    def _domain(self, row: Row) -> str | None:
+        """A row's domain; null, as a bad row, where its field says none."""
+        if len(self.fields) == 1:
+            return self.domain
+        name = self.fields[1]
+        if name not in row.fields:
+            self.bad.found("missing_field", row.place, f"no field '{name}' to say its domain")
+            return None
+        domain = row.fields[name]
+        if not self.bad.accept(domain, row.place, f"the field '{name}'"):
+            return None
+        if self.domains and domain not in self.domains:
+            self.bad.found("unknown_domain", row.place, f"'{name}' is {domain!r}, which is not among data.domains")
+            return None
+        return str(domain)
+
+
+@dataclass(frozen=True)
+class Beginning(Source):
+    """The first documents of a source, in memory: what is known of a stream before training begins."""
+
+    documents: list[Document] = field(default_factory=list)
+
+    def read(self, position: Position | None = None, stop: int | None = None) -> Iterator[tuple[Document, Position]]:
+        """The documents from a position on."""
+        first = (position or (0, None))[1] or 0
+        for index in range(first, len(self.documents)):
+            yield self.documents[index], [0, index + 1]
+
+
+def beginning_of(source: Source, num_bytes: int) -> Beginning:
+    """Reads the documents of a source up to that many bytes of text."""
+    documents: list[Document] = []
+    size = 0
+    for document, _ in source.read():
+        documents.append(document)
+        size += len(document.text.encode())
+        if size >= num_bytes:
+            break
+    whole = {**vars(source), "files": [SourceFile(source.files[0].path, source.name, size)], "watched": []}
+    return Beginning(**whole, documents=documents)
+
+
+def open_sources(config: DataConfig, without: "Source | None" = None) -> list[Source]:
+    """The training sources of a configuration, in order of their names.
+
+    Args:
+        config: Which text.
+        without: A source whose files are left out: what is validated on is not trained on.
+
+    Raises:
+        InputError: A path is missing or matches nothing.
+    """
+    held_out = {file.path for file in without.files} if without is not None else set()
+    sources = []
+    for name, source in config.resolved_sources().items():
+        opened = _open(name, source, config, config.option(name, "paths"), held_out)
+        if not opened.files:
+            raise InputError(f"{opened.option}={list(source.paths)}: there is no text left to read in them.")
+        sources.append(opened)
+    return sources
+
+
+def open_validation(config: DataConfig) -> Source | None:
+    """The source of `data.validation_paths`; null where there are none."""
+    if not config.validation_paths:
+        return None
+    source = SourceConfig(config.source, config.validation_paths, config.text_field, None, None)
+    source.domain, source.split = config.domain or config.source.name, config.split
+    if not config.sources:
+        source.domain_field = config.domain_field
+    return _open("validation", source, config, "data.validation_paths", set())
+
+
+def _open(name: str, source: SourceConfig, config: DataConfig, option: str, held_out: set[Path]) -> Source:
+    """A source whose configuration is filled in."""
+    kind = source.source
+    assert kind is not None and kind is not DataSource.prepared and source.text_field is not None
+    reader: Reader = read_text
+    bad = BadRows(OnBadRow.skip if kind is DataSource.stdlib else config.on_bad_row)
+    if kind is DataSource.stdlib:
+        files = stdlib_files(Path(sysconfig.get_path("stdlib")))
+        watched = [file.path for file in files]
+    elif kind is DataSource.huggingface:
+        (path,) = source.paths
+        files = [SourceFile(Path(path), path, 0)]
+        reader = _huggingface_reader(path, source, option)
+        watched = _files(os.path.join(glob.escape(path), "**", "*")) if os.path.isdir(path) else []
+    else:
+        readers = {DataSource.jsonl: read_jsonl, DataSource.parquet: read_parquet, DataSource.arrow: read_arrow}
+        reader = readers.get(kind, reader)
+        paths = [path for path in expand(source.paths, option, kind, bad) if path not in held_out]
+        common = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path()
+        files = [SourceFile(path, path.relative_to(common).as_posix(), path.stat().st_size) for path in paths]
+        watched = paths
+    has_fields = kind not in (DataSource.stdlib, DataSource.text)
+    fields = [source.text_field, *([source.domain_field] if source.domain_field and has_fields else [])]
+    assert source.domain is not None
+    return Source(name, option, files, reader, fields, source.domain, config.domains, bad, watched, [0])
+
+
+def stdlib_files(root: Path) -> list[SourceFile]:
+    """A standard library's .py files, without test packages, installed packages and empty files.
+
+    Args:
+        root: The library's directory (inside a virtual environment: that of the Python it was made from).
+
+    Raises:
+        InputError: There is no source text there (some distributions ship compiled files only).
+    """
+    files = []
+    for relative in sorted((path.relative_to(root) for path in root.rglob("*.py")), key=lambda path: path.as_posix()):
+        size = (root / relative).stat().st_size
+        if size and not STDLIB_EXCLUDED_PARTS.intersection(relative.parts):
+            files.append(SourceFile(root / relative, relative.as_posix(), size))
+    if not files:
+        raise InputError(
+            f"data.source=stdlib: this Python has no .py files under {root}; "
+            "set data.source=text and data.paths to text of your own."
+        )
+    return files
+
+
+def expand(patterns: list[str], option: str, kind: DataSource, bad: BadRows) -> list[Path]:
+    """The files behind files, directories and globs: each once, sorted.
+
+    A directory stands for the files beneath it that are not hidden and have one of the format's endings.
+    """
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        if path.is_file():
+            matches = [path]
+        elif path.is_dir():
+            every = _files(str(Path(glob.escape(str(path))) / "**" / "*"))
+            matches = [match for match in every if match.name.endswith(ENDINGS[kind])]
+            if not matches:
+                wanted = " or ".join(filter(None, ENDINGS[kind]))
+                holds = f"holds no {wanted} file" if wanted else "holds no file"
+                bad.found("no_match", f"{option}: the directory '{pattern}'", holds, "give another")
+        elif glob.has_magic(pattern):
+            matches = _files(str(path))
+            if not matches:
+                bad.found("no_match", f"{option}: '{pattern}'", "matches no file", "give another")
+        else:
+            raise InputError(f"{option}: '{pattern}' does not exist (looked from {Path.cwd()}).")
+        found.update(dict.fromkeys(match.resolve() for match in matches))
+    return sorted(found)
+
+
+def _files(pattern: str) -> list[Path]:
+    return [Path(match) for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)]
+
+
+def _huggingface_reader(path: str, source: SourceConfig, option: str) -> Reader:
+    """Reads a data set of the Hub, or a local directory in its layout or as `save_to_disk` leaves it.
+
+    An offset is [state of `datasets` at a row, that row's number, number of the row to go on at].
+    """
+
+    def read(_: Path, offset: Offset, fields: list[str], bad: BadRows) -> Iterator[tuple[Row, Offset]]:
+        dataset = _load_dataset(path, source, option)
+        state, base, first = offset or (None, 0, 0)
+        if state is not None:
+            dataset.load_state_dict(state)
+        names = list(dataset.features) if dataset.features is not None else None
+        if names is not None and fields[0] not in names:
+            there = ", ".join(sorted(names))
+            raise InputError(
+                f"{option.removesuffix('paths')}text_field={fields[0]}: {path} has no such column (its columns: "
+                f"{there}); name the one that holds the text."
+            )
+        rows = iter(dataset)
+        number = base
+        while True:
+            if number % HUB_STATE_EVERY == 0 and number >= first:
+                state, base = dataset.state_dict(), number
+            try:
+                row = next(rows)
+            except StopIteration:
+                break
+            except Exception as error:  # whatever the format's own reader, or the network, raises
+                bad.found("damaged_file", f"{path}, row {number}", f"can not be read further ({_words(error)})")
+                return
+            number += 1
+            if number > first:
+                yield Row(f"{path}, row {number - 1}", f":{number - 1}", row), [state, base, number]
+        if number == 0:
+            bad.found("empty_file", path, "the data set holds no row", "give another")
+
+    return read
+
+
+def _load_dataset(path: str, source: SourceConfig, option: str) -> Any:
+    """An iterable data set of `datasets`."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    datasets.logging.set_verbosity_error()
+    split = f"{option.removesuffix('paths')}split={source.split}"
+    try:
+        if any(os.path.exists(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
+            saved = datasets.load_from_disk(path)
+            if isinstance(saved, dict):
+                if source.split not in saved:
+                    raise InputError(f"{split}: {path} has the splits {', '.join(sorted(saved))}; choose one of them.")
+                saved = saved[source.split]
+            return saved.to_iterable_dataset()
+        return datasets.load_dataset(path, source.subset, split=source.split, streaming=True)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{split}: {path} can not be opened so ({_words(error)}).") from error
+    except Exception as error:  # no network, no such data set, no permission, a broken file: each its own type
+        raise InputError(f"{option}=[{path}]: this data set can not be opened ({_words(error)}).") from error
+
+
+def _words(error: Exception) -> str:
+    """An exception of a library as part of one sentence."""
+    return " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__

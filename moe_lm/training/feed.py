@@ -1,0 +1,134 @@
+"""The batches of a run: its loader, the workers and the thread behind it, and the counts of the global batch."""
+
+import json
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moe_lm.data.batch import Batch
+from moe_lm.data.encode import Encoder
+from moe_lm.data.loader import Cut, Loader, ShardLoader, make_mixture
+from moe_lm.data.prefetch import Prefetcher
+from moe_lm.data.prepared import PreparedData
+from moe_lm.data.sources import Source, open_sources, open_validation
+from moe_lm.data.streams import SourceStreams, StreamLoader, merge_states
+from moe_lm.parallel.runtime import Runtime
+from moe_lm.training.config import RunConfig
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """This process's micro-batches of a step, and the counts of the whole step."""
+
+    micro_batches: list[Batch]
+    num_targets: int
+    """Targets over all processes: what the summed loss is divided by."""
+    num_routed_tokens: int
+    """Real input tokens over all processes."""
+    domain_tokens: list[int]
+    """Real input tokens of each domain, over all processes."""
+    state: dict[str, Any]
+    """Where this process's data stands behind this step."""
+
+
+class Feed:
+    """Gives one batch after the other; a context manager."""
+
+    def __init__(
+        self, config: RunConfig, runtime: Runtime, data: PreparedData, data_step: int, state: dict[str, Any] | None
+    ) -> None:
+        """Opens the data where a run stands.
+
+        Args:
+            config: The run's configuration.
+            runtime: This process among its peers.
+            data: Shards, or of streams their tokenizer and how they are split.
+            data_step: The step that comes next.
+            state: The data's state in the checkpoint; null at the beginning.
+        """
+        self._runtime, self._open = runtime, ExitStack()
+        self._sources: list[Source] = []
+        trainer = config.trainer
+        run = Cut(
+            seed=config.seed,
+            global_batch_size=trainer.global_batch_size,
+            micro_batch_size=trainer.micro_batch_size,
+            sequence_length=config.data.sequence_length,
+            pad_id=data.tokenizer.pad_id,
+            domains=data.domains,
+            mask_documents=config.data.mask_documents,
+            packing=config.data.packing,
+            epochs=config.data.epochs,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+        )
+        loader = self._stream(config, data, run, state) if config.data.streaming else _shards(config, data, run)
+        ends = loader.num_steps
+        self.total_steps = trainer.max_steps if ends is None else min(trainer.max_steps, ends)
+        """Steps of the run: as configured, or fewer where the data is known to end before."""
+        self._prefetcher = self._open.enter_context(Prefetcher(loader, data_step))
+
+    def _stream(self, config: RunConfig, data: PreparedData, run: Cut, state: dict[str, Any] | None) -> Loader:
+        workers = 1 if config.data.workers is None else config.data.workers
+        encoder = Encoder(data.tokenizer, data.tokenizer_directory, workers)
+        self._open.callback(encoder.close)
+        self._sources = open_sources(config.data, without=open_validation(config.data))
+        streams = [
+            SourceStreams(
+                source, data.splits[source.name], encoder, run, config.data.num_streams, (state or {}).get(source.name)
+            )
+            for source in self._sources
+        ]
+        names = [source.name for source in self._sources]
+        total_rows = config.trainer.max_steps * config.trainer.global_batch_size
+        return StreamLoader(streams, names, make_mixture(config.data, dict.fromkeys(names, ()), total_rows), run)
+
+    def __enter__(self) -> "Feed":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.close()
+
+    @property
+    def waited(self) -> float:
+        """Seconds that this process has waited for batches so far."""
+        return self._prefetcher.waited
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Rows of streams that were left out since this process began, by kind."""
+        total: Counter[str] = Counter()
+        for source in self._sources:
+            total.update(source.bad.skipped)
+        return dict(sorted(total.items()))
+
+    def next(self) -> GlobalBatch | None:
+        """The next batch; null, on every process at once, where the data has ended."""
+        step = self._prefetcher.next()
+        num_domains = len(step.domain_tokens)
+        counts = torch.tensor(
+            [step.num_targets, *step.domain_tokens.tolist(), *step.live_sources.tolist()], device=self._runtime.device
+        )
+        self._runtime.sum([counts])
+        num_targets, *rest = counts.tolist()
+        if 0 in rest[num_domains:]:
+            return None
+        domain_tokens = rest[:num_domains]
+        # A step of padding alone, when the streams that it falls to have ended, is divided by one instead of none.
+        return GlobalBatch(
+            step.micro_batches, max(1, num_targets), max(1, sum(domain_tokens)), domain_tokens, step.state
+        )
+
+    def whole_state(self, own: dict[str, Any]) -> dict[str, Any]:
+        """The state of all processes' data from each one's own; every process must call it."""
+        return merge_states([json.loads(text) for text in self._runtime.gather(json.dumps(own))]) if own else {}
+
+
+def _shards(config: RunConfig, data: PreparedData, run: Cut) -> Loader:
+    names = sorted(data.train)
+    total_rows = config.trainer.max_steps * config.trainer.global_batch_size
+    mixture = make_mixture(config.data, data.train, total_rows)
+    return ShardLoader([data.train[name] for name in names], names, mixture, run)

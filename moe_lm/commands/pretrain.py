@@ -15,6 +15,7 @@ from moe_lm.checkpoint.store import Checkpoint, CheckpointStore
 from moe_lm.commands.model_source import write_export
 from moe_lm.commands.prepare import PreparationDisplay
 from moe_lm.config import differences, load_saved, save
+from moe_lm.data.chunks import ChangedSourceError
 from moe_lm.data.config import DataSource
 from moe_lm.data.loader import validate_batch_sizes
 from moe_lm.data.prepare import prepare
@@ -137,10 +138,16 @@ def _prepare(config: RunConfig, directory: Path, runtime: Runtime, say: Say) -> 
     """The main process makes the tokenizer and the shards; then all load them."""
 
     def make() -> None:
-        if config.tokenizer.path is not None:
+        if config.tokenizer.path is not None and not (directory / "data" / "manifest.json").exists():
             _check_vocabulary(config, load_tokenizer(Path(config.tokenizer.path).expanduser()))
-        with PreparationDisplay() as display:
-            prepare(config.data, config.tokenizer, directory, report=display.line, progress=display.progress)
+        try:
+            with PreparationDisplay() as display:
+                prepare(config.data, config.tokenizer, directory, report=display.line, progress=display.progress)
+        except ChangedSourceError as error:
+            # Of a run that was prepared, the shards are what counts; a stream is read anew, and must be the same.
+            if config.data.streaming or not (directory / "data" / "manifest.json").exists():
+                raise
+            say(f"note: {error.what}; the run goes on with the text that it was prepared from")
 
     if config.data.source is not DataSource.prepared:
         runtime.on_main(make)

@@ -31,6 +31,17 @@ BATCH_CHARACTERS = 500_000
 SIDES = ("train", "validation")
 
 
+class ChangedSourceError(InputError):
+    """The text is not what a set was prepared from; `what` says so without a remedy."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}; {CHANGED}")
+        self.what = what
+
+
+CHANGED = "bring the old text back, prepare into another directory, or delete that one to prepare it anew."
+
+
 class Unit(NamedTuple):
     """Files [first, stop) of a source."""
 
@@ -248,19 +259,16 @@ def check_unchanged(source: Source, unit: Unit, recorded: list[list[Any]], direc
     """Compares a unit's files with what was recorded of them; the content only where size or time differ.
 
     Raises:
-        InputError: A file is another one than it was.
+        ChangedSourceError: A file is another one than it was.
     """
     by_name = {name: (size, time, digest) for name, size, time, digest in recorded}
     files = _files_of(source, unit) if recorded else []
     if gone := by_name.keys() - {name for name, _ in files} if recorded else ():
-        raise InputError(f"{source.option}: {min(gone)} is gone since {directory} was prepared from it; {CHANGED}")
+        raise ChangedSourceError(f"{source.option}: {min(gone)} is gone since {directory} was prepared from it")
     for name, path in files:
         if name not in by_name:
-            raise InputError(f"{source.option}: {path} was not there when {directory} was prepared; {CHANGED}")
+            raise ChangedSourceError(f"{source.option}: {path} was not there when {directory} was prepared")
         size, time, digest = by_name[name]
         status = path.stat()
         if status.st_size != size or (status.st_mtime_ns != time and sha256(path) != digest):
-            raise InputError(f"{source.option}: {path} has changed since {directory} was prepared from it; {CHANGED}")
-
-
-CHANGED = "bring the old text back, prepare into another directory, or delete that one to prepare it anew."
+            raise ChangedSourceError(f"{source.option}: {path} has changed since {directory} was prepared from it")

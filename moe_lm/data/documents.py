@@ -38,6 +38,8 @@ class BadRows:
     """What to do about rows that are no documents, and how many there were."""
 
     policy: OnBadRow
+    option: str = ""
+    """How the user wrote the source's paths, for messages."""
     skipped: Counter[str] = field(default_factory=Counter)
     """Rows (or files) left out, by kind."""
 
@@ -48,7 +50,8 @@ class BadRows:
             InputError: The policy is `error`.
         """
         if self.policy is OnBadRow.error:
-            raise InputError(f"{place}: {complaint}; {remedy}, or set data.on_bad_row=skip.")
+            option = f"{self.option}: " if self.option else ""
+            raise InputError(f"{option}{place}: {complaint}; {remedy}, or set data.on_bad_row=skip.")
         self.skipped[kind] += 1
 
     def accept(self, text: object, place: str, what: str = "the text") -> bool:

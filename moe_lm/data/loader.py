@@ -7,6 +7,8 @@ source is place i mod N of epoch i div N, and each epoch permutes the source's N
 is remembered between steps, so the state is the step's number. Streams, which do remember, are in `streams.py`.
 """
 
+import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,11 +18,14 @@ from numpy.typing import NDArray
 
 from moe_lm.data.batch import IGNORED, Batch, make_batch
 from moe_lm.data.config import DataConfig, Packing
-from moe_lm.data.mixture import Mixture
+from moe_lm.data.mixture import Mixture, shares
 from moe_lm.data.permutation import epoch_key, permute_array
 from moe_lm.data.rows import Pieces, RowSet
 from moe_lm.data.shards import TokenArray
 from moe_lm.errors import InputError
+
+ORDER_CHUNK = 4096
+"""Places of an epoch's order that are computed at a time: numpy's calls cost more than a few numbers."""
 
 
 @dataclass(frozen=True)
@@ -145,12 +150,19 @@ class ShardLoader:
             size = int(self._sizes[source])
             epoch_N, place_N = np.divmod(ordinal_N[places], size)
             rows = np.empty_like(place_N)
-            for epoch in np.unique(epoch_N).tolist():
-                chosen = epoch_N == epoch
-                key = epoch_key(self._cut.seed, self._names[source], epoch)
-                rows[chosen] = permute_array(place_N[chosen], size, key)
+            chunk_N, within_N = np.divmod(place_N, ORDER_CHUNK)
+            for epoch, chunk in sorted(set(zip(epoch_N.tolist(), chunk_N.tolist()))):
+                chosen = (epoch_N == epoch) & (chunk_N == chunk)
+                rows[chosen] = self._order(source, epoch, chunk)[within_N[chosen]]
             found[source] = (rows, places)
         return found
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 -- a run has one loader
+    def _order(self, source: int, epoch: int, chunk: int) -> NDArray[np.int64]:
+        """Rows at places ORDER_CHUNK · chunk … of an epoch's order."""
+        size = int(self._sizes[source])
+        places = np.arange(chunk * ORDER_CHUNK, min((chunk + 1) * ORDER_CHUNK, size))
+        return permute_array(places, size, epoch_key(self._cut.seed, self._names[source], epoch))
 
 
 def _rows_until_used_up(mixture: Mixture, limits: NDArray[np.int64]) -> int:
@@ -168,13 +180,21 @@ def make_mixture(config: DataConfig, sources: Mapping[str, Sequence[TokenArray]]
     """The mixture of sources by their names' order, from the weights of the configuration.
 
     Raises:
-        InputError: A weight is too small to be seen, or none is above 0.
+        InputError: A weight, or without weights a size, is too small to be seen, or none is above 0.
     """
     names = sorted(sources)
+    if len(names) == 1:
+        return Mixture(np.ones(1))
     given = [config.sources.get(name) for name in names]
     if not any(source is not None and source.weight is not None for source in given):
-        sizes = [float(sum(array.num_tokens for array in sources[name])) for name in names]
-        return Mixture(np.array(sizes) if len(names) > 1 else np.ones(1))
+        sizes = np.array([sum(array.num_tokens for array in sources[name]) for name in names], dtype=np.float64)
+        for name, units in zip(names, shares(sizes).tolist()):
+            if units == 0:
+                raise InputError(
+                    f"data.sources.{name}.weight=null: by its size it gets less than one row in 10000, that is, none; "
+                    "give every source a weight."
+                )
+        return Mixture(sizes)
     weights, final = [], []
     for name, source in zip(names, given):
         if source is None or source.weight is None:
@@ -182,10 +202,14 @@ def make_mixture(config: DataConfig, sources: Mapping[str, Sequence[TokenArray]]
         weights.append(source.weight)
         final.append(source.weight if source.final_weight is None else source.final_weight)
     for what, values in (("weight", weights), ("final_weight", final)):
-        if not sum(values) > 0:
-            raise InputError(f"data.sources.{names[0]}.{what}=0: at least one source needs a weight above 0.")
-        for name, value in zip(names, values):
-            if 0 < value / sum(values) < 0.5e-4:
+        if not 0 < sum(values) < math.inf:
+            raise InputError(
+                f"data.sources.{names[0]}.{what}={values[0]}: the weights of all sources must add up to a finite number "
+                "above 0."
+            )
+        # Asked of the shares themselves: which of several small weights is rounded down depends on the others.
+        for name, value, units in zip(names, values, shares(np.array(values)).tolist()):
+            if value > 0 and units == 0:
                 raise InputError(f"data.sources.{name}.{what}={value}: is less than one row in 10000; give 0, or more.")
     begin, end = np.array(weights), np.array(final)
     unchanged = np.array_equal(begin / begin.sum(), end / end.sum())

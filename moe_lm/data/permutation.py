@@ -1,7 +1,7 @@
 """A keyed permutation of 0 … length-1 in constant memory.
 
-A Feistel network permutes the next power of four; results outside the range are walked on until they fall inside
-(cycle walking), which keeps it a permutation of the range and takes fewer than four rounds on average. So a shuffled
+A Feistel network permutes the next power of two; results outside the range are walked on until they fall inside
+(cycle walking), which keeps it a permutation of the range and takes fewer than two passes on average. So a shuffled
 epoch of any number of rows needs no list of indices, and the data state is one integer.
 Six rounds of a 64-bit finaliser (splitmix64, Steele et al. 2014) are far more than the four after which a Feistel
 network with random round functions is indistinguishable from a random permutation (Luby & Rackoff 1988).
@@ -39,12 +39,12 @@ def permute_array(indices: NDArray[np.int64], length: int, key: int) -> NDArray[
     """
     assert length >= 1
     assert indices.size == 0 or (indices.min() >= 0 and indices.max() < length)
-    half_bits = max(1, ((length - 1).bit_length() + 1) // 2)
+    bits = max(2, (length - 1).bit_length())
     round_keys = _mix(np.uint64(key % 2**64) + np.arange(1, NUM_ROUNDS + 1, dtype=np.uint64) * _GOLDEN)
-    result = _feistel(indices.astype(np.uint64), half_bits, round_keys)
+    result = _feistel(indices.astype(np.uint64), bits, round_keys)
     outside = np.flatnonzero(result >= length)
     while outside.size:
-        result[outside] = _feistel(result[outside], half_bits, round_keys)
+        result[outside] = _feistel(result[outside], bits, round_keys)
         outside = outside[result[outside] >= length]
     return result.astype(np.int64)
 
@@ -59,10 +59,16 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
-def _feistel(values: NDArray[np.uint64], half_bits: int, round_keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """One pass over 2·half_bits bits: halves swap, one of them masked by a function of the other."""
-    shift, mask = np.uint64(half_bits), np.uint64(2**half_bits - 1)
-    left, right = values >> shift, values & mask
+def _feistel(values: NDArray[np.uint64], bits: int, round_keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """One pass over `bits` bits: halves swap, one of them masked by a function of the other.
+
+    Of an odd number of bits the right half has one more, which changes sides with it; after an even number of rounds
+    both are as wide as they were.
+    """
+    left_bits, right_bits = bits // 2, bits - bits // 2
+    left, right = values >> np.uint64(right_bits), values & np.uint64(2**right_bits - 1)
     for round_key in round_keys:
+        mask = np.uint64(2**left_bits - 1)
         left, right = right, left ^ (_mix(right * _GOLDEN + round_key) & mask)
-    return (left << shift) | right
+        left_bits, right_bits = right_bits, left_bits
+    return (left << np.uint64(right_bits)) | right

@@ -20,7 +20,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moe_lm.data.chunks import CHANGED, SIDES, Chunk, Unit, check_unchanged, chunk_name, divide, made_chunks, make_unit
+from moe_lm.data.chunks import (
+    CHANGED,
+    SIDES,
+    ChangedSourceError,
+    Chunk,
+    Unit,
+    check_unchanged,
+    chunk_name,
+    divide,
+    made_chunks,
+    make_unit,
+)
 from moe_lm.data.config import DataConfig, TokenizerConfig
 from moe_lm.data.documents import Split, SplitWay, choose_split
 from moe_lm.data.encode import Encoder
@@ -93,12 +104,18 @@ def prepare(
         if (data / name).exists():
             _check_settings(settings, data / name)
             break
-    validation = open_validation(config)
-    sources = open_sources(config, without=validation)
-    if (data / "manifest.json").exists():
-        if not config.streaming:
-            _check_sources([*sources, *_as_source(validation)], data)
+    complete = (data / "manifest.json").exists()
+    if (data / "begun.json").exists():
+        _check_tokenizer(tokenizer_config, directory)
+    try:
+        validation = open_validation(config)
+        sources = open_sources(config, without=validation)
+    except InputError as error:
+        raise ChangedSourceError(str(error).rstrip(".")) if complete else error from error
+    if complete:
+        _check_sources([*sources, *_as_source(validation)], data, config.streaming)
         return True
+    files = {source.name: _sizes(source) for source in sources} if config.streaming else {}
     if config.streaming:
         sources = [beginning_of(source, tokenizer_config.training_bytes) for source in sources]
     splits = _choose_splits(sources, validation, config)
@@ -113,7 +130,7 @@ def prepare(
     if missing:
         report(f"part {part.index}/{part.total} is done; {len(missing)} of {len(work)} units are still to be made")
         return False
-    _write_manifest(work, splits, settings, tokenizer, data, report)
+    _write_manifest(work, splits, settings, files, tokenizer, data, report)
     return True
 
 
@@ -159,6 +176,28 @@ def _make_chunks(
             make_unit(source, split, unit, made, encoder, window=2 * workers + 1, progress=advance)
 
 
+def _check_tokenizer(tokenizer_config: TokenizerConfig, directory: Path) -> None:
+    """Compares the tokenizer that is asked for with the one a set was begun with.
+
+    Raises:
+        InputError: It is another one.
+    """
+    path = Path(tokenizer_config.path).expanduser() if tokenizer_config.path is not None else None
+    if (
+        path is not None
+        and path.exists()
+        and load_tokenizer(path).fingerprint != _made_tokenizer(directory).fingerprint
+    ):
+        raise InputError(
+            f"tokenizer.path={tokenizer_config.path}: is another tokenizer than {directory} was begun with; prepare "
+            "into another directory, or delete that one to prepare it anew."
+        )
+
+
+def _made_tokenizer(directory: Path) -> Tokenizer:
+    return load_tokenizer(directory / "tokenizer")
+
+
 def _choose_splits(sources: Iterable[Source], validation: Source | None, config: DataConfig) -> dict[str, Split]:
     """How each source is split."""
     if validation is not None:
@@ -182,7 +221,7 @@ def _tokenizer(
     """Takes, trains or (where a preparation was interrupted) finds the tokenizer; its files stand in the directory."""
     path = directory / "tokenizer"
     if begun:
-        return load_tokenizer(path)
+        return _made_tokenizer(directory)
     if tokenizer_config.path is not None:
         tokenizer = load_tokenizer(Path(tokenizer_config.path).expanduser())
     else:
@@ -210,6 +249,7 @@ def _write_manifest(
     work: list[Work],
     splits: dict[str, Split],
     settings: dict[str, Any],
+    stream_files: dict[str, list[list[Any]]],
     tokenizer: Tokenizer,
     data: Path,
     report: Report,
@@ -244,6 +284,7 @@ def _write_manifest(
             f"{side}_{what}": counts[f"{side}_{what}"] for side in SIDES for what in ("documents", "bytes", "tokens")
         },
         "skipped": dict(sorted(skipped.items())),
+        "stream_files": stream_files,
         "chunks": chunks,
     }
     if VALIDATION in chunks:
@@ -278,17 +319,25 @@ def said_skipped(skipped: dict[str, int]) -> str:
     return ", ".join(f"{count:,} × {kind.replace('_', ' ')}" for kind, count in sorted(skipped.items()))
 
 
-def _check_sources(sources: list[Source], data: Path) -> None:
-    """Compares the files of sources with those that a complete set was prepared from.
+def _check_sources(sources: list[Source], data: Path, streaming: bool) -> None:
+    """Compares the files of sources with those that a complete set was prepared from, and of streams their sizes.
 
     Raises:
-        InputError: A file has come, gone or changed.
+        ChangedSourceError: A file has come, gone or changed.
     """
+    sizes = read_manifest(data / "manifest.json")["stream_files"]
     for source in sources:
+        if streaming and source.name in sizes and _sizes(source) != sizes[source.name]:
+            raise ChangedSourceError(f"{source.option}: its files are not those that {data.parent} began to stream")
         recorded = []
         for path in sorted((data / source.name).glob("*-000.json")):
             recorded += Chunk.load(path).files
         check_unchanged(source, Unit(0, 0, len(source.files)), recorded, data)
+
+
+def _sizes(source: Source) -> list[list[Any]]:
+    """Names and sizes of the files of a stream, which is not read to its end to be known."""
+    return [[path.name, path.stat().st_size] for path in source.watched]
 
 
 def _settings(config: DataConfig, tokenizer_config: TokenizerConfig) -> dict[str, Any]:

@@ -95,6 +95,13 @@ def _join(opened: list[PreparedData], config: DataConfig, directory: Path) -> Pr
     for one in opened:
         counts.update(one.counts)
         skipped.update(one.skipped)
+    for name, shards in train.items():
+        tokens = sum(shard.num_tokens for shard in shards)
+        if not config.streaming and tokens < config.sequence_length + 1:
+            raise InputError(
+                f"data.sequence_length={config.sequence_length}: the training text of {name} has only {tokens} tokens, "
+                f"which do not fill one row; give more text, or a sequence length of at most {max(2, tokens - 1)}."
+            )
     names = {name for shards in (*train.values(), validation) for s in shards for name in s.domain_names}
     if config.streaming:
         names |= {*config.domains, *(s.domain for s in config.resolved_sources().values() if s.domain is not None)}

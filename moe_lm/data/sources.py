@@ -188,7 +188,7 @@ def _open(name: str, source: SourceConfig, config: DataConfig, option: str, held
     kind = source.source
     assert kind is not None and kind is not DataSource.prepared and source.text_field is not None
     reader: Reader = read_text
-    bad = BadRows(OnBadRow.skip if kind is DataSource.stdlib else config.on_bad_row)
+    bad = BadRows(OnBadRow.skip if kind is DataSource.stdlib else config.on_bad_row, option)
     if kind is DataSource.stdlib:
         files = stdlib_files(Path(sysconfig.get_path("stdlib")))
         watched = [file.path for file in files]
@@ -248,11 +248,11 @@ def expand(patterns: list[str], option: str, kind: DataSource, bad: BadRows) -> 
             if not matches:
                 wanted = " or ".join(filter(None, ENDINGS[kind]))
                 holds = f"holds no {wanted} file" if wanted else "holds no file"
-                bad.found("no_match", f"{option}: the directory '{pattern}'", holds, "give another")
+                bad.found("no_match", f"the directory '{pattern}'", holds, "give another")
         elif glob.has_magic(pattern):
             matches = _files(str(path))
             if not matches:
-                bad.found("no_match", f"{option}: '{pattern}'", "matches no file", "give another")
+                bad.found("no_match", f"'{pattern}'", "matches no file", "give another")
         else:
             raise InputError(f"{option}: '{pattern}' does not exist (looked from {Path.cwd()}).")
         found.update(dict.fromkeys(match.resolve() for match in matches))

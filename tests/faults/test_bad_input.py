@@ -2,11 +2,15 @@
 
 import argparse
 import functools
+import gzip
+import os
 import re
 from pathlib import Path
 
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 
 from moe_lm import cli, config
 from moe_lm.checkpoint.store import CheckpointStore
@@ -46,6 +50,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
     (tmp_path / "other.jsonl").write_text('{"body": "a"}\n')
     (tmp_path / "nothing").mkdir()
+    good = '{"text": "a good row"}\n'
+    (tmp_path / "rows.jsonl").write_text(good * 300)
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(os.urandom(9000).hex().encode() + good.encode())[:-9])
+    (tmp_path / "tail.jsonl").write_text(good + good[:-4])
+    for name, text in (("null", "null"), ("nul", '"a\\u0000"'), ("surrogate", '"a\\ud800"')):
+        (tmp_path / f"{name}.jsonl").write_text(good + '{"text": ' + text + "}\n")
+    parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "other.parquet")
+    parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
     return tmp_path
 
 
@@ -179,7 +191,7 @@ def test_arguments_that_are_no_options_are_quoted(complain, given):
         ("model.load_balancing=", "one of per_layer, pooled, none"),
         ("resume=always", "one of auto, never"),
         ("tracker.mode=[online]", "one of online, offline"),
-        ("data.source=csv", "one of stdlib, text, jsonl"),
+        ("data.source=csv", "one of stdlib, text, jsonl, parquet, arrow, huggingface, prepared"),
         ("seed=${trainer.device}", "a whole number"),
         ("seed=${run_name}", "a whole number"),
     ],
@@ -328,6 +340,10 @@ def test_of_an_option_given_twice_the_last_counts(complain):
 # Data
 
 
+MIXED = ["data=jsonl", "data.paths=[]"]
+"""Sources in place of the one that `TEXT` has."""
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -335,19 +351,39 @@ def test_of_an_option_given_twice_the_last_counts(complain):
         (["data.paths=[book.txt,nope.txt]"], ["data.paths", "'nope.txt'", "does not exist"]),
         (["data.paths=nope/*.txt"], ["data.paths", "'nope/*.txt'", "matches no file"]),
         (["data.paths=nothing"], ["data.paths", "'nothing'", "holds no"]),
-        (["data.paths=empty.txt"], ["data.paths=['empty.txt']", "empty"]),
+        (["data.paths=empty.txt"], ["data.paths: ", "empty.txt: the file is empty"]),
         (["data.paths=tiny.txt"], ["tokenizer.vocab_size=500", "too small"]),
         (["data.paths=latin1.txt"], ["data.paths", "latin1.txt", "not UTF-8"]),
         (['data.paths="no\nsuch"'], ["data.paths", "'no such'", "does not exist"]),
         (["data=jsonl", "data.paths=broken.jsonl"], ["broken.jsonl, line 2", "not valid JSON"]),
         (["data=jsonl", "data.paths=other.jsonl"], ["other.jsonl, line 1", "'text'", "body"]),
-        (["data=jsonl", "data.paths=nothing"], ["data.paths", "'nothing'", "no .jsonl files"]),
+        (
+            ["data=jsonl", "data.paths=nothing"],
+            ["data.paths", "'nothing'", "no .jsonl or .jsonl.gz or"],
+        ),
         (["data.validation_paths=nope.txt"], ["data.validation_paths", "'nope.txt'", "does not exist"]),
         (["data.validation_paths=book.txt"], ["data.paths=['book.txt']", "no text left"]),
         (["tokenizer.vocab_size=500000"], ["tokenizer.vocab_size=500000", "the largest that works is"]),
         (["tokenizer.path=nope.model"], ["tokenizer.path", "'nope.model'", "cannot be read"]),
         (["tokenizer.path=book.txt"], ["tokenizer.path", "'book.txt'", "not a sentencepiece"]),
-        (["tokenizer.path=nothing"], ["tokenizer.path", "'nothing'", "cannot be read"]),
+        (["tokenizer.path=nothing"], ["tokenizer.path", "'nothing'", "neither tokenizer.model nor tokenizer.json"]),
+        (["data=parquet", "data.paths=other.parquet"], ["data.paths: ", "other.parquet", "no column 'text'", "body"]),
+        (["data=parquet", "data.paths=numbers.parquet"], ["numbers.parquet, row group 0, row 0", "string, found int"]),
+        (["data=jsonl", "data.paths=cut.jsonl.gz"], ["cut.jsonl.gz, line ", "cut short"]),
+        (["data=jsonl", "data.paths=tail.jsonl"], ["tail.jsonl, line 2", "the file ends within this line"]),
+        (["data=jsonl", "data.paths=null.jsonl"], ["null.jsonl, line 2", "'text' is null"]),
+        (["data=jsonl", "data.paths=nul.jsonl"], ["nul.jsonl, line 2", "NUL at character 1"]),
+        (["data=jsonl", "data.paths=surrogate.jsonl"], ["surrogate.jsonl, line 2", "lone surrogate at character 1"]),
+        (["data=huggingface", "data.paths=nothing"], ["data.paths=[nothing]", "can not be opened"]),
+        (["data=prepared", "data.paths=nothing"], ["data.paths: nothing is no prepared set"]),
+        (["data=jsonl", "data.paths=rows.jsonl", "data.sources.a.paths=rows.jsonl"], ["data.paths=['rows.jsonl']"]),
+        ([*MIXED, "data.sources.a.paths=nope.jsonl"], ["data.sources.a.paths: 'nope.jsonl' does not exist"]),
+        ([*MIXED, "data.sources.a.paths=broken.jsonl"], ["data.sources.a.paths: ", "broken.jsonl, line 2"]),
+        ([*MIXED, "data.sources.a.weight=-1"], ["data.sources.a.weight=-1.0: must not be negative"]),
+        (["data=jsonl", "data.sources.a/b.paths=rows.jsonl"], ["data.sources.a/b.paths=rows.jsonl"]),
+        (["data.epochs=0"], ["data.epochs=0: must be at least 1"]),
+        (["data.num_streams=0"], ["data.num_streams=0: must be at least 1"]),
+        (["data.workers=-1"], ["data.workers=-1: must be between 0"]),
         (
             ["data.sequence_length=60000", "model.max_position_embeddings=60000"],
             ["data.sequence_length=60000", "do not fill one row"],

@@ -3,10 +3,11 @@
 import pytest
 
 from moe_lm.config import config_directory, differences, field_names, group_choices, load, load_saved, save
+from moe_lm.data.config import DataSource
 from moe_lm.training.config import RunConfig
 
 CHOICES = [(group, name) for group, names in group_choices("pretrain").items() for name in names]
-NEEDS = {"text": ["data.paths=x"], "jsonl": ["data.paths=x"]}
+NEEDS = {kind.name: ["data.paths=x"] for kind in DataSource if kind is not DataSource.stdlib}
 
 
 @pytest.mark.parametrize(("group", "name"), CHOICES)

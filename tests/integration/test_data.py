@@ -1,0 +1,142 @@
+"""The data path through the command line: prepared sets, streams, epochs, and what goes wrong in the middle."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.runs import ENVIRONMENT, TINY, final_tensors, metrics, moe_lm, write_corpus
+
+OPTIONS = ["pretrain", *TINY, "data.paths=[corpus]", "finish.export=false", "optimizer=adamw"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with a corpus."""
+    directory = tmp_path_factory.mktemp("data")
+    write_corpus(directory / "corpus")
+    return directory
+
+
+def test_training_on_a_prepared_set_is_training_on_its_text(place):
+    """Catches a set that is cut or ordered in another way than a run's own: the same losses, and no text needed."""
+    moe_lm(*OPTIONS, "trainer.max_steps=5", "run_name=own", cwd=place)
+    options = ["data=text", "data.paths=[corpus]", "tokenizer.vocab_size=400", "output=prepared"]
+    first = moe_lm("prepare", *options, cwd=place).stdout
+    assert "tokenized" in first and "prepared: prepared" in first
+    assert "is prepared already" in moe_lm("prepare", *options, cwd=place).stdout
+    (place / "corpus").rename(place / "elsewhere")
+    try:
+        from_set = [*OPTIONS, "data=prepared", "data.paths=[prepared]", "trainer.max_steps=5", "run_name=set"]
+        moe_lm(*from_set, cwd=place)
+    finally:
+        (place / "elsewhere").rename(place / "corpus")
+    assert metrics(place / "runs/set") == metrics(place / "runs/own")
+    bits = "validation_bits_per_byte"
+    assert metrics(place / "runs/set", bits) == metrics(place / "runs/own", bits)
+    assert not (place / "runs/set/data").exists() and (place / "runs/set/tokenizer/tokenizer.model").exists()
+
+
+def test_a_killed_stream_goes_on_bit_for_bit(place):
+    """Catches text that is read twice or passed over after a kill, with workers and a step ahead of the checkpoint."""
+    options = [*OPTIONS, "data.streaming=true", "data.workers=1", "data.num_streams=3"]
+    options += ["data.packing=best_fit", "trainer.max_steps=40"]
+    moe_lm(*options, "run_name=whole", cwd=place)
+    run = place / "runs/killed"
+    process = start(place, *options, "run_name=killed")
+    wait_for(lambda: (run / "checkpoints/step-00000008").exists())
+    process.kill()
+    process.wait()
+    assert json.loads((run / "state.json").read_text())["status"] == "running"
+    assert "resumed" in moe_lm(*options, "run_name=killed", cwd=place).stdout
+    assert metrics(run) == metrics(place / "runs/whole")
+    ours, theirs = final_tensors(run), final_tensors(place / "runs/whole")
+    assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)
+
+
+def test_workers_end_with_a_run_that_is_killed(place):
+    """Catches tokenizing processes that stay behind when their run is gone."""
+    process = start(place, *OPTIONS, "data.streaming=true", "data.workers=2", "trainer.max_steps=5000", "run_name=gone")
+    wait_for(lambda: (place / "runs/gone/metrics.jsonl").exists() and len(metrics(place / "runs/gone")) > 2)
+    workers = workers_of(process.pid)
+    assert len(workers) == 2
+    process.kill()
+    process.wait()
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+
+
+def test_a_worker_that_dies_ends_the_run_with_a_sentence(place):
+    """Catches a run that waits for ever for a step that nobody makes."""
+    process = start(place, *OPTIONS, "data.streaming=true", "data.workers=1", "trainer.max_steps=5000", "run_name=dies")
+    wait_for(lambda: (place / "runs/dies/metrics.jsonl").exists() and len(metrics(place / "runs/dies")) > 2)
+    for pid in workers_of(process.pid):
+        os.kill(pid, signal.SIGKILL)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and "a tokenizing process (data.workers) died" in said and "Traceback" not in said
+    assert json.loads((place / "runs/dies/state.json").read_text())["status"] == "failed"
+
+
+def test_a_run_ends_with_its_epochs(place):
+    """Catches a schedule, a last batch or a closing validation that is lost when the data ends before the steps."""
+    done = moe_lm(*OPTIONS, "data.epochs=2", "trainer.max_steps=500", "run_name=epochs", cwd=place)
+    run = place / "runs/epochs"
+    counts = json.loads((run / "data/manifest.json").read_text())["counts"]
+    last = max(metrics(run, "targets").items())
+    assert last[1] == 2 * (counts["train_tokens"] - counts["train_documents"]) and last[0] < 500
+    assert f"the data ended after {last[0]} of 500 steps (data.epochs=2)" in done.stderr
+    assert (run / f"checkpoints/step-{last[0]:08}/COMPLETE").exists()
+    assert metrics(run, "learning_rate")[last[0]] < 1e-4, "the schedule ends where the data does"
+    assert (
+        "is finished" in moe_lm(*OPTIONS, "data.epochs=2", "trainer.max_steps=500", "run_name=epochs", cwd=place).stdout
+    )
+
+
+def test_waiting_for_data_is_recorded(place):
+    """Catches a figure that is left out, or measured around the wrong thing."""
+    moe_lm(*OPTIONS, "trainer.max_steps=8", "run_name=waits", cwd=place)
+    waits = metrics(place / "runs/waits", "data_wait")
+    assert len(waits) == 8 and all(0 <= share < 1 for share in waits.values())
+    assert sorted(waits.values())[3] < 0.2
+    assert metrics(place / "runs/waits", "tokens_by_domain")[8] == {"text": 8 * 12 * 32}
+
+
+def test_bad_rows_of_a_stream_are_skipped_and_told(place):
+    """Catches rows that vanish without a word."""
+    good = [json.dumps({"text": f"row {i} of text, " * 9}) for i in range(300)]
+    (place / "rows.jsonl").write_text("\n".join([*good[:200], "{broken", '{"text": null}', *good[200:]]) + "\n")
+    options = [*OPTIONS, "data=jsonl", "data.paths=rows.jsonl", "data.streaming=true", "trainer.max_steps=4"]
+    done = moe_lm(*options, "run_name=bad", cwd=place, check=False)
+    assert done.returncode == 2 and "rows.jsonl, line 201: not valid JSON" in done.stderr
+    assert not (place / "runs/bad").exists()
+    done = moe_lm(*options, "data.on_bad_row=skip", "run_name=bad", cwd=place)
+    assert "left out of the streams: " in done.stderr and "× broken json" in done.stderr
+    lines = [json.loads(line) for line in (place / "runs/bad/metrics.jsonl").read_text().splitlines()]
+    assert set(lines[0]["skipped_rows"]) == {"broken_json", "null_text"}
+
+
+def start(place, *options):
+    """A run in the background."""
+    command = [sys.executable, "-m", "moe_lm", *options]
+    return subprocess.Popen(
+        command, cwd=place, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(holds):
+    """Waits until something holds; two minutes are a failure."""
+    deadline = time.monotonic() + 120
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def workers_of(pid):
+    """Tokenizing processes that a process has started; not the one by which multiprocessing tracks resources."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    children = [child for task in tasks for child in (task / "children").read_text().split()]
+    return [int(child) for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -34,11 +35,14 @@ def run(config: PrepareConfig) -> int:
 
 
 class PreparationDisplay:
-    """A bar of bytes on a terminal, and lines that stay; a context manager."""
+    """A bar of bytes on a terminal, a line now and then elsewhere, and lines that stay; a context manager."""
+
+    SECONDS_BETWEEN_LINES = 30.0
 
     def __init__(self) -> None:
         console = Console(file=sys.stderr, highlight=False)
         self._open = ExitStack()
+        self._last_line = time.monotonic()
         self._bar: Progress | None = None
         if console.is_terminal and not os.environ.get("CI"):
             columns = (TextColumn("tokenizing"), BarColumn(None), DownloadColumn(), TransferSpeedColumn())
@@ -61,6 +65,10 @@ class PreparationDisplay:
     def progress(self, done: int, total: int) -> None:
         """Show that so many bytes of text are tokenized, of about so many."""
         if self._bar is None:
+            if time.monotonic() - self._last_line >= self.SECONDS_BETWEEN_LINES:
+                self._last_line = time.monotonic()
+                of_total = f" (of files with {total / 1e6:,.0f} MB)" if total else ""
+                self.line(f"tokenized {done / 1e6:,.0f} MB of text{of_total}")
             return
         if not self._bar.live.is_started:
             self._open.enter_context(self._bar)

@@ -75,6 +75,7 @@ def make_batch(
     Raises:
         InputError: A shard's file is not what was written.
     """
+    assert num_rows > 0
     size = num_rows * sequence_length
     input_T, label_T = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
     used_B = np.zeros(num_rows, dtype=np.int64)

@@ -178,6 +178,14 @@ class DataConfig:
                 "give them as data.sources.NAME.paths."
             )
         weighted = [name for name, source in self.sources.items() if source.weight is not None]
+        if self.source is DataSource.prepared:
+            for name, source in self.sources.items():
+                for f in dataclasses.fields(source):
+                    if f.name not in ("weight", "final_weight") and getattr(source, f.name) not in (None, []):
+                        raise InputError(
+                            f"data.sources.{name}.{f.name}={getattr(source, f.name)}: of a source in a prepared set "
+                            "only weight and final_weight can be given; its text was chosen when it was prepared."
+                        )
         for name, source in self.sources.items():
             for field_name in ("weight", "final_weight"):
                 value = getattr(source, field_name)

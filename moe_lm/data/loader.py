@@ -183,10 +183,10 @@ def make_mixture(config: DataConfig, sources: Mapping[str, Sequence[TokenArray]]
         InputError: A weight, or without weights a size, is too small to be seen, or none is above 0.
     """
     names = sorted(sources)
-    if len(names) == 1:
-        return Mixture(np.ones(1))
     given = [config.sources.get(name) for name in names]
     if not any(source is not None and source.weight is not None for source in given):
+        if len(names) == 1:
+            return Mixture(np.ones(1))  # a stream has no size
         sizes = np.array([sum(array.num_tokens for array in sources[name]) for name in names], dtype=np.float64)
         for name, units in zip(names, shares(sizes).tolist()):
             if units == 0:
@@ -204,8 +204,8 @@ def make_mixture(config: DataConfig, sources: Mapping[str, Sequence[TokenArray]]
     for what, values in (("weight", weights), ("final_weight", final)):
         if not 0 < sum(values) < math.inf:
             raise InputError(
-                f"data.sources.{names[0]}.{what}={values[0]}: the weights of all sources must add up to a finite number "
-                "above 0."
+                f"data.sources.{names[0]}.{what}={values[0]}: the weights of all sources must add up to a number above "
+                "0, and not to infinity."
             )
         # Asked of the shares themselves: which of several small weights is rounded down depends on the others.
         for name, value, units in zip(names, values, shares(np.array(values)).tolist()):

@@ -68,7 +68,7 @@ class SequentialRows:
 
 
 class BestFitRows:
-    """Rows of whole documents, as far as documents fit; 24 bytes of memory for each piece."""
+    """Rows of whole documents, as far as they fit; their places are held in memory, which suits millions of them."""
 
     def __init__(self, array: TokenArray, sequence_length: int) -> None:
         ends = np.append(array.starts[1:], array.num_tokens)

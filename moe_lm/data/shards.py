@@ -151,7 +151,7 @@ def _load_index(path: Path, expected_sha256: str) -> NDArray:
 
 
 class ShardWriter:
-    """Writes one shard, batch of documents by batch; a context manager that leaves all of its files or none."""
+    """Writes one shard, batch of documents by batch. What is renamed into place counts once a header tells of it."""
 
     def __init__(self, directory: Path, name: str, vocab_size: int) -> None:
         """Opens the temporary file (the directory is made if missing)."""

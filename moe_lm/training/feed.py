@@ -10,7 +10,8 @@ import torch
 
 from moe_lm.data.batch import Batch
 from moe_lm.data.encode import Encoder
-from moe_lm.data.loader import Cut, Loader, ShardLoader, make_mixture
+from moe_lm.data.loader import Cut, Loader, ShardLoader
+from moe_lm.data.mixture import Mixture
 from moe_lm.data.prefetch import Prefetcher
 from moe_lm.data.prepared import PreparedData
 from moe_lm.data.sources import Source, open_sources, open_validation
@@ -38,7 +39,13 @@ class Feed:
     """Gives one batch after the other; a context manager."""
 
     def __init__(
-        self, config: RunConfig, runtime: Runtime, data: PreparedData, data_step: int, state: dict[str, Any] | None
+        self,
+        config: RunConfig,
+        runtime: Runtime,
+        data: PreparedData,
+        mixture: Mixture,
+        data_step: int,
+        state: dict[str, Any],
     ) -> None:
         """Opens the data where a run stands.
 
@@ -46,8 +53,9 @@ class Feed:
             config: The run's configuration.
             runtime: This process among its peers.
             data: Shards, or of streams their tokenizer and how they are split.
+            mixture: Which source each row comes from, in the order of their names.
             data_step: The step that comes next.
-            state: The data's state in the checkpoint; null at the beginning.
+            state: The data's state in the checkpoint; empty at the beginning.
         """
         self._runtime, self._open = runtime, ExitStack()
         self._sources: list[Source] = []
@@ -65,26 +73,28 @@ class Feed:
             rank=runtime.rank,
             world_size=runtime.world_size,
         )
-        loader = self._stream(config, data, run, state) if config.data.streaming else _shards(config, data, run)
+        loader: Loader
+        if config.data.streaming:
+            loader = StreamLoader(self._streams(config, data, run, state), sorted(data.train), mixture, run)
+        else:
+            names = sorted(data.train)
+            loader = ShardLoader([data.train[name] for name in names], names, mixture, run)
         ends = loader.num_steps
         self.total_steps = trainer.max_steps if ends is None else min(trainer.max_steps, ends)
         """Steps of the run: as configured, or fewer where the data is known to end before."""
         self._prefetcher = self._open.enter_context(Prefetcher(loader, data_step))
 
-    def _stream(self, config: RunConfig, data: PreparedData, run: Cut, state: dict[str, Any] | None) -> Loader:
+    def _streams(self, config: RunConfig, data: PreparedData, run: Cut, state: dict[str, Any]) -> list[SourceStreams]:
         workers = 1 if config.data.workers is None else config.data.workers
         encoder = Encoder(data.tokenizer, data.tokenizer_directory, workers)
         self._open.callback(encoder.close)
         self._sources = open_sources(config.data, without=open_validation(config.data))
-        streams = [
+        return [
             SourceStreams(
-                source, data.splits[source.name], encoder, run, config.data.num_streams, (state or {}).get(source.name)
+                source, data.splits[source.name], encoder, run, config.data.num_streams, state.get(source.name)
             )
             for source in self._sources
         ]
-        names = [source.name for source in self._sources]
-        total_rows = config.trainer.max_steps * config.trainer.global_batch_size
-        return StreamLoader(streams, names, make_mixture(config.data, dict.fromkeys(names, ()), total_rows), run)
 
     def __enter__(self) -> "Feed":
         return self
@@ -125,10 +135,3 @@ class Feed:
     def whole_state(self, own: dict[str, Any]) -> dict[str, Any]:
         """The state of all processes' data from each one's own; every process must call it."""
         return merge_states([json.loads(text) for text in self._runtime.gather(json.dumps(own))]) if own else {}
-
-
-def _shards(config: RunConfig, data: PreparedData, run: Cut) -> Loader:
-    names = sorted(data.train)
-    total_rows = config.trainer.max_steps * config.trainer.global_batch_size
-    mixture = make_mixture(config.data, data.train, total_rows)
-    return ShardLoader([data.train[name] for name in names], names, mixture, run)

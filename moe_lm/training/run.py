@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_lm.checkpoint.store import Checkpoint, CheckpointStore
+from moe_lm.data.loader import make_mixture
 from moe_lm.data.prepared import PreparedData
 from moe_lm.model.balancing import load_fraction
 from moe_lm.model.decoder import CausalLM
@@ -57,6 +58,8 @@ class Run:
         self.compute = ComputeModel(self.model, compute_dtype(trainer.precision, runtime.device))
         self.optimizer = Optimizer(self.model, config.optimizer)
         self.load_LE = initial_load(self.model).to(runtime.device)
+        total_rows = trainer.max_steps * trainer.global_batch_size
+        self.mixture = make_mixture(config.data, data.train, total_rows)
         self.store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep_last)
         self.progress = Progress()
         self.data_state: dict[str, Any] = {}
@@ -66,7 +69,7 @@ class Run:
 
     def open_feed(self) -> Feed:
         """The batches from where the run stands on; to be used as a context manager."""
-        return Feed(self.config, self.runtime, self.data, self.progress.data_step, self.data_state)
+        return Feed(self.config, self.runtime, self.data, self.mixture, self.progress.data_step, self.data_state)
 
     def save(self, feed: Feed) -> None:
         """Write a checkpoint of the present state; every process must call it."""

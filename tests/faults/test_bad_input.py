@@ -343,6 +343,8 @@ def test_of_an_option_given_twice_the_last_counts(complain):
 MIXED = ["data=jsonl", "data.paths=[]"]
 """Sources in place of the one that `TEXT` has."""
 
+WEIGHTS = ["data.sources.a.weight=1", "data.sources.b.weight=100000"]
+
 
 @pytest.mark.parametrize(
     ("options", "words"),
@@ -379,6 +381,10 @@ MIXED = ["data=jsonl", "data.paths=[]"]
         (["data=jsonl", "data.paths=rows.jsonl", "data.sources.a.paths=rows.jsonl"], ["data.paths=['rows.jsonl']"]),
         ([*MIXED, "data.sources.a.paths=nope.jsonl"], ["data.sources.a.paths: 'nope.jsonl' does not exist"]),
         ([*MIXED, "data.sources.a.paths=broken.jsonl"], ["data.sources.a.paths: ", "broken.jsonl, line 2"]),
+        (
+            ["data.paths=[]", *(f"data.sources.{name}.paths=book.txt" for name in "ab"), *WEIGHTS],
+            ["data.sources.a.weight=1.0: is less than one row in 10000"],
+        ),
         ([*MIXED, "data.sources.a.weight=-1"], ["data.sources.a.weight=-1.0: must not be negative"]),
         (["data=jsonl", "data.sources.a/b.paths=rows.jsonl"], ["data.sources.a/b.paths=rows.jsonl"]),
         (["data.epochs=0"], ["data.epochs=0: must be at least 1"]),

@@ -1,14 +1,16 @@
 """Shared by the data tests: a small real tokenizer, a byte tokenizer, and shards of random documents."""
 
+import itertools
 import random
 import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
-from moe_lm.data.corpus import Document
 
-from moe_lm.data.shards import TokenShard, write_shard
+from moe_lm.data.encode import encode
+from moe_lm.data.shards import ShardWriter, TokenArray, TokenShard
 from moe_lm.data.tokenizer import Tokenizer, train_tokenizer
 
 STDLIB_SAMPLE = ("ast.py", "argparse.py", "typing.py", "inspect.py")
@@ -17,15 +19,24 @@ STDLIB_SAMPLE = ("ast.py", "argparse.py", "typing.py", "inspect.py")
 class ByteTokenizer:
     """Ids are bytes plus 4: tests can write down expected rows by hand."""
 
-    vocab_size, bos_id, eos_id, pad_id = 260, 1, 2, 3
+    fingerprint, vocab_size, bos_id, eos_id, pad_id = "bytes", 260, 1, 2, 3
 
-    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+    def encode(self, text: str) -> list[int]:
         """Bytes plus 4."""
-        return [[byte + 4 for byte in text.encode()] for text in texts]
+        return [byte + 4 for byte in text.encode()]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Bytes plus 4."""
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The inverse, without control ids."""
-        return bytes(token - 4 for token in ids if token >= 4).decode()
+        return bytes(token - 4 for token in ids if token >= 4).decode(errors="replace")
+
+    @property
+    def generated_ids(self) -> list[int]:
+        """Bytes and the end mark."""
+        return [self.eos_id, *range(4, self.vocab_size)]
 
 
 @pytest.fixture(scope="session")
@@ -42,12 +53,30 @@ def tokenizer(sample_texts: list[str], tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture
-def make_shard(tmp_path: Path) -> Callable[[Sequence[str]], TokenShard]:
-    """Writes texts as a shard of bytes."""
+def make_shard(tmp_path: Path) -> Callable[..., TokenShard]:
+    """Writes texts, all of one domain or each of its own, as a shard of bytes."""
+    numbers = itertools.count()
 
-    def make(texts: Sequence[str]) -> TokenShard:
-        documents = [Document(str(index), text) for index, text in enumerate(texts)]
-        return write_shard(documents, ByteTokenizer(), tmp_path / "shards", f"shard{random.random()}")  # type: ignore[arg-type]
+    def make(texts: Sequence[str], domains: Sequence[str] | None = None) -> TokenShard:
+        directory, name, tokenizer = tmp_path / "shards", f"shard{next(numbers)}", ByteTokenizer()
+        writer = ShardWriter(directory, name, tokenizer.vocab_size)
+        num_bytes = sum(len(text.encode()) for text in texts)
+        writer.add(encode(tokenizer, texts), list(domains or ["text"] * len(texts)), num_bytes)  # type: ignore[arg-type]
+        return TokenShard(directory, name, writer.finish(), tokenizer.pad_id)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_array() -> Callable[..., TokenArray]:
+    """Puts texts, all of one domain or each of its own, into an array of bytes in memory."""
+
+    def make(texts: Sequence[str], domains: Sequence[str] | None = None) -> TokenArray:
+        tokenizer = ByteTokenizer()
+        tokens, lengths = encode(tokenizer, texts)  # type: ignore[arg-type]
+        names = sorted(set(domains or ["text"]))
+        numbers = np.array([names.index(domain) for domain in domains or ["text"] * len(texts)], dtype=np.uint16)
+        return TokenArray(tokens, np.cumsum(lengths) - lengths, numbers, names, tokenizer.pad_id)
 
     return make
 

@@ -1,4 +1,4 @@
-"""Catches: rows repeated or lost within an epoch, and epochs or seeds in the same order."""
+"""Catches: rows repeated or lost within an epoch; seeds, sources, epochs or blocks in the same order."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from moe_lm.data.permutation import epoch_key, permute, permute_array
 
 
-@pytest.mark.parametrize("key", [0, 1, 2**64 - 1, epoch_key(7, 3)])
+@pytest.mark.parametrize("key", [0, 1, 2**64 - 1, epoch_key(7, "a", 3)])
 def test_every_small_length_is_a_permutation(key: int) -> None:
     for length in range(1, 301):
         result = permute_array(np.arange(length), length, key)
@@ -17,7 +17,7 @@ def test_every_small_length_is_a_permutation(key: int) -> None:
 
 @pytest.mark.parametrize("length", [2**20, 2**20 + 1, 1_000_003])
 def test_large_lengths_are_permutations(length: int) -> None:
-    result = permute_array(np.arange(length), length, epoch_key(0, 0))
+    result = permute_array(np.arange(length), length, epoch_key(0, "a", 0))
     assert np.array_equal(np.sort(result), np.arange(length))
 
 
@@ -37,9 +37,11 @@ def test_one_index_agrees_with_the_array(length: int, key: int, data: st.DataObj
     assert [permute(index, length, key) for index in indices] == permute_array(np.array(indices), length, key).tolist()
 
 
-def test_keys_epochs_and_seeds_differ_and_look_shuffled() -> None:
+def test_seeds_sources_epochs_and_blocks_differ_and_look_shuffled() -> None:
     indices = np.arange(10_000)
-    orders = [permute_array(indices, 10_000, epoch_key(seed, epoch)) for seed in range(3) for epoch in range(3)]
+    keys = [epoch_key(seed, "a", epoch) for seed in range(3) for epoch in range(3)]
+    keys += [epoch_key(0, "b", 0), epoch_key(0, "a", 0, 0), epoch_key(0, "a", 0, 1), epoch_key(0, "a", 1, 0)]
+    orders = [permute_array(indices, 10_000, key) for key in keys]
     for i, order in enumerate(orders):
         # The correlation of a random order with the natural one, or another random one, is about 0.01.
         assert abs(np.corrcoef(order, indices)[0, 1]) < 0.05
@@ -50,5 +52,5 @@ def test_keys_epochs_and_seeds_differ_and_look_shuffled() -> None:
 
 
 def test_first_place_is_uniform() -> None:
-    places = [permute(0, 5, epoch_key(seed, 0)) for seed in range(2000)]
+    places = [permute(0, 5, epoch_key(seed, "a", 0)) for seed in range(2000)]
     assert np.bincount(places, minlength=5).min() > 320

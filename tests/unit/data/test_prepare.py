@@ -288,6 +288,19 @@ def test_a_tokenizer_of_hugging_face_is_taken(config: DataConfig, tmp_path: Path
     assert any(text.startswith("one 0 1: lines of text") for text in texts_of(data, "train"))
 
 
+def test_one_document_of_ten_megabytes(tmp_path: Path) -> None:
+    """Catches a document that is cut, doubled or refused because of its size."""
+    words = [f"word{index} " for index in range(997)]
+    text = "".join(words[index * index % 997] for index in range(1_400_000))
+    (tmp_path / "long.txt").write_text(text)
+    assert len(text) > 10_000_000
+    long = DataConfig(source=DataSource.text, paths=[str(tmp_path / "long.txt")], workers=0)
+    prepare(long, TOKENIZER, tmp_path / "set")
+    data = load(long, TOKENIZER, tmp_path / "set")
+    train, validation = texts_of(data, "train"), texts_of(data, "validation")
+    assert len(train) == len(validation) == 1 and train[0] + validation[0] == text
+
+
 def test_skipped_rows_are_counted_once(config: DataConfig, tmp_path: Path, small_chunks: None) -> None:
     """Catches counts that include what the tokenizer's training or the choice of the split passed over."""
     file = tmp_path / "text/one/0.jsonl"

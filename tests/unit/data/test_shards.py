@@ -1,200 +1,299 @@
-"""Catches: shards that do not hold the documents, half-written or damaged ones that are read, settings that drift."""
+"""Catches: shards that do not hold the documents, and half-written or damaged ones whose tokens are given out."""
 
-import json
-import multiprocessing
+import dataclasses
+import hashlib
+import os
 import random
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
-from moe_lm.data.corpus import Document
+from numpy.typing import NDArray
 
-from moe_lm.data.config import DataConfig, DataSource, TokenizerConfig
-from moe_lm.data.prepare import prepare
-from moe_lm.data.shards import TokenShard, write_shard
+from moe_lm.data.batch import make_batch
+from moe_lm.data.config import Packing
+from moe_lm.data.encode import Encoded, encode, token_type
+from moe_lm.data.rows import RowSet
+from moe_lm.data.shards import BLOCK_BYTES, ShardHeader, ShardWriter, TokenArray, TokenShard
 from moe_lm.errors import InputError
 from moe_lm.files import atomic_file
 
-MakeShard = Callable[[Sequence[str]], TokenShard]
+MakeShard = Callable[..., TokenShard]
+PER_BLOCK = BLOCK_BYTES // 2
+"""uint16 tokens of a block."""
 
 
-@pytest.fixture
-def settings(tmp_path: Path, sample_texts: list[str]) -> tuple[DataConfig, TokenizerConfig]:
-    """Four text files of Python source and a small vocabulary."""
-    (tmp_path / "text").mkdir()
-    for index, text in enumerate(sample_texts):
-        (tmp_path / "text" / f"{index}.py").write_text(text, encoding="utf-8", newline="")
-    data = DataConfig(source=DataSource.text, paths=[str(tmp_path / "text")])
-    return data, TokenizerConfig(vocab_size=700)
+def write(directory: Path, lengths: Sequence[int], vocab_size: int = 300, batches: int = 1) -> ShardHeader:
+    """Writes documents of random tokens, some at a time."""
+    generator = np.random.default_rng(len(lengths))
+    writer = ShardWriter(directory, "s", vocab_size)
+    for part in np.array_split(np.array(lengths, dtype=np.int64), batches):
+        tokens = generator.integers(4, vocab_size, part.sum()).astype(token_type(vocab_size))
+        writer.add(Encoded(tokens, part), ["text"] * len(part), int(part.sum()))
+    return writer.finish()
+
+
+def read_row(shard: TokenShard, row: int, length: int) -> NDArray:
+    pieces = RowSet([shard], length, Packing.sequential).pieces(np.array([row]), np.array([0]))
+    return make_batch(pieces, 1, length).input_ids[0].numpy()
+
+
+def flip(path: Path, position: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 1]))
 
 
 def test_shard_holds_each_document_between_marks(make_shard: MakeShard, random_texts: list[str]) -> None:
-    shard = make_shard(random_texts)
+    domains = [f"d{len(text) % 3}" for text in random_texts]
+    shard = make_shard(random_texts, domains)
     ends = [*shard.starts[1:], shard.num_tokens]
-    for text, start, end in zip(random_texts, shard.starts, ends, strict=True):
+    tokens = dict.fromkeys(domains, 0)
+    for text, domain, number, start, end in zip(random_texts, domains, shard.domains, shard.starts, ends, strict=True):
         ids = shard.tokens[start:end].tolist()
         assert ids[0] == 1
         assert ids[-1] == 2
         assert bytes(token - 4 for token in ids[1:-1]).decode() == text
-    assert shard.num_bytes == sum(len(text.encode()) for text in random_texts)
-    assert shard.num_targets == shard.num_bytes + len(random_texts)
+        assert shard.domain_names[number] == domain
+        tokens[domain] += len(ids)
+    header = shard.header
+    assert dict(zip(header.domain_names, header.domain_tokens, strict=True)) == tokens
+    assert (header.num_tokens, header.num_documents) == (shard.num_tokens, len(random_texts))
+    assert header.num_bytes == sum(len(text.encode()) for text in random_texts)
+    assert shard.num_targets == header.num_bytes + len(random_texts)
     assert shard.tokens.dtype == np.uint16
-    assert isinstance(shard.tokens, np.memmap)
+    assert not shard.tokens.flags.writeable
     shard.verify()
 
 
+@pytest.mark.parametrize("batches", [1, 2, 7])
+def test_header_is_that_of_the_files_however_they_were_written(tmp_path: Path, batches: int) -> None:
+    """Catches block checksums that depend on how many documents are written at a time, and a last block left out."""
+    lengths = [PER_BLOCK - 1, 2, 1000, 2 * PER_BLOCK, *[5] * 50]
+    header = write(tmp_path, lengths, batches=batches)
+    content = (tmp_path / "s.tokens.bin").read_bytes()
+    blocks = [content[start : start + BLOCK_BYTES] for start in range(0, len(content), BLOCK_BYTES)]
+    assert header.block_sha256 == [hashlib.sha256(block).hexdigest() for block in blocks]
+    assert header.tokens_sha256 == hashlib.sha256(content).hexdigest()
+    assert header.num_tokens == sum(lengths) == len(content) // 2
+    shard = TokenShard(tmp_path, "s", header, 3)
+    assert np.diff(np.append(shard.starts, shard.num_tokens)).tolist() == lengths
+    shard.verify()
+
+
+def test_a_shard_that_ends_with_a_block_has_no_checksum_too_many(tmp_path: Path) -> None:
+    header = write(tmp_path, [2 * PER_BLOCK])
+    assert len(header.block_sha256) == 2
+    assert len(read_row(TokenShard(tmp_path, "s", header, 3), 0, 2 * PER_BLOCK - 1)) == 2 * PER_BLOCK - 1
+
+
+def test_an_empty_shard_opens(tmp_path: Path) -> None:
+    """Catches a side of a chunk to which no document fell: an empty file can not be mapped."""
+    shard = TokenShard(tmp_path, "s", ShardWriter(tmp_path, "s", 300).finish(), 3)
+    assert (shard.num_tokens, shard.num_documents, shard.num_targets) == (0, 0, 0)
+    shard.verify()
+    for packing in Packing:
+        assert RowSet([shard], 8, packing).num_rows == 0
+
+
 def test_no_temporary_files_stay(make_shard: MakeShard, tmp_path: Path) -> None:
+    """Catches temporary files left behind by success or failure, and a half-written file under its real name."""
     shard = make_shard(["a"])
-    assert len(list(shard.directory.iterdir())) == 3
+    assert len(list(shard.path.parent.iterdir())) == 3
     with pytest.raises(TypeError), atomic_file(tmp_path / "file") as file:
         file.write("not bytes")  # type: ignore[call-overload]
+    with suppress(RuntimeError), ExitStack() as stack:
+        writer = ShardWriter(tmp_path / "broken", "s", 300)
+        stack.push(writer.close)
+        writer.add(Encoded(np.array([1, 2], np.uint16), np.array([2])), ["text"], 0)
+        raise RuntimeError("the disk is gone")
     assert not (tmp_path / "file").exists()
     assert not list(tmp_path.glob(".file*"))
+    assert not list((tmp_path / "broken").iterdir())
 
 
-def test_damaged_shards_are_refused(make_shard: MakeShard) -> None:
+def test_damaged_files_are_refused_at_open(make_shard: MakeShard) -> None:
+    """Catches a file cut short or grown, an index with a flipped bit, and files that are gone."""
     shard = make_shard(["some text", "more text"])
-    tokens = shard.directory / f"{shard.name}.tokens.bin"
-    content = tokens.read_bytes()
-    tokens.write_bytes(content[:-2])
-    with pytest.raises(InputError, match="has 21 tokens in 2 documents, but should have 22"):
-        TokenShard(shard.directory, shard.name)
-    tokens.write_bytes(content[:5] + bytes([content[5] ^ 1]) + content[6:])
-    with pytest.raises(InputError, match=r"tokens.bin: the content is not what was written"):
-        TokenShard(shard.directory, shard.name).verify()
-    tokens.unlink()
-    with pytest.raises(InputError, match="this token shard cannot be read"):
-        TokenShard(shard.directory, shard.name)
+    directory, name = shard.path.parent, shard.path.name.removesuffix(".tokens.bin")
+
+    def reopen() -> TokenShard:
+        return TokenShard(directory, name, shard.header, 3)
+
+    content = shard.path.read_bytes()
+    for wrong in (content[:-2], content[:-1], content + b"\0\0", b""):
+        shard.path.write_bytes(wrong)
+        with pytest.raises(InputError, match=rf"tokens.bin: has {len(wrong)} bytes instead of 44; bring back"):
+            reopen()
+    shard.path.write_bytes(content)
+    for kind in ("starts", "domains"):
+        index = directory / f"{name}.{kind}.npy"
+        whole = index.read_bytes()
+        for position in (0, 60, len(whole) - 1):
+            flip(index, position)
+            with pytest.raises(InputError, match=rf"{kind}.npy: is not what was written \(checksum differs\)"):
+                reopen()
+            flip(index, position)
+        index.write_bytes(whole[:-1])
+        with pytest.raises(InputError, match=rf"{kind}.npy: is not what was written"):
+            reopen()
+        index.write_bytes(whole)
+        reopen().verify()
+    for path in (shard.path, directory / f"{name}.starts.npy"):
+        path.rename(directory / "away")
+        with pytest.raises(InputError, match="this token shard cannot be read"):
+            reopen()
+        (directory / "away").rename(path)
 
 
-def test_prepare_makes_once_and_then_loads(settings: tuple[DataConfig, TokenizerConfig], tmp_path: Path) -> None:
-    data, tokenizer = settings
-    reports: list[str] = []
-    first = prepare(data, tokenizer, tmp_path / "run", report=reports.append)
-    assert len(reports) == 3
-    assert "4 training documents" in reports[0]
-    assert "700 ids" in reports[1]
-    for path in (tmp_path / "text").iterdir():
-        path.unlink()
-    again = prepare(data, tokenizer, tmp_path / "run", report=reports.append)
-    assert len(reports) == 3
-    assert np.array_equal(first.train.tokens, again.train.tokens)
-    assert (first.corpus_fingerprint, first.counts, first.split) == (
-        again.corpus_fingerprint,
-        again.counts,
-        again.split,
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_a_flipped_byte_is_found_before_its_block_is_used(tmp_path: Path, block: int) -> None:
+    """Catches tokens of a damaged block given out, through whichever row reaches into it; other blocks still read."""
+    header = write(tmp_path, [2 * PER_BLOCK + 5000])
+    path = tmp_path / "s.tokens.bin"
+    whole = np.fromfile(path, dtype="<u2")
+    flip(path, block * BLOCK_BYTES + 7777)
+    shard = TokenShard(tmp_path, "s", header, 3)
+    length = 1000
+    refused = []
+    for row in range(RowSet([shard], length, Packing.sequential).num_rows):
+        first, last = row * length, min((row + 1) * length, len(whole) - 1)
+        if first // PER_BLOCK <= block <= last // PER_BLOCK:
+            refused.append(row)
+            sentence = f"tokens.bin: bytes {block * BLOCK_BYTES} to .* are not what was written .checksum differs.; "
+            for _ in range(2):  # and a block that failed is not taken for verified
+                with pytest.raises(InputError, match=sentence):
+                    read_row(shard, row, length)
+        else:
+            assert np.array_equal(read_row(shard, row, length)[: last - first], whole[first:last])
+    assert refused
+    with pytest.raises(InputError, match="not what was written"):
+        shard.verify()
+    with pytest.raises(InputError, match="not what was written"):  # a row that spans more than two blocks
+        read_row(TokenShard(tmp_path, "s", header, 3), 0, len(whole) - 1)
+
+
+def test_a_row_longer_than_a_block_checks_what_lies_within(tmp_path: Path) -> None:
+    """Catches a check of a long row's first and last block alone, when these are verified already."""
+    header = write(tmp_path, [3 * PER_BLOCK])
+    flip(tmp_path / "s.tokens.bin", BLOCK_BYTES + 5)
+    shard = TokenShard(tmp_path, "s", header, 3)
+    for row in (0, 3 * PER_BLOCK // 100 - 1):
+        read_row(shard, row, 100)
+    with pytest.raises(InputError, match=f"bytes {BLOCK_BYTES} to"):
+        read_row(shard, 0, 3 * PER_BLOCK - 1)
+
+
+def test_a_label_in_a_damaged_block_is_checked(tmp_path: Path) -> None:
+    """Catches a check of the inputs alone: the last label is the first token of the next block."""
+    header = write(tmp_path, [2 * PER_BLOCK])
+    flip(tmp_path / "s.tokens.bin", BLOCK_BYTES)
+    shard = TokenShard(tmp_path, "s", header, 3)
+    with pytest.raises(InputError, match=f"bytes {BLOCK_BYTES} to {2 * BLOCK_BYTES - 1} are not"):
+        read_row(shard, 0, PER_BLOCK)
+    read_row(shard, 0, PER_BLOCK - 1)
+
+
+def test_a_block_is_verified_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a MiB hashed for every row."""
+    shard = TokenShard(tmp_path, "s", write(tmp_path, [3 * PER_BLOCK]), 3)
+    verified: list[int] = []
+    original = TokenShard._verify_block
+    monkeypatch.setattr(
+        TokenShard, "_verify_block", lambda self, block: (verified.append(block), original(self, block))[1]
     )
-    assert first.tokenizer.fingerprint == again.tokenizer.fingerprint
-    assert again.counts["train_documents"] == 4
-    assert again.counts["train_tokens"] == again.train.num_tokens
-    assert (again.tokenizer_directory / "tokenizer.json").exists()
+    order = random.Random(0).sample(range(1500), 400)
+    for row in order:
+        read_row(shard, row, 1000)
+    assert sorted(verified) == [0, 1, 2]
 
 
-def test_other_rows_of_the_same_shards_need_no_new_preparation(
-    settings: tuple[DataConfig, TokenizerConfig], tmp_path: Path
-) -> None:
-    data, tokenizer = settings
-    prepare(data, tokenizer, tmp_path / "run")
-    prepare(DataConfig(data.source, data.paths, sequence_length=99, mask_documents=False), tokenizer, tmp_path / "run")
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_other_settings_are_refused_by_name(settings: tuple[DataConfig, TokenizerConfig], tmp_path: Path) -> None:
-    data, tokenizer = settings
-    prepare(data, tokenizer, tmp_path / "run")
-    changed = DataConfig(data.source, data.paths, validation_fraction=0.1)
-    with pytest.raises(InputError, match=r"data.validation_fraction=0.1 \(there: 0.05\): .* other settings"):
-        prepare(changed, tokenizer, tmp_path / "run")
-    with pytest.raises(InputError, match=r"tokenizer.vocab_size=800 \(there: 700\)"):
-        prepare(data, TokenizerConfig(vocab_size=800), tmp_path / "run")
-
-
-def test_prepare_goes_on_after_an_interruption(settings: tuple[DataConfig, TokenizerConfig], tmp_path: Path) -> None:
-    data, tokenizer = settings
-    whole = prepare(data, tokenizer, tmp_path / "whole")
-    prepare(data, tokenizer, tmp_path / "cut")
-    (tmp_path / "cut" / "data" / "manifest.json").unlink()
-    (tmp_path / "cut" / "data" / "train.tokens.bin").write_bytes(b"half")
-    again = prepare(data, tokenizer, tmp_path / "cut")
-    assert np.array_equal(again.train.tokens, whole.train.tokens)
-
-
-def test_a_damaged_manifest_and_a_foreign_tokenizer_are_sentences(
-    settings: tuple[DataConfig, TokenizerConfig], tmp_path: Path
-) -> None:
-    data, tokenizer = settings
-    prepared = prepare(data, tokenizer, tmp_path / "run")
-    other = prepare(data, TokenizerConfig(vocab_size=800), tmp_path / "other")
-    (prepared.tokenizer_directory / "tokenizer.model").write_bytes(other.tokenizer.model_bytes)
-    with pytest.raises(InputError, match="is not the tokenizer that the token shards"):
-        prepare(data, tokenizer, tmp_path / "run")
-    (tmp_path / "run" / "data" / "manifest.json").write_text('{"format": 1')
-    with pytest.raises(InputError, match=r"manifest.json: cannot be read"):
-        prepare(data, tokenizer, tmp_path / "run")
-
-
-def test_a_given_tokenizer_is_used(settings: tuple[DataConfig, TokenizerConfig], tmp_path: Path) -> None:
-    data, tokenizer = settings
-    trained = prepare(data, tokenizer, tmp_path / "run")
-    model = trained.tokenizer_directory / "tokenizer.model"
-    given = prepare(data, TokenizerConfig(path=str(model)), tmp_path / "other")
-    assert given.tokenizer.fingerprint == trained.tokenizer.fingerprint
-    assert np.array_equal(given.train.tokens, trained.train.tokens)
-
-
-def test_text_too_small_for_one_row_names_the_sizes(
-    settings: tuple[DataConfig, TokenizerConfig], tmp_path: Path
-) -> None:
-    data, tokenizer = settings
-    prepared = prepare(data, tokenizer, tmp_path / "run")
-    tokens = prepared.train.num_tokens
-    prepare(DataConfig(data.source, data.paths, sequence_length=tokens - 1), tokenizer, tmp_path / "run")
-    with pytest.raises(
-        InputError, match=rf"data.sequence_length={tokens}: .* only {tokens} tokens .*at most {tokens - 1}"
-    ):
-        prepare(DataConfig(data.source, data.paths, sequence_length=tokens), tokenizer, tmp_path / "run")
-
-
-def test_processes_preparing_at_once_agree(settings: tuple[DataConfig, TokenizerConfig], tmp_path: Path) -> None:
-    data, tokenizer = settings
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=prepare, args=(data, tokenizer, tmp_path / "run")) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0, 0]
-    prepare(data, tokenizer, tmp_path / "alone")
-    for path in (tmp_path / "alone").rglob("*.*"):
-        assert path.read_bytes() == (tmp_path / "run" / path.relative_to(tmp_path / "alone")).read_bytes()
-    assert not list((tmp_path / "run").rglob("*.tmp"))
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_a_large_shard_is_not_read_into_memory(tmp_path: Path) -> None:
+    """Catches a shard of 3 GB that is read, hashed or copied whole when it is opened or a row of it is asked for."""
+    size, zeros = 3 * 2**30, hashlib.sha256(bytes(BLOCK_BYTES)).hexdigest()
+    indices = {"starts": np.zeros(1, np.int64), "domains": np.zeros(1, np.uint16)}
+    for kind, index in indices.items():
+        np.save(tmp_path / f"s.{kind}.npy", index)
+    with open(tmp_path / "s.tokens.bin", "wb") as file:
+        file.truncate(size)
+    header = ShardHeader(
+        dtype="<u2",
+        num_tokens=size // 2,
+        num_documents=1,
+        num_bytes=size,
+        domain_names=["text"],
+        domain_tokens=[size // 2],
+        tokens_sha256="",
+        block_sha256=[zeros] * (size // BLOCK_BYTES),
+        **{f"{kind}_sha256": hashlib.sha256((tmp_path / f"s.{kind}.npy").read_bytes()).hexdigest() for kind in indices},
+    )
+    before = resident_bytes()
+    shard = TokenShard(tmp_path, "s", header, 3)
+    rows = RowSet([shard], 1024, Packing.sequential)
+    for row in (0, 1, rows.num_rows // 3, rows.num_rows // 2, rows.num_rows - 1):
+        batch = make_batch(rows.pieces(np.array([row]), np.array([0])), 1, 1024)
+        assert int(batch.routing_mask.sum()) == (1023 if row == rows.num_rows - 1 else 1024)
+    assert resident_bytes() - before < 100e6
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
+    """Catches ids above 65,535 that are cut, and blocks that are counted in tokens of two bytes."""
+
     class LargeTokenizer:
         vocab_size, bos_id, eos_id, pad_id = 100_000, 1, 2, 3
 
-        def encode_batch(self, texts: Sequence[str], threads: int) -> list[list[int]]:
+        def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
             return [[99_999] * len(text) for text in texts]
 
-    shard = write_shard([Document("a", "abc")], LargeTokenizer(), tmp_path, "large")  # type: ignore[arg-type]
+    writer = ShardWriter(tmp_path, "s", 100_000)
+    encoded = encode(LargeTokenizer(), ["abc", "d" * (BLOCK_BYTES // 4)])  # type: ignore[arg-type]
+    writer.add(encoded, ["text", "text"], 0)
+    shard = TokenShard(tmp_path, "s", writer.finish(), 3)
     assert shard.tokens.dtype == np.uint32
-    assert shard.tokens.tolist() == [1, 99_999, 99_999, 99_999, 2]
+    assert shard.tokens[:5].tolist() == [1, 99_999, 99_999, 99_999, 2]
+    assert len(shard.header.block_sha256) == 2
+    assert read_row(shard, 0, 4).tolist() == [1, 99_999, 99_999, 99_999]
+    flip(shard.path, BLOCK_BYTES)
+    assert read_row(shard, 65_534, 4)[-1] == 99_999
+    with pytest.raises(InputError, match=f"bytes {BLOCK_BYTES} to"):
+        read_row(shard, 65_535, 4)  # its last label
 
 
-def test_documents_larger_than_a_tokenizing_batch_lose_nothing(
-    monkeypatch: pytest.MonkeyPatch, make_shard: MakeShard, random_texts: list[str]
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, "<u2"), (2**16 + 1, "<u4")])
+def test_the_type_of_tokens_holds_the_last_id(vocab_size: int, dtype: str) -> None:
+    assert token_type(vocab_size).str == dtype
+
+
+def test_an_array_in_memory_and_its_shard_give_the_same_rows(
+    make_shard: MakeShard, make_array: Callable[..., TokenArray], random_texts: list[str]
 ) -> None:
-    whole = make_shard(random_texts)
-    monkeypatch.setattr("moe_lm.data.shards.ENCODE_CHARACTERS", 50)
-    assert np.array_equal(make_shard(random_texts).tokens, whole.tokens)
+    """Catches streams that train on other rows than prepared shards of the same text."""
+    domains = [f"d{len(text) % 3}" for text in random_texts]
+    ids = {name: index for index, name in enumerate(sorted(set(domains)))}
+    batches = []
+    for array in (make_shard(random_texts, domains), make_array(random_texts, domains)):
+        rows = RowSet([array], 32, Packing.best_fit)
+        numbers = np.arange(rows.num_rows)
+        batches.append(make_batch(rows.pieces(numbers, numbers), len(numbers), 32, domain_ids=ids))
+    for field in dataclasses.fields(batches[0]):
+        assert bool((getattr(batches[0], field.name) == getattr(batches[1], field.name)).all()), field.name
+    assert len(batches[0].input_ids) > 100
 
 
-def test_public_text_compresses(outside_data: Path, tmp_path: Path) -> None:
-    data = DataConfig(source=DataSource.text, paths=[str(outside_data / "tinyshakespeare.txt")])
-    prepared = prepare(data, TokenizerConfig(), tmp_path)
-    assert prepared.train.num_bytes / prepared.train.num_tokens > 3
-    start = random.Random(0).randrange(prepared.train.num_tokens // 2)
-    text = prepared.tokenizer.decode(prepared.train.tokens[start : start + 500].tolist())
-    assert text.strip("\ufffd") in (outside_data / "tinyshakespeare.txt").read_text(encoding="utf-8")
-    assert json.loads((tmp_path / "data" / "manifest.json").read_text())["counts"] == prepared.counts
+def test_more_domains_than_an_index_can_tell_apart_are_refused(tmp_path: Path) -> None:
+    """Catches domain numbers that wrap around."""
+    count = 2**16 + 1
+    writer = ShardWriter(tmp_path, "s", 300)
+    tokens = np.tile(np.array([1, 2], np.uint16), count)
+    with pytest.raises(InputError, match=r"data.domain_field: has more than 65536 different values"):
+        writer.add(Encoded(tokens, np.full(count, 2)), [str(index) for index in range(count)], 0)
+    writer.close()

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from moe_lm.data.corpus import Document
 
+from moe_lm.data.encode import encode
 from moe_lm.data.loader import validation_batches
-from moe_lm.data.shards import write_shard
+from moe_lm.data.shards import ShardWriter, TokenShard
 from moe_lm.data.tokenizer import train_tokenizer
 from moe_lm.evaluation.bits_per_byte import bits_per_byte
 from moe_lm.evaluation.compressors import document_bytes, gzip_bits_per_byte, xz_bits_per_byte
@@ -24,12 +24,16 @@ from moe_lm.parallel.runtime import Runtime
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory):
-    """Two documents as a shard, their tokenizer, and a small model."""
+    """Two documents, each a shard, their tokenizer, and a small model."""
     directory = tmp_path_factory.mktemp("held-out")
     source = (Path(sysconfig.get_path("stdlib")) / "textwrap.py").read_text(encoding="utf-8")
     texts = [source[:700], "kurz: äöü €\n" * 3]
     tokenizer = train_tokenizer([source], 400, directory)
-    shard = write_shard([Document(str(i), text) for i, text in enumerate(texts)], tokenizer, directory, "validation")
+    shards = []
+    for name, text in zip("ab", texts, strict=True):
+        writer = ShardWriter(directory, name, tokenizer.vocab_size)
+        writer.add(encode(tokenizer, [text]), ["text"], len(text.encode()))
+        shards.append(TokenShard(directory, name, writer.finish(), tokenizer.pad_id))
     config = ModelConfig(
         vocab_size=400,
         hidden_size=32,
@@ -41,14 +45,14 @@ def held_out(tmp_path_factory):
     )
     model = CausalLM(config)
     initialize(model, 1)
-    return model, shard, tokenizer, texts
+    return model, shards, tokenizer, texts
 
 
 def test_bits_per_byte_is_the_cost_of_every_token_over_the_bytes(held_out):
     """Catches nats for bits, characters for bytes, end marks left out, targets at row edges lost or counted twice:
     against each document by itself with full logits (rows longer than the documents), and any row length counts each
     target."""
-    model, shard, tokenizer, texts = held_out
+    model, shards, tokenizer, texts = held_out
     bits = 0.0
     for text in texts:
         ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]])
@@ -57,19 +61,29 @@ def test_bits_per_byte_is_the_cost_of_every_token_over_the_bytes(held_out):
         bits -= probability.gather(2, ids[:, 1:, None]).sum().item() / math.log(2)
     expected = bits / sum(len(text.encode()) for text in texts)
     runtime = Runtime("cpu")
-    whole = bits_per_byte(model, validation_batches(shard, 1, shard.num_tokens), shard, runtime)
+    longest, num_targets = max(s.num_tokens for s in shards), sum(s.num_targets for s in shards)
+    whole = bits_per_byte(model, validation_batches(shards, 1, longest, pad_id=tokenizer.pad_id), shards, runtime)
     assert whole == pytest.approx(expected, rel=1e-5)
     for length, batch in ((7, 3), (64, 2)):
-        rows = list(validation_batches(shard, batch, length))
-        assert sum(int((b.labels >= 0).sum()) for b in rows) == shard.num_targets
-        assert bits_per_byte(model, rows, shard, runtime) == pytest.approx(expected, rel=0.5)
+        rows = list(validation_batches(shards, batch, length, pad_id=tokenizer.pad_id))
+        assert sum(int((b.labels >= 0).sum()) for b in rows) == num_targets
+        assert bits_per_byte(model, rows, shards, runtime) == pytest.approx(expected, rel=0.5)
+
+
+def test_a_part_of_the_rows_is_an_estimate_of_the_whole(held_out):
+    """Catches an estimate that divides a part of the cost by all of the bytes, which would be far too low."""
+    model, shards, tokenizer, _ = held_out
+    runtime = Runtime("cpu")
+    whole = bits_per_byte(model, validation_batches(shards, 4, 16, pad_id=tokenizer.pad_id), shards, runtime)
+    part = validation_batches(shards, 4, 16, pad_id=tokenizer.pad_id, max_rows=6)
+    assert bits_per_byte(model, part, shards, runtime) == pytest.approx(whole, rel=0.25)
 
 
 def test_compressors_see_the_documents_themselves(held_out):
     """Catches a comparison with other bytes than those that bits per byte are counted over, or a weaker setting."""
-    _, shard, tokenizer, texts = held_out
-    content = document_bytes(shard, tokenizer)
-    assert content == "".join(texts).encode() and len(content) == shard.num_bytes
+    _, shards, tokenizer, texts = held_out
+    content = document_bytes(shards, tokenizer)
+    assert content == "".join(texts).encode() and len(content) == sum(s.header.num_bytes for s in shards)
     big = content * 40
     header = 18  # of the gzip format
     assert gzip_bits_per_byte(big) == pytest.approx(8 * (len(gzip.compress(big, 9)) - header) / len(big))

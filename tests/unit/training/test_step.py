@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from moe_lm.data.batch import Batch
-from moe_lm.data.loader import StepBatch
 from moe_lm.model.config import LoadBalancing, ModelConfig, ModelFamily
 from moe_lm.model.decoder import CausalLM
 from moe_lm.model.initialization import initialize
 from moe_lm.parallel.runtime import Runtime
 from moe_lm.training.config import OptimizerConfig, Precision
+from moe_lm.training.feed import GlobalBatch
 from moe_lm.training.optimizer import Optimizer
 from moe_lm.training.precision import ComputeModel, compute_dtype
 from moe_lm.training.run import initial_load
@@ -52,11 +52,11 @@ def _join(rows: list[Batch]) -> Batch:
     return Batch(*(torch.cat([getattr(r, f) for r in rows]) for f in rows[0].__dataclass_fields__))
 
 
-def _step_batch(rows: list[Batch], size: int) -> StepBatch:
+def _global_batch(rows: list[Batch], size: int) -> GlobalBatch:
     micro_batches = [_join(rows[i : i + size]) for i in range(0, len(rows), size)]
     whole = _join(rows)
     targets, routed = int((whole.labels >= 0).sum()), int(whole.routing_mask.sum())
-    return StepBatch(micro_batches, targets, routed, list(range(len(rows))))
+    return GlobalBatch(micro_batches, targets, routed, [routed], {})
 
 
 class _Trained:
@@ -67,7 +67,7 @@ class _Trained:
         self.optimizer = Optimizer(self.model, OptimizerConfig(learning_rate=1e-2))
         self.load = initial_load(self.model)
 
-    def step(self, batch: StepBatch):
+    def step(self, batch: GlobalBatch):
         result = train_step(self.compute, self.optimizer, Runtime("cpu"), batch, self.load, 1.0)
         self.load = next_load(result, self.load)
         return result
@@ -81,7 +81,7 @@ def test_accumulation_changes_nothing(size, formula, family):
     rows = _rows(8)
     whole, parts = (_Trained(_config(load_balancing=formula, family=family)) for _ in range(2))
     for _ in range(2):  # the second step balances by the first one's load
-        one, many = whole.step(_step_batch(rows, 8)), parts.step(_step_batch(rows, size))
+        one, many = whole.step(_global_batch(rows, 8)), parts.step(_global_batch(rows, size))
         assert many.cross_entropy == pytest.approx(one.cross_entropy, rel=1e-5)
         assert many.load_balancing == pytest.approx(one.load_balancing, rel=1e-5)
         assert many.router_z == pytest.approx(one.router_z, rel=1e-5)
@@ -99,7 +99,7 @@ def test_cross_entropy_is_the_mean_over_targets():
         hidden = trained.model(batch.input_ids, batch.position_ids, batch.document_ids, batch.routing_mask).hidden_BSD
         logits = trained.model.logits(hidden)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
-    assert trained.step(_step_batch(rows, 2)).cross_entropy == pytest.approx(expected.item(), rel=1e-5)
+    assert trained.step(_global_batch(rows, 2)).cross_entropy == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("formula", [LoadBalancing.per_layer, LoadBalancing.pooled])
@@ -109,7 +109,7 @@ def test_auxiliary_losses_reach_the_gradient(formula):
     before."""
     rows = _rows(4)
     trained, batch = _Trained(_config(load_balancing=formula)), _join(rows)
-    trained.step(_step_batch(rows, 4))
+    trained.step(_global_batch(rows, 4))
     model, load, mask = trained.model, trained.load.clone(), batch.routing_mask.flatten()
     assert not torch.allclose(load, torch.full_like(load, 1 / 8)) and torch.allclose(load.sum(-1), torch.ones(2))
     logits: list[torch.Tensor] = []
@@ -131,7 +131,7 @@ def test_auxiliary_losses_reach_the_gradient(formula):
     (cross_entropy + 0.1 * balancing + 0.01 * z).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     trained.optimizer.step = lambda norm, factor: None  # keep the gradients of the very same weights
-    result = trained.step(_step_batch(rows, 2))
+    result = trained.step(_global_batch(rows, 2))
     assert result.load_balancing == pytest.approx(balancing.item(), rel=1e-5)
     assert result.router_z == pytest.approx(z.item(), rel=1e-5)
     for name, parameter in model.named_parameters():
@@ -144,7 +144,7 @@ def test_bf16_twin_follows_fp32_masters():
     trained = _Trained(_config(), torch.bfloat16)
     exact = _Trained(_config())
     rows = _rows(8)
-    losses = [(trained.step(_step_batch(rows, 4)).cross_entropy, exact.step(_step_batch(rows, 4)).cross_entropy)]
+    losses = [(trained.step(_global_batch(rows, 4)).cross_entropy, exact.step(_global_batch(rows, 4)).cross_entropy)]
     for name, parameter in trained.model.named_parameters():
         assert parameter.dtype is torch.float32 and parameter.grad.dtype is torch.float32, name
     for mine, twin in zip(trained.model.parameters(), trained.compute.module.parameters(), strict=True):
@@ -152,7 +152,7 @@ def test_bf16_twin_follows_fp32_masters():
         assert twin is mine or twin.grad is None
     gate = "model.layers.0.mlp.gate.weight"
     assert trained.compute.module.get_parameter(gate) is trained.model.get_parameter(gate)
-    losses += [(trained.step(_step_batch(rows, 4)).cross_entropy, exact.step(_step_batch(rows, 4)).cross_entropy)]
+    losses += [(trained.step(_global_batch(rows, 4)).cross_entropy, exact.step(_global_batch(rows, 4)).cross_entropy)]
     assert losses[1][0] < losses[0][0]
     assert all(low == pytest.approx(high, rel=0.02) for low, high in losses)
 
@@ -162,20 +162,20 @@ def test_a_step_that_is_not_finite_changes_nothing(dtype):
     """Catches the one NaN that destroys weights, moments or the load: after it, everything is bitwise as before."""
     trained = _Trained(_config(), dtype)
     rows = _rows(4)
-    trained.step(_step_batch(rows, 2))
+    trained.step(_global_batch(rows, 2))
     before = copy.deepcopy(
         (dict(trained.model.named_parameters()), dict(trained.optimizer.state_tensors()), trained.load)
     )
     parameter = trained.compute.module.model.layers[0].self_attn.o_proj.weight
     hook = parameter.register_hook(lambda gradient: gradient * float("nan"))
-    result = trained.step(_step_batch(rows, 2))
+    result = trained.step(_global_batch(rows, 2))
     hook.remove()
     assert not result.applied
     weights, moments, load = before
     assert all(torch.equal(p, weights[n]) for n, p in trained.model.named_parameters())
     assert all(torch.equal(t, moments[n]) for n, t in trained.optimizer.state_tensors())
     assert torch.equal(trained.load, load)
-    assert trained.step(_step_batch(rows, 2)).applied
+    assert trained.step(_global_batch(rows, 2)).applied
 
 
 def test_tied_embeddings_train_in_both_precisions():
@@ -185,8 +185,8 @@ def test_tied_embeddings_train_in_both_precisions():
         trained = _Trained(_config(tie_word_embeddings=True), dtype)
         module = trained.compute.module
         assert module.lm_head.weight is module.model.embed_tokens.weight
-        first = trained.step(_step_batch(rows, 2)).cross_entropy
-        assert trained.step(_step_batch(rows, 2)).cross_entropy < first
+        first = trained.step(_global_batch(rows, 2)).cross_entropy
+        assert trained.step(_global_batch(rows, 2)).cross_entropy < first
 
 
 def test_precision_is_resolved_by_hardware():

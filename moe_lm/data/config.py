@@ -216,7 +216,7 @@ class DataConfig:
         for name in sorted(self.sources):
             own = self.sources[name]
             given = {f.name: getattr(own, f.name) for f in dataclasses.fields(own) if getattr(own, f.name) is not None}
-            inherited = dataclasses.replace(whole, domain=self.domain or name, **given)
+            inherited = dataclasses.replace(whole, **{"domain": self.domain or name, **given})
             # A domain of the source's own goes before a field that only the others share.
             filled[name] = inherited if own.domain is None else dataclasses.replace(inherited, domain_field=None)
         return filled

@@ -11,7 +11,7 @@ import pytest
 
 from moe_lm.data.encode import encode
 from moe_lm.data.shards import ShardWriter, TokenArray, TokenShard
-from moe_lm.data.tokenizer import Tokenizer, train_tokenizer
+from moe_lm.data.tokenizer import SentencePieceTokenizer, train_tokenizer
 
 STDLIB_SAMPLE = ("ast.py", "argparse.py", "typing.py", "inspect.py")
 
@@ -47,7 +47,7 @@ def sample_texts() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(sample_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def tokenizer(sample_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
     """A tokenizer of 1,500 ids trained on the sample."""
     return train_tokenizer(sample_texts, 1500, tmp_path_factory.mktemp("tokenizer"))
 

@@ -11,7 +11,14 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_lm.data.tokenizer import CONTROL_SYMBOLS, Tokenizer, _training_chunks, train_tokenizer
+from moe_lm.data.tokenizer import (
+    CHUNK_CHARACTERS,
+    CONTROL_SYMBOLS,
+    SentencePieceTokenizer,
+    load_tokenizer,
+    train_tokenizer,
+    training_chunks,
+)
 from moe_lm.data.tokenizer_export import save_tokenizer_files
 from moe_lm.errors import InputError
 
@@ -50,13 +57,13 @@ def hard_strings() -> list[str]:
 
 @settings(deadline=None, max_examples=300)
 @given(text=hard_text)
-def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
+def test_any_text_comes_back(tokenizer: SentencePieceTokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text.replace("\u2581", " ")
     assert not any(tokenizer.is_control(token) or tokenizer.is_unknown(token) for token in ids)
 
 
-def test_control_symbols_have_ids_of_their_own(tokenizer: Tokenizer) -> None:
+def test_control_symbols_have_ids_of_their_own(tokenizer: SentencePieceTokenizer) -> None:
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 3)
     ids = {tokenizer.token_id(symbol) for symbol in CONTROL_SYMBOLS}
     assert len(ids) == 5 + 32
@@ -65,20 +72,22 @@ def test_control_symbols_have_ids_of_their_own(tokenizer: Tokenizer) -> None:
         tokenizer.token_id("<|nobody|>")
 
 
-def test_indentation_and_line_ends_have_pieces(tokenizer: Tokenizer) -> None:
+def test_indentation_and_line_ends_have_pieces(tokenizer: SentencePieceTokenizer) -> None:
     pieces = [tokenizer.piece(token) for token in range(tokenizer.vocab_size)]
     assert "\u2581" * 8 in pieces
     assert "):\n" in pieces
     assert max(map(len, pieces)) <= 24
 
 
-def test_batches_encode_as_single_texts_do(tokenizer: Tokenizer) -> None:
+def test_batches_encode_as_single_texts_do(tokenizer: SentencePieceTokenizer) -> None:
     texts = hard_strings()[:200]
-    assert tokenizer.encode_batch(texts, threads=2) == [tokenizer.encode(text) for text in texts]
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == [tokenizer.encode(text) for text in texts]
     assert tokenizer.encode_batch([]) == []
 
 
-def test_training_twice_gives_the_same_model(tokenizer: Tokenizer, sample_texts: list[str], tmp_path: Path) -> None:
+def test_training_twice_gives_the_same_model(
+    tokenizer: SentencePieceTokenizer, sample_texts: list[str], tmp_path: Path
+) -> None:
     again = train_tokenizer(sample_texts, tokenizer.vocab_size, tmp_path)
     assert again.fingerprint == tokenizer.fingerprint
     assert train_tokenizer(sample_texts, 1400, tmp_path).fingerprint != tokenizer.fingerprint
@@ -95,12 +104,25 @@ def test_hard_text_can_be_trained_on(tmp_path: Path) -> None:
     assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in texts[:500])
 
 
-def test_more_text_than_wanted_is_thinned_evenly() -> None:
-    texts = ["a" * 40_000, "b" * 40_000, "c" * 20_000]
-    chunks = list(_training_chunks(texts, 50_000))
-    sizes = [sum(len(chunk) for chunk in chunks if chunk[0] == letter) for letter in "abc"]
-    assert sizes == [20_000, 20_000, 8_000]
-    assert "".join(_training_chunks(texts, 100_000)) == "".join(texts)
+@pytest.mark.parametrize("wanted", [50_000, 30_000, 10_000, 4_001])
+def test_more_text_than_wanted_is_thinned_evenly(wanted: int) -> None:
+    """Catches a beginning that is taken for the whole, and text that is kept beyond what was asked for."""
+    texts = [f"{number:06} " * 6_000 for number in range(5)]
+    chunks = training_chunks(iter(texts), wanted)
+    every = [text[i : i + CHUNK_CHARACTERS] for text in texts for i in range(0, len(text), CHUNK_CHARACTERS)]
+    stride = round(len(every) / len(chunks))
+    assert chunks in [every[:: 2**power] for power in range(8)] and stride > 1
+    assert wanted / 2 - CHUNK_CHARACTERS < sum(map(len, chunks)) <= wanted
+    assert "".join(training_chunks(texts, 250_000)) == "".join(texts)
+
+
+def test_a_directory_or_a_file_can_be_loaded(tokenizer: SentencePieceTokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path, 100)
+    for path in (tmp_path, tmp_path / "tokenizer.model"):
+        assert load_tokenizer(path).fingerprint == tokenizer.fingerprint
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"tokenizer.path: '.*empty' holds neither tokenizer.model nor tokenizer.json"):
+        load_tokenizer(tmp_path / "empty")
 
 
 def test_vocabulary_too_large_for_the_text_names_the_largest(tmp_path: Path) -> None:
@@ -126,14 +148,14 @@ def test_files_that_are_no_tokenizer_are_sentences(tmp_path: Path) -> None:
     (tmp_path / "noise.model").write_bytes(b"not a model")
     (tmp_path / "empty.model").write_bytes(b"")
     with pytest.raises(InputError, match=r"tokenizer.path: '.*absent.model' cannot be read"):
-        Tokenizer(tmp_path / "absent.model")
+        SentencePieceTokenizer(tmp_path / "absent.model")
     for name in ("noise", "empty"):
         with pytest.raises(InputError, match=f"tokenizer.path: '.*{name}.model' is not a sentencepiece"):
-            Tokenizer(tmp_path / f"{name}.model")
+            SentencePieceTokenizer(tmp_path / f"{name}.model")
 
 
 def test_transformers_gives_the_same_ids_and_text(
-    tokenizer: Tokenizer, sample_texts: list[str], tmp_path: Path
+    tokenizer: SentencePieceTokenizer, sample_texts: list[str], tmp_path: Path
 ) -> None:
     transformers = pytest.importorskip("transformers")
     save_tokenizer_files(tokenizer, tmp_path, model_max_length=10_000)
@@ -153,13 +175,15 @@ def test_transformers_gives_the_same_ids_and_text(
 
 @settings(deadline=None, max_examples=200)
 @given(text=hard_text)
-def test_transformers_agrees_on_any_text(fast_tokenizer: tuple[Tokenizer, object], text: str) -> None:
+def test_transformers_agrees_on_any_text(fast_tokenizer: tuple[SentencePieceTokenizer, object], text: str) -> None:
     tokenizer, other = fast_tokenizer
     assert other.encode(text, add_special_tokens=False) == tokenizer.encode(text)  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
-def fast_tokenizer(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, object]:
+def fast_tokenizer(
+    tokenizer: SentencePieceTokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[SentencePieceTokenizer, object]:
     transformers = pytest.importorskip("transformers")
     directory = tmp_path_factory.mktemp("exported")
     save_tokenizer_files(tokenizer, directory, model_max_length=10_000)
@@ -186,7 +210,7 @@ def test_models_that_cannot_be_exported_exactly_are_refused(
         **settings,
     )
     with pytest.raises(InputError, match=f"tokenizer.path: this sentencepiece model .*{sentence}"):
-        save_tokenizer_files(Tokenizer(tmp_path / "m.model"), tmp_path / "out", 100)
+        save_tokenizer_files(SentencePieceTokenizer(tmp_path / "m.model"), tmp_path / "out", 100)
 
 
 def test_a_model_with_a_dummy_prefix_and_no_padding_is_exported_exactly(
@@ -204,7 +228,7 @@ def test_a_model_with_a_dummy_prefix_and_no_padding_is_exported_exactly(
         remove_extra_whitespaces=False,
         minloglevel=2,
     )
-    tokenizer = Tokenizer(tmp_path / "m.model")
+    tokenizer = SentencePieceTokenizer(tmp_path / "m.model")
     assert tokenizer.pad_id == tokenizer.eos_id
     save_tokenizer_files(tokenizer, tmp_path / "out", 10_000)
     other = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -214,7 +238,9 @@ def test_a_model_with_a_dummy_prefix_and_no_padding_is_exported_exactly(
         assert other.decode(ids) == tokenizer.decode(ids) == text
 
 
-def test_hard_text_of_other_languages(outside_data: Path, fast_tokenizer: tuple[Tokenizer, object]) -> None:
+def test_hard_text_of_other_languages(
+    outside_data: Path, fast_tokenizer: tuple[SentencePieceTokenizer, object]
+) -> None:
     tokenizer, other = fast_tokenizer
     for name in ("tldr-ko.jsonl", "tldr-ru.jsonl", "tldr-es.jsonl"):
         for line in (outside_data / name).read_text(encoding="utf-8").splitlines()[:150]:

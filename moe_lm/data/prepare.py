@@ -112,10 +112,12 @@ def prepare(
         sources = open_sources(config, without=validation)
     except InputError as error:
         raise ChangedSourceError(str(error).rstrip(".")) if complete else error from error
+    everything = [*sources, *_as_source(validation)]
     if complete:
-        _check_sources([*sources, *_as_source(validation)], data, config.streaming)
+        _check_sources(everything, data, config.streaming)
         return True
     files = {source.name: _sizes(source) for source in sources} if config.streaming else {}
+    skipped = sum((source.bad.skipped for source in everything), Counter[str]())  # of paths; rows come with the chunks
     if config.streaming:
         sources = [beginning_of(source, tokenizer_config.training_bytes) for source in sources]
     splits = _choose_splits(sources, validation, config)
@@ -130,7 +132,16 @@ def prepare(
     if missing:
         report(f"part {part.index}/{part.total} is done; {len(missing)} of {len(work)} units are still to be made")
         return False
-    _write_manifest(work, splits, settings, files, tokenizer, data, report)
+    manifest = {
+        "format": FORMAT,
+        "settings": settings,
+        "splits": {name: split.way.name for name, split in splits.items()},
+        "split": _in_words(splits, validation),
+        "stream_files": files,
+        **_join(work, tokenizer, data, skipped),
+    }
+    write_json(data / "manifest.json", manifest)
+    _report(manifest, report)
     return True
 
 
@@ -238,64 +249,48 @@ def _tokenizer(
             itertools.chain([first], texts), tokenizer_config.vocab_size, path, tokenizer_config.training_bytes
         )
         report(f"trained a tokenizer of {tokenizer.vocab_size} ids")
-        for source in sources:  # what was passed over here is counted when the text is tokenized
-            source.bad.skipped.clear()
-            source.empty_documents[0] = 0
     tokenizer.save(path, sequence_length)
     return load_tokenizer(path)
 
 
-def _write_manifest(
-    work: list[Work],
-    splits: dict[str, Split],
-    settings: dict[str, Any],
-    stream_files: dict[str, list[list[Any]]],
-    tokenizer: Tokenizer,
-    data: Path,
-    report: Report,
-) -> None:
-    """Joins the chunks: everything in the manifest is read from them."""
+def _join(work: list[Work], tokenizer: Tokenizer, data: Path, skipped: Counter[str]) -> dict[str, Any]:
+    """What the chunks say together, for the manifest."""
     chunks: dict[str, list[list[str]]] = {}
-    digest, counts, skipped = hashlib.sha256(), Counter[str](), Counter[str]()
+    digest = hashlib.sha256()
+    counts = Counter({f"{side}_{what}": 0 for side in SIDES for what in ("documents", "bytes", "tokens")})
     for source, _, unit in work:
-        made, _ = made_chunks(data / source.name, unit)
-        for number, chunk in enumerate(made):
+        for number, chunk in enumerate(made_chunks(data / source.name, unit)[0]):
+            path = data / source.name / f"{chunk_name(unit, number)}.json"
             if chunk.tokenizer_fingerprint != tokenizer.fingerprint:
                 raise InputError(
-                    f"tokenizer: {data / source.name / chunk_name(unit, number)}.json was made with another tokenizer "
-                    f"than {data.parent / 'tokenizer'}; parts are joined only if all have the same. {CHANGED}"
+                    f"tokenizer: {path} was made with another tokenizer than {data.parent / 'tokenizer'}; parts are "
+                    f"joined only if all have the same. {CHANGED}"
                 )
-            name = chunk_name(unit, number)
-            chunks.setdefault(source.name, []).append([name, sha256(data / source.name / f"{name}.json")])
+            chunks.setdefault(source.name, []).append([path.stem, sha256(path)])
             digest.update(chunk.documents_sha256.encode())
             skipped.update(chunk.skipped)
             for side, shard in chunk.shards.items():
                 for what in ("documents", "bytes", "tokens"):
                     counts[f"{side}_{what}"] += getattr(shard, f"num_{what}")
-    names = list(dict.fromkeys(str(split) for split in splits.values()))
-    manifest = {
-        "format": FORMAT,
-        "settings": settings,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "corpus_fingerprint": digest.hexdigest(),
-        "split": "; ".join(names),
-        "splits": {name: split.way.name for name, split in splits.items()},
-        "counts": {
-            f"{side}_{what}": counts[f"{side}_{what}"] for side in SIDES for what in ("documents", "bytes", "tokens")
-        },
-        "skipped": dict(sorted(skipped.items())),
-        "stream_files": stream_files,
-        "chunks": chunks,
-    }
-    if VALIDATION in chunks:
-        manifest["split"] = str(Split(SplitWay.hold_out_all, 0.5))
     if not counts["validation_tokens"]:
         raise InputError(
             f"data.validation_fraction: the {counts['train_bytes']} bytes of text are too few to hold any out; "
             "give more text, or data.validation_paths."
         )
-    write_json(data / "manifest.json", manifest)
-    _report(manifest, report)
+    return {
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "corpus_fingerprint": digest.hexdigest(),
+        "counts": dict(counts),
+        "skipped": dict(sorted(skipped.items())),
+        "chunks": chunks,
+    }
+
+
+def _in_words(splits: dict[str, Split], validation: Source | None) -> str:
+    """How validation text was chosen."""
+    if validation is not None:
+        return str(Split(SplitWay.hold_out_all, 0.5))
+    return "; ".join(dict.fromkeys(str(split) for split in splits.values()))
 
 
 def _report(manifest: dict[str, Any], report: Report) -> None:

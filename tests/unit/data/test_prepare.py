@@ -307,11 +307,14 @@ def test_skipped_rows_are_counted_once(config: DataConfig, tmp_path: Path, small
     lines = file.read_text().splitlines()
     lines[3:3] = ["{", '{"text": null}', '{"text": ""}', '{"text": 5}']
     file.write_text("\n".join([*lines, '{"text": "cut']))
+    (tmp_path / "nothing").mkdir()
+    config.sources["one"].paths.append(str(tmp_path / "nothing"))
     prepare(dataclasses.replace(config, on_bad_row=OnBadRow.skip), TOKENIZER, tmp_path / "set")
     manifest = json.loads((tmp_path / "set/data/manifest.json").read_text())
     assert manifest["skipped"] == {
         "broken_json": 1,
         "empty_text": 1,
+        "no_match": 1,
         "null_text": 1,
         "truncated_tail": 1,
         "wrong_type": 1,

@@ -57,11 +57,13 @@ class BadRows:
     def accept(self, text: object, place: str, what: str = "the text") -> bool:
         """Whether a value is the text of a document; what is not counts as a bad row.
 
-        A NUL is refused because it is the mark of binary files and of texts that were damaged, and because C libraries
-        end a string there.
+        A `UnicodeDecodeError` stands for text that could not be decoded. A NUL is refused because it is the mark of
+        binary files and of texts that were damaged, and because C libraries end a string there.
         """
         if text is None:
             self.found("null_text", place, f"{what} is null")
+        elif isinstance(text, UnicodeDecodeError):
+            self.found("invalid_utf8", place, f"{what} is not UTF-8 text (byte {text.start})")
         elif not isinstance(text, str):
             self.found("wrong_type", place, f"{what} must be a string, found {type(text).__name__}")
         elif "\0" in text:
@@ -153,6 +155,9 @@ def _name_hash(name: str) -> int:
 
 
 def _tail_start(text: str, fraction: float) -> int:
-    """Where the held-out tail begins: the line start at or before its share, else (one line) the character."""
+    """Where the held-out tail begins: the line start at or before its share; the character itself where that would hold
+    most of the text out (one line, or a title above one).
+    """
     cut = min(len(text) - 1, round(len(text) * (1 - fraction)))
-    return text.rfind("\n", 0, cut) + 1 or cut
+    line = text.rfind("\n", 0, cut) + 1
+    return line if 2 * line >= len(text) else cut

@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from moe_lm.data.documents import BadRows
+from moe_lm.errors import InputError
 
 Offset = Any
 """A JSON value: where to go on within a file; null is the file's beginning."""
 
 ROWS_AT_A_TIME = 256
 """Rows of a columnar file that are decoded at once."""
+
+PLAIN_BYTES_AT_A_TIME = 2**12
+"""Bytes that are decompressed at once: so many at most are lost in front of a cut, and more is not faster."""
 
 
 class Row(NamedTuple):
@@ -29,6 +33,9 @@ class Row(NamedTuple):
     """What stands behind the file's name in the document's name; empty where a file is one document."""
     fields: dict[str, Any]
 
+
+ARROW_FILE_MARK = b"ARROW1"
+"""How an IPC file begins, which a stream does not."""
 
 Reader = Callable[[Path, Offset, list[str], BadRows], Iterator[tuple[Row, Offset]]]
 """(path, offset, names of the fields wanted, policy) → rows."""
@@ -53,7 +60,6 @@ def read_jsonl(path: Path, offset: Offset, fields: list[str], bad: BadRows) -> I
     start, number = offset or (0, 0)
     any_rows = offset is not None
     with _open(path, start) as file:
-        place = f"{path}, line {number + 1}"
         try:
             for line in file:
                 start, number = start + len(line), number + 1
@@ -64,8 +70,10 @@ def read_jsonl(path: Path, offset: Offset, fields: list[str], bad: BadRows) -> I
                 row = _parse_line(line, place, bad)
                 if row is not None:
                     yield Row(place, f":{number}", row), [start, number]
+        except InputError:  # a ValueError, too
+            raise
         except (OSError, EOFError, ValueError) as error:
-            _damaged(error, place, bad)
+            _damaged(error, f"{path}, line {number + 1}", bad)
             return
     if not any_rows:
         bad.found("empty_file", str(path), "the file holds no row", "remove it")
@@ -102,7 +110,7 @@ def _open(path: Path, start: int) -> Iterator[BinaryIO]:
     import pyarrow
 
     with pyarrow.input_stream(str(path)) as compressed:
-        plain = io.BufferedReader(compressed, 2**16)
+        plain = io.BufferedReader(compressed, PLAIN_BYTES_AT_A_TIME)
         while start > 0 and (skipped := plain.read(min(start, 2**20))):
             start -= len(skipped)
         yield plain
@@ -113,18 +121,26 @@ def _damaged(error: Exception, place: str, bad: BadRows) -> None:
     if isinstance(error, OSError) and error.errno is not None:
         raise error
     words = " ".join(str(error).split())
-    if any(word in words.lower() for word in ("truncated", "unexpected end", "eof", "expected to be able to read")):
+    if any(
+        word in words.lower()
+        for word in ("truncated", "unexpected end", "eof", "expected to read", "expected to be able to read")
+    ):
         bad.found("truncated_file", place, f"the file is cut short here ({words})", "bring a whole copy")
     else:
         bad.found("damaged_file", place, f"the file can not be read further ({words})", "bring a good copy")
 
 
 def read_parquet(path: Path, offset: Offset, fields: list[str], bad: BadRows) -> Iterator[tuple[Row, Offset]]:
-    """A Parquet file, row group by row group; the offset is a row's number in the file."""
+    """A Parquet file, row group by row group; the offset is a row's number in the file.
+
+    What can not be read any more is the rest of a row group: the next one stands by itself.
+    """
     import pyarrow
     from pyarrow import parquet
 
-    first, place = offset or 0, str(path)
+    if _is_empty(path, bad):
+        return
+    first = offset or 0
     try:
         with parquet.ParquetFile(path, memory_map=True) as file:
             present = _columns(path, file.schema_arrow.names, fields, bad)
@@ -133,57 +149,85 @@ def read_parquet(path: Path, offset: Offset, fields: list[str], bad: BadRows) ->
             begin = 0
             for group in range(file.num_row_groups):
                 size = file.metadata.row_group(group).num_rows
-                if begin + size > first:
-                    batches = file.iter_batches(ROWS_AT_A_TIME, row_groups=[group], columns=present)
-                    number = 0
+                number = 0
+                try:
+                    batches = file.iter_batches(ROWS_AT_A_TIME, [group], present) if begin + size > first else ()
                     for batch in batches:
                         yield from _rows_of_batch(path, batch, begin + number, first, f"row group {group}, ", number)
                         number += batch.num_rows
-                        place = f"{path}, row group {group}, row {number}"
+                except (pyarrow.ArrowException, OSError) as error:
+                    _damaged(error, f"{path}, row group {group}, row {number}", bad)
                 begin += size
             if begin == 0:
                 bad.found("empty_file", str(path), "the file holds no row", "remove it")
-    except (pyarrow.ArrowException, OSError) as error:
-        _damaged(error, place, bad)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: names of columns
+        _damaged(error, str(path), bad)
 
 
 def read_arrow(path: Path, offset: Offset, fields: list[str], bad: BadRows) -> Iterator[tuple[Row, Offset]]:
     """An Arrow IPC file or stream, batch by batch; the offset is a row's number in the file."""
     import pyarrow
 
+    if _is_empty(path, bad):
+        return
     first, begin, place = offset or 0, 0, str(path)
     try:
         with pyarrow.memory_map(str(path)) as source:
-            try:
+            is_file = source.read(len(ARROW_FILE_MARK)) == ARROW_FILE_MARK
+            source.seek(0)
+            if is_file:
                 reader = pyarrow.ipc.open_file(source)
                 batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
-            except pyarrow.ArrowInvalid:
-                source.seek(0)
+            else:
                 reader = pyarrow.ipc.open_stream(source)
                 batches = iter(reader)
             present = _columns(path, reader.schema.names, fields, bad)
             if not present:
                 return
-            for batch in batches:
+            for whole in batches:
+                batch = whole.select(present)
+                for column in batch.columns:
+                    _check_offsets(column)
                 for start in range(0, batch.num_rows, ROWS_AT_A_TIME):
-                    piece = batch.slice(start, ROWS_AT_A_TIME).select(present)
+                    piece = batch.slice(start, ROWS_AT_A_TIME)
                     yield from _rows_of_batch(path, piece, begin + start, first, "", begin + start)
                 begin += batch.num_rows
                 place = f"{path}, row {begin}"
             if begin == 0:
                 bad.found("empty_file", str(path), "the file holds no row", "remove it")
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: names of columns
         _damaged(error, place, bad)
 
 
+def _is_empty(path: Path, bad: BadRows) -> bool:
+    """Whether a columnar file has no byte, which its reader would call damaged."""
+    empty = path.stat().st_size == 0
+    if empty:
+        bad.found("empty_file", str(path), "the file is empty", "remove it")
+    return empty
+
+
+def _check_offsets(column: Any) -> None:
+    """Refuses a column of an IPC file whose strings would lie outside of it: reading them would end the process.
+
+    Raises:
+        ArrowInvalid: The file is damaged.
+    """
+    import pyarrow
+
+    # As bytes: of strings it would also check that they are UTF-8, which is a matter of single rows.
+    as_bytes = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
+    column.view(as_bytes.get(column.type, column.type)).validate(full=True)
+
+
 def _columns(path: Path, names: list[str], fields: list[str], bad: BadRows) -> list[str]:
-    """The wanted columns; none, as a bad file, where the first of them (the text) is missing."""
-    if fields[0] not in names:
+    """The wanted columns; none, as a bad file, where the first of them (the text) is not there once."""
+    if names.count(fields[0]) != 1:
         there = ", ".join(sorted(names)) or "none"
-        remedy = "set the text field, leave the file out"
-        bad.found("missing_field", str(path), f"no column '{fields[0]}' (its columns: {there})", remedy)
+        complaint = f"{'several columns' if fields[0] in names else 'no column'} '{fields[0]}' (its columns: {there})"
+        bad.found("missing_field", str(path), complaint, "set the text field, leave the file out")
         return []
-    return [name for name in fields if name in names]
+    return [name for name in dict.fromkeys(fields) if names.count(name) == 1]
 
 
 def _rows_of_batch(
@@ -203,17 +247,15 @@ def _rows_of_batch(
 
 
 def _values(column: Any) -> list[Any]:
-    """A column as Python values; a string that is not UTF-8 comes as its bytes."""
+    """A column as Python values; in place of a string that is not UTF-8 stands the complaint."""
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
-        import pyarrow
-
-        return [_text_or_bytes(value) for value in column.cast(pyarrow.large_binary()).to_pylist()]
+        return [_value(scalar) for scalar in column]
 
 
-def _text_or_bytes(value: bytes | None) -> str | bytes | None:
+def _value(scalar: Any) -> Any:
     try:
-        return value.decode() if value is not None else None
-    except UnicodeDecodeError:
-        return value
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return error

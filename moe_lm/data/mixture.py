@@ -87,7 +87,9 @@ class Mixture:
         if self._final is None:
             return np.broadcast_to(self._constant, (len(frame_F), self.num_sources))
         assert self._num_rows is not None
-        progress = np.minimum(1.0, frame_F * FRAME / max(1, self._num_rows - 1))
+        # The middle of a frame's rows, so that the shares of the whole run are those of a line from begin to end.
+        middle = (frame_F * FRAME + np.minimum((frame_F + 1) * FRAME, self._num_rows)) / 2
+        progress = np.clip(middle / self._num_rows, 0.0, 1.0)
         begin, end = self._weights / self._weights.sum(), self._final / self._final.sum()
         return shares(begin + progress[:, None] * (end - begin))
 

@@ -96,9 +96,6 @@ class Source:
             self.bad.found("missing_field", row.place, complaint, "mend or remove it, set the text field")
             return None
         text = row.fields[text_field]
-        if isinstance(text, bytes):
-            self.bad.found("invalid_utf8", row.place, f"the field '{text_field}' is not UTF-8 text")
-            return None
         if not self.bad.accept(text, row.place, f"the field '{text_field}'" if row.name else "the text"):
             return None
         domain = self._domain(row)
@@ -162,7 +159,7 @@ def open_sources(config: DataConfig, without: "Source | None" = None) -> list[So
     Raises:
         InputError: A path is missing or matches nothing.
     """
-    held_out = {file.path for file in without.files} if without is not None else set()
+    held_out = {file.path.resolve() for file in without.files} if without is not None else set()
     sources = []
     for name, source in config.resolved_sources().items():
         opened = _open(name, source, config, config.option(name, "paths"), held_out)
@@ -177,7 +174,7 @@ def open_validation(config: DataConfig) -> Source | None:
     if not config.validation_paths:
         return None
     source = SourceConfig(config.source, config.validation_paths, config.text_field, None, None)
-    source.domain, source.split = config.domain or config.source.name, config.split
+    source.domain, source.subset, source.split = config.domain or config.source.name, config.subset, config.split
     if not config.sources:
         source.domain_field = config.domain_field
     return _open("validation", source, config, "data.validation_paths", set())
@@ -193,14 +190,17 @@ def _open(name: str, source: SourceConfig, config: DataConfig, option: str, held
         files = stdlib_files(Path(sysconfig.get_path("stdlib")))
         watched = [file.path for file in files]
     elif kind is DataSource.huggingface:
-        (path,) = source.paths
-        files = [SourceFile(Path(path), path, 0)]
+        if len(source.paths) != 1:
+            raise InputError(f"{option}={list(source.paths)}: give one name or directory of a data set.")
+        path = os.path.expanduser(source.paths[0])
+        is_local = os.path.isdir(path)
+        files = [SourceFile(Path(path), Path(path).resolve().name if is_local else path, 0)]
         reader = _huggingface_reader(path, source, option)
-        watched = _files(os.path.join(glob.escape(path), "**", "*")) if os.path.isdir(path) else []
+        watched = _files(os.path.join(glob.escape(path), "**", "*")) if is_local else []
     else:
         readers = {DataSource.jsonl: read_jsonl, DataSource.parquet: read_parquet, DataSource.arrow: read_arrow}
         reader = readers.get(kind, reader)
-        paths = [path for path in expand(source.paths, option, kind, bad) if path not in held_out]
+        paths = [path for path in expand(source.paths, option, kind, bad) if path.resolve() not in held_out]
         common = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path()
         files = [SourceFile(path, path.relative_to(common).as_posix(), path.stat().st_size) for path in paths]
         watched = paths
@@ -235,9 +235,10 @@ def stdlib_files(root: Path) -> list[SourceFile]:
 def expand(patterns: list[str], option: str, kind: DataSource, bad: BadRows) -> list[Path]:
     """The files behind files, directories and globs: each once, sorted.
 
-    A directory stands for the files beneath it that are not hidden and have one of the format's endings.
+    A directory stands for the files beneath it that are not hidden and have one of the format's endings. A link to a
+    file keeps its own name, since the ending says the format.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     for pattern in patterns:
         path = Path(pattern).expanduser()
         if path.is_file():
@@ -255,12 +256,14 @@ def expand(patterns: list[str], option: str, kind: DataSource, bad: BadRows) -> 
                 bad.found("no_match", f"'{pattern}'", "matches no file", "give another")
         else:
             raise InputError(f"{option}: '{pattern}' does not exist (looked from {Path.cwd()}).")
-        found.update(dict.fromkeys(match.resolve() for match in matches))
-    return sorted(found)
+        for match in matches:
+            found.setdefault(match.resolve(), Path(os.path.abspath(match)))
+    return sorted(found.values())
 
 
 def _files(pattern: str) -> list[Path]:
-    return [Path(match) for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)]
+    """The files behind a glob, sorted: a directory's own order differs between machines."""
+    return [Path(match) for match in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(match)]
 
 
 def _huggingface_reader(path: str, source: SourceConfig, option: str) -> Reader:

@@ -39,11 +39,11 @@ class HuggingFaceTokenizer:
         try:
             content = (directory / TOKENIZER_FILE).read_bytes()
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-            marks = _marks(directory)
         except OSError as error:
             raise InputError(f"tokenizer.path: '{error.filename}' cannot be read ({error.strerror}).") from None
         except Exception as error:  # tokenizers raises Exception itself
             raise InputError(f"tokenizer.path: '{directory / TOKENIZER_FILE}' is no tokenizer ({error}).") from None
+        marks = _marks(directory)
         # Control strings inside a text are text.
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
@@ -91,11 +91,22 @@ class HuggingFaceTokenizer:
 
 
 def _marks(directory: Path) -> dict[str, str]:
-    """The texts of bos, eos and pad, as far as the configuration names them."""
+    """The texts of bos, eos and pad, as far as the configuration names them.
+
+    Raises:
+        InputError: A file is there, but can not be read.
+    """
     named: dict[str, str] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         path = directory / file
-        values: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
+        try:
+            values: Any = json.loads(path.read_bytes()) if path.exists() else {}
+        except OSError as error:
+            raise InputError(f"tokenizer.path: '{path}' cannot be read ({error.strerror}).") from None
+        except ValueError as error:
+            raise InputError(f"tokenizer.path: '{path}' is not valid JSON ({error}).") from None
+        if not isinstance(values, dict):
+            raise InputError(f"tokenizer.path: '{path}' must hold a JSON object, found {type(values).__name__}.")
         for name in ("bos", "eos", "pad"):
             token = values.get(f"{name}_token")
             text = token.get("content") if isinstance(token, dict) else token

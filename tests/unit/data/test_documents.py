@@ -45,6 +45,15 @@ def test_few_documents_hold_out_their_tails_without_loss(text: str) -> None:
         assert train.text.endswith("\n") and 0.03 < len(held_out.text) / len(text) < 0.1
 
 
+@pytest.mark.parametrize("title", ["Title\n", "\n", "a\nb\n"])
+def test_a_title_above_one_long_line_does_not_hold_all_out(title: str) -> None:
+    """Catches a cut at the only line's end there is, which leaves nothing but the title to train on."""
+    text = title + "word " * 10_000
+    train, held_out = Split(SplitWay.tail, 0.05).sides(Document("only.txt", text))
+    assert train is not None and held_out is not None and train.text + held_out.text == text
+    assert len(held_out.text) == round(len(text) * 0.05)
+
+
 def test_all_or_nothing() -> None:
     document = Document("a", "text")
     assert Split(SplitWay.train_all, 0.05).sides(document) == (document, None)
@@ -53,7 +62,10 @@ def test_all_or_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("value", "kind"),
-    [(None, "null_text"), (5, "wrong_type"), (["a"], "wrong_type"), ("a\0", "nul"), ("a\ud800", "lone_surrogate")],
+    [
+        *((None, "null_text"), (5, "wrong_type"), (["a"], "wrong_type"), (b"a", "wrong_type"), ("a\0", "nul")),
+        *(("a\ud800", "lone_surrogate"), (UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "why"), "invalid_utf8")),
+    ],
 )
 def test_values_that_are_no_text(value: object, kind: str) -> None:
     bad = BadRows(OnBadRow.skip)

@@ -155,31 +155,33 @@ def test_scheduled_weights_follow_the_line(begin: list[float], data: st.DataObje
     )
     counts = drawn(Mixture(np.array(begin), np.array(final), num_rows), num_rows)
     first, last = np.array(begin) / sum(begin), np.array(final) / sum(final)
-    progress = np.minimum(1, np.arange(num_rows) // FRAME * FRAME / (num_rows - 1))
+    progress = (np.arange(num_rows) // FRAME + 0.5) * FRAME / num_rows
     target = np.concatenate([np.zeros((1, num_sources)), np.cumsum(first + progress[:, None] * (last - first), axis=0)])
     off = counts[WINDOW:] - counts[:-WINDOW] - (target[WINDOW:] - target[:-WINDOW])
     assert np.abs(off).max() <= 4
-    assert np.abs(counts[FRAME] - FRAME * first).max() <= 1.1
-    # The last frame stands one frame's change before the end.
-    assert np.abs(counts[-1] - counts[-1 - FRAME] - FRAME * (first + progress[-1] * (last - first))).max() <= 1.1
+    for frame in (0, 25, 49):  # whole frames are exact
+        there = counts[(frame + 1) * FRAME] - counts[frame * FRAME]
+        assert np.abs(there - FRAME * (first + progress[frame * FRAME] * (last - first))).max() <= 1.1
+    assert np.abs(counts[-1] / num_rows - (first + last) / 2).max() <= 5e-4
 
 
 def test_a_source_fades_out_and_another_in() -> None:
     """Catches weights of 0 at an end that are rounded up, and rows behind the planned end that change course."""
     mixture = Mixture(np.array([1.0, 0, 1]), np.array([0, 1.0, 1]), 40_000)
     counts = drawn(mixture, 60_000)
-    assert counts[FRAME].tolist() == [500, 0, 500]
+    assert counts[FRAME].tolist() == [494, 6, 500]
     assert np.diff(counts[::FRAME], axis=0)[40:].tolist() == [[0, 500, 500]] * 20
     per_frame = np.diff(counts[::FRAME], axis=0)[:40]
     assert (np.diff(per_frame[:, 0]) <= 0).all()
     assert (np.diff(per_frame[:, 1]) >= 0).all()
-    assert np.abs(counts[40_000] / 40_000 - [0.25, 0.25, 0.5]).max() < 0.01
+    assert np.abs(counts[40_000] / 40_000 - [0.25, 0.25, 0.5]).max() < 1e-3
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 999, 1000])
-def test_a_run_of_one_frame_keeps_its_first_weights(num_rows: int) -> None:
-    counts = drawn(Mixture(np.array([3.0, 1]), np.array([0.0, 1]), num_rows), 1000)
-    assert counts[-1].tolist() == [750, 250]
+@pytest.mark.parametrize("num_rows", [999, 1000, 1600, 3001])
+def test_a_run_of_few_frames_has_the_shares_of_the_line(num_rows: int) -> None:
+    """Catches a schedule that is late by a frame: in a short run that is much of it."""
+    counts = drawn(Mixture(np.array([3.0, 1]), np.array([0.0, 1]), num_rows), num_rows)
+    assert np.abs(counts[-1] / num_rows - [0.375, 0.625]).max() < 4e-3
 
 
 # From the configuration
@@ -218,7 +220,7 @@ def test_a_final_weight_makes_a_schedule() -> None:
     """Catches a final weight that is ignored, that a source without one loses its weight to, or the same weights in
     other numbers taken for a change."""
     changing = make_mixture(config_of(a=(1, 0), b=(1, None)), {"a": [], "b": []}, 20_000)
-    assert changing.counts(1000).tolist() == [500, 500]
+    assert changing.counts(1000).tolist() == [488, 512]
     assert (changing.counts(22_000) - changing.counts(21_000)).tolist() == [0, 1000]
     same = make_mixture(config_of(a=(1, 2), b=(3, 6)), {"a": [], "b": []}, 20_000)
     assert same.counts(10**12).tolist() == [10**12 // 4, 3 * 10**12 // 4]

@@ -113,10 +113,11 @@ def test_workers_encode_the_same(directories: dict[str, Path]) -> None:
     ("files", "sentence"),
     [
         ({"tokenizer.json": "{"}, "tokenizer.json' is no tokenizer"),
-        ({"tokenizer_config.json": "{"}, "tokenizer.json' is no tokenizer"),
+        ({"tokenizer_config.json": "{"}, "tokenizer_config.json' is not valid JSON"),
         ({"tokenizer_config.json": "{}"}, "names no eos_token"),
         ({"tokenizer_config.json": '{"eos_token": "<nobody>"}'}, "names no eos_token"),
-        ({"tokenizer_config.json": "[]"}, "is no tokenizer"),
+        ({"tokenizer_config.json": "[]"}, "tokenizer_config.json' must hold a JSON object, found list"),
+        ({"special_tokens_map.json": "null"}, "special_tokens_map.json' must hold a JSON object, found NoneType"),
     ],
 )
 def test_directories_that_are_no_tokenizer(

@@ -20,6 +20,9 @@ Offset = Any
 ROWS_AT_A_TIME = 256
 """Rows of a columnar file that are decoded at once."""
 
+ARROW_FILE_MARK = b"ARROW1"
+"""How an IPC file begins, which a stream does not."""
+
 PLAIN_BYTES_AT_A_TIME = 2**12
 """Bytes that are decompressed at once: so many at most are lost in front of a cut, and more is not faster."""
 
@@ -33,9 +36,6 @@ class Row(NamedTuple):
     """What stands behind the file's name in the document's name; empty where a file is one document."""
     fields: dict[str, Any]
 
-
-ARROW_FILE_MARK = b"ARROW1"
-"""How an IPC file begins, which a stream does not."""
 
 Reader = Callable[[Path, Offset, list[str], BadRows], Iterator[tuple[Row, Offset]]]
 """(path, offset, names of the fields wanted, policy) → rows."""

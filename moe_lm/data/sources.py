@@ -195,6 +195,7 @@ def _open(name: str, source: SourceConfig, config: DataConfig, option: str, held
         path = os.path.expanduser(source.paths[0])
         is_local = os.path.isdir(path)
         files = [SourceFile(Path(path), Path(path).resolve().name if is_local else path, 0)]
+        files = [file for file in files if file.path.resolve() not in held_out]
         reader = _huggingface_reader(path, source, option)
         watched = _files(os.path.join(glob.escape(path), "**", "*")) if is_local else []
     else:

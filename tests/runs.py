@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -65,3 +66,18 @@ def final_tensors(run: Path) -> dict[str, torch.Tensor]:
     checkpoint = CheckpointStore(run / "checkpoints", 1).newest(refused=print)
     assert checkpoint is not None
     return {name: checkpoint.tensor(name) for name in checkpoint.names()}
+
+
+def wait_for(holds):
+    """Wait until something holds; two minutes are a failure."""
+    deadline = time.monotonic() + 120
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def children_of(pid, word):
+    """Processes that a process has started and whose command line has a word in it."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    children = [child for task in tasks for child in (task / "children").read_text().split()]
+    return [int(child) for child in children if word in Path(f"/proc/{child}/cmdline").read_text()]

@@ -212,6 +212,8 @@ def _end_recorded(training: Run, say: Say) -> Iterator[None]:
         raise
     except Exception as error:
         _write_state(training, "failed", exit_code=2 if isinstance(error, InputError) else 1, error=str(error))
+        if training.runtime.all_failed:
+            training.runtime.barrier()  # a launcher ends all processes as soon as one has gone
         raise
 
 

@@ -73,6 +73,8 @@ class Chunk:
     files: list[list[Any]]
     """[name, bytes, time of change in ns, SHA-256] of every file of the unit, in its first chunk."""
     tokenizer_fingerprint: str
+    settings_fingerprint: str
+    """Hash of the settings and of the way the source is split: parts that differ in them are not joined."""
     pad_id: int
     documents_sha256: str
     """Over side, name and text of every document: a fingerprint of the text, whatever the tokenizer."""
@@ -132,6 +134,7 @@ def make_unit(
     directory: Path,
     encoder: Encoder,
     *,
+    settings_fingerprint: str,
     window: int,
     progress: Callable[[int], None] = lambda num_bytes: None,
 ) -> None:
@@ -143,6 +146,7 @@ def make_unit(
         unit: Which files.
         directory: The directory of the source's chunks.
         encoder: Tokenizes.
+        settings_fingerprint: What else the chunks depend on.
         window: Batches that may be on their way at a time.
         progress: Called with the bytes of text of each batch that is written.
 
@@ -150,13 +154,7 @@ def make_unit(
         InputError: A file can not be read, holds a bad row, or has changed since the unit was begun.
     """
     chunks, complete = made_chunks(directory, unit)
-    for chunk in chunks:
-        if chunk.tokenizer_fingerprint != encoder.fingerprint:
-            raise InputError(
-                f"tokenizer: {directory} was begun with another tokenizer; bring that one back, or delete the "
-                "directory to prepare it anew."
-            )
-    check_unchanged(source, unit, chunks[0].files if chunks else [], directory)
+    check_made(source, unit, chunks, encoder.fingerprint, settings_fingerprint, directory)
     if complete:
         return
     position = chunks[-1].position if chunks else [unit.first, None]
@@ -187,7 +185,15 @@ def make_unit(
             open_files.pop_all()
             shards = {side: writer.finish() for side, writer in writers.items()}
         made = Chunk(
-            not more, position, files, encoder.fingerprint, encoder.pad_id, digest.hexdigest(), dict(skipped), shards
+            last=not more,
+            position=position,
+            files=files,
+            tokenizer_fingerprint=encoder.fingerprint,
+            settings_fingerprint=settings_fingerprint,
+            pad_id=encoder.pad_id,
+            documents_sha256=digest.hexdigest(),
+            skipped=dict(skipped),
+            shards=shards,
         )
         write_json(directory / f"{chunk_name(unit, number)}.json", dataclasses.asdict(made))
         files, number = [], number + 1
@@ -196,14 +202,11 @@ def make_unit(
 def _batches(source: Source, split: Split, position: Position | None, stop: int) -> Iterator[_Batch]:
     """Documents of a unit in batches; what was skipped behind the last document comes in a batch of its own."""
     sides: dict[str, list[Document]] = {side: [] for side in SIDES}
-    characters, counted, empty = 0, Counter(source.bad.skipped), source.empty_documents[0]
+    characters, counted = 0, Counter(source.bad.skipped)
 
     def skipped_since() -> Counter[str]:
-        nonlocal counted, empty
-        since = source.bad.skipped - counted
-        if source.empty_documents[0] > empty:
-            since["empty_text"] = source.empty_documents[0] - empty
-        counted, empty = Counter(source.bad.skipped), source.empty_documents[0]
+        nonlocal counted
+        since, counted = source.bad.skipped - counted, Counter(source.bad.skipped)
         return since
 
     behind = position
@@ -253,6 +256,23 @@ def list_files(source: Source, unit: Unit) -> list[list[Any]]:
         status = path.stat()
         listed.append([name, status.st_size, status.st_mtime_ns, sha256(path)])
     return listed
+
+
+def check_made(source: Source, unit: Unit, chunks: list[Chunk], tokenizer: str, settings: str, directory: Path) -> None:
+    """Checks that chunks which are there already are those that would be made now.
+
+    Raises:
+        InputError: They were made with another tokenizer, other settings, or from other text.
+    """
+    for chunk in chunks:
+        for name, made, wanted in (
+            ("tokenizer", chunk.tokenizer_fingerprint, tokenizer),
+            ("data", chunk.settings_fingerprint, settings),
+        ):
+            if made != wanted:
+                what = "another tokenizer" if name == "tokenizer" else "other settings, or split in another way"
+                raise InputError(f"{name}: unit {unit.number} in {directory} was made with {what}; {CHANGED}")
+    check_unchanged(source, unit, chunks[0].files if chunks else [], directory)
 
 
 def check_unchanged(source: Source, unit: Unit, recorded: list[list[Any]], directory: Path) -> None:

@@ -41,7 +41,7 @@ class BadRows:
     option: str = ""
     """How the user wrote the source's paths, for messages."""
     skipped: Counter[str] = field(default_factory=Counter)
-    """Rows (or files) left out, by kind."""
+    """Rows (or files) left out, by kind; empty texts too, which are no mistake."""
 
     def found(self, kind: str, place: str, complaint: str, remedy: str = "mend or remove it") -> None:
         """Counts a bad row, or ends with its place.

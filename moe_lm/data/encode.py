@@ -66,6 +66,7 @@ class Encoder:
             if workers
             else None
         )
+        self._probe: Future[None] | None = None
 
     def submit(self, texts: Sequence[str]) -> "Future[Encoded]":
         """Asks for texts to be tokenized; give the future to `result`."""
@@ -88,6 +89,18 @@ class Encoder:
             return future.result()
         except BrokenProcessPool as error:
             raise _worker_died() from error
+
+    def check(self) -> None:
+        """Notices a worker that died, also while no result is wanted of it.
+
+        Raises:
+            RunError: One did.
+        """
+        if self._pool is not None and (self._probe is None or self._probe.done()):
+            try:
+                self._probe = self._pool.submit(_nothing)
+            except BrokenProcessPool as error:
+                raise _worker_died() from error
 
     def close(self) -> None:
         """Ends the workers without waiting for work that nobody needs any more."""
@@ -119,6 +132,10 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
+
+
+def _nothing() -> None:
+    """Asked of a worker to learn whether the pool still stands."""
 
 
 def _encode_in_worker(texts: Sequence[str]) -> Encoded:

@@ -12,6 +12,7 @@ or, each taking a part of the units, on several that join their chunks in one di
 
 import hashlib
 import itertools
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -21,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from moe_lm.data.chunks import (
-    CHANGED,
     SIDES,
     ChangedSourceError,
     Chunk,
     Unit,
+    check_made,
     check_unchanged,
     chunk_name,
     divide,
@@ -111,7 +112,9 @@ def prepare(
         validation = open_validation(config)
         sources = open_sources(config, without=validation)
     except InputError as error:
-        raise ChangedSourceError(str(error).rstrip(".")) if complete else error from error
+        if not complete:
+            raise
+        raise ChangedSourceError(str(error).rstrip(".")) from error
     everything = [*sources, *_as_source(validation)]
     if complete:
         _check_sources(everything, data, config.streaming)
@@ -127,7 +130,11 @@ def prepare(
     data.mkdir(parents=True, exist_ok=True)
     write_json(data / "begun.json", {"format": FORMAT, "settings": settings})
     work = _work(sources, validation, splits, config)
-    _make_chunks(part.takes(work), tokenizer, config, directory, progress)
+    fingerprints = {
+        source.name: hashlib.sha256(json.dumps([settings, repr(split)]).encode()).hexdigest()
+        for source, split, _ in work
+    }
+    _make_chunks(part.takes(work), fingerprints, tokenizer, config, directory, progress)
     missing = [unit for source, _, unit in work if not made_chunks(data / source.name, unit)[1]]
     if missing:
         report(f"part {part.index}/{part.total} is done; {len(missing)} of {len(work)} units are still to be made")
@@ -138,7 +145,7 @@ def prepare(
         "splits": {name: split.way.name for name, split in splits.items()},
         "split": _in_words(splits, validation),
         "stream_files": files,
-        **_join(work, tokenizer, data, skipped),
+        **_join(work, fingerprints, tokenizer, data, skipped),
     }
     write_json(data / "manifest.json", manifest)
     _report(manifest, report)
@@ -170,7 +177,12 @@ def _work(sources: list[Source], validation: Source | None, splits: dict[str, Sp
 
 
 def _make_chunks(
-    work: list[Work], tokenizer: Tokenizer, config: DataConfig, directory: Path, progress: Progress
+    work: list[Work],
+    fingerprints: dict[str, str],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    directory: Path,
+    progress: Progress,
 ) -> None:
     """Makes the units that are not there yet."""
     workers = config.workers if config.workers is not None else os.cpu_count() or 1
@@ -184,7 +196,16 @@ def _make_chunks(
     with closing(Encoder(tokenizer, directory / "tokenizer", workers)) as encoder:
         for source, split, unit in work:
             made = directory / "data" / source.name
-            make_unit(source, split, unit, made, encoder, window=2 * workers + 1, progress=advance)
+            make_unit(
+                source,
+                split,
+                unit,
+                made,
+                encoder,
+                settings_fingerprint=fingerprints[source.name],
+                window=2 * workers + 1,
+                progress=advance,
+            )
 
 
 def _check_tokenizer(tokenizer_config: TokenizerConfig, directory: Path) -> None:
@@ -253,19 +274,18 @@ def _tokenizer(
     return load_tokenizer(path)
 
 
-def _join(work: list[Work], tokenizer: Tokenizer, data: Path, skipped: Counter[str]) -> dict[str, Any]:
-    """What the chunks say together, for the manifest."""
+def _join(
+    work: list[Work], fingerprints: dict[str, str], tokenizer: Tokenizer, data: Path, skipped: Counter[str]
+) -> dict[str, Any]:
+    """What the chunks say together, for the manifest, whoever made them."""
     chunks: dict[str, list[list[str]]] = {}
     digest = hashlib.sha256()
     counts = Counter({f"{side}_{what}": 0 for side in SIDES for what in ("documents", "bytes", "tokens")})
     for source, _, unit in work:
-        for number, chunk in enumerate(made_chunks(data / source.name, unit)[0]):
+        made = made_chunks(data / source.name, unit)[0]
+        check_made(source, unit, made, tokenizer.fingerprint, fingerprints[source.name], data / source.name)
+        for number, chunk in enumerate(made):
             path = data / source.name / f"{chunk_name(unit, number)}.json"
-            if chunk.tokenizer_fingerprint != tokenizer.fingerprint:
-                raise InputError(
-                    f"tokenizer: {path} was made with another tokenizer than {data.parent / 'tokenizer'}; parts are "
-                    f"joined only if all have the same. {CHANGED}"
-                )
             chunks.setdefault(source.name, []).append([path.stem, sha256(path)])
             digest.update(chunk.documents_sha256.encode())
             skipped.update(chunk.skipped)

@@ -62,8 +62,6 @@ class Source:
     bad: BadRows
     watched: list[Path]
     """The files on disk whose change is a change of the source."""
-    empty_documents: list[int]
-    """[documents left out because their text is empty]: not bad, but nothing to learn from."""
 
     def read(self, position: Position | None = None, stop: int | None = None) -> Iterator[tuple[Document, Position]]:
         """Documents from a position on, each with the position behind it.
@@ -102,7 +100,7 @@ class Source:
         if domain is None:
             return None
         if not text:
-            self.empty_documents[0] += 1
+            self.bad.skipped["empty_text"] += 1  # no mistake, but nothing to learn from
             return None
         return Document(f"{file.name}{row.name}", text, domain)
 
@@ -160,11 +158,17 @@ def open_sources(config: DataConfig, without: "Source | None" = None) -> list[So
         InputError: A path is missing or matches nothing.
     """
     held_out = {file.path.resolve() for file in without.files} if without is not None else set()
-    sources = []
+    sources: list[Source] = []
     for name, source in config.resolved_sources().items():
         opened = _open(name, source, config, config.option(name, "paths"), held_out)
         if not opened.files:
             raise InputError(f"{opened.option}={list(source.paths)}: there is no text left to read in them.")
+        for other in sources:
+            if both := {file.path.resolve() for file in opened.files} & {file.path.resolve() for file in other.files}:
+                raise InputError(
+                    f"{opened.option}: {min(both)} is in {other.option} too, and might be held out of one and trained "
+                    "on in the other; give each file to one source, and weigh the sources."
+                )
         sources.append(opened)
     return sources
 
@@ -208,7 +212,7 @@ def _open(name: str, source: SourceConfig, config: DataConfig, option: str, held
     has_fields = kind not in (DataSource.stdlib, DataSource.text)
     fields = [source.text_field, *([source.domain_field] if source.domain_field and has_fields else [])]
     assert source.domain is not None
-    return Source(name, option, files, reader, fields, source.domain, config.domains, bad, watched, [0])
+    return Source(name, option, files, reader, fields, source.domain, config.domains, bad, watched)
 
 
 def stdlib_files(root: Path) -> list[SourceFile]:

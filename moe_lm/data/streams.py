@@ -13,6 +13,7 @@ Row n of the run belongs to stream n mod V of the source that the mixture names,
 V, a process has whole streams: it reads all text (which is cheap), and tokenizes its own streams' share.
 """
 
+import heapq
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -148,12 +149,12 @@ class SourceStreams:
             return False
         epoch, number, position, documents = block
         key = epoch_key(self._run.seed, self._source.name, epoch, number)
-        order = permute_array(np.arange(len(documents)), len(documents), key)
+        order = permute_array(np.arange(len(documents)), len(documents), key).tolist()
+        hands = _deal_by_length([documents[index] for index in order], self.num_streams)
         for stream, cursor in self._cursors.items():
             # The turn changes with every block, so that a source of few documents reaches every stream in time.
-            own = order[(stream - epoch - number) % self.num_streams :: self.num_streams]
-            if len(own) and (epoch, number) >= (cursor.epoch, cursor.block):
-                chosen = [documents[index] for index in own.tolist()]
+            chosen = hands[(stream - epoch - number) % self.num_streams]
+            if chosen and (epoch, number) >= (cursor.epoch, cursor.block):
                 encoded = self._encoder.submit([document.text for document in chosen])
                 domains = [document.domain for document in chosen]
                 self._waiting[stream].append(_Block(epoch, number, position, domains, encoded))
@@ -181,6 +182,19 @@ class SourceStreams:
             elif not any_documents:
                 raise InputError(f"{self._source.option}: there is no text to train on in it; give files with text.")
             epoch, number, position = epoch + 1, 0, None
+
+
+def _deal_by_length(documents: list[Document], num_hands: int) -> list[list[Document]]:
+    """Gives each document to the hand with the least text so far, so that streams stay abreast of each other: what one
+    has too much of waits in memory until the others have caught up.
+    """
+    hands: list[list[Document]] = [[] for _ in range(num_hands)]
+    least = [(0, hand) for hand in range(num_hands)]
+    for document in documents:
+        characters, hand = least[0]
+        hands[hand].append(document)
+        heapq.heapreplace(least, (characters + len(document.text), hand))
+    return hands
 
 
 class StreamLoader:

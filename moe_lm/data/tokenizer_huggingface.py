@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -63,13 +64,41 @@ class HuggingFaceTokenizer:
         self.bos_id: int = ids.get("bos", self.eos_id)
         self.pad_id: int = ids.get("pad", self.eos_id)
 
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._marks = {token: added[token].content for token in added if added[token].special}
+        self._marks |= {token: marks[name] for name, token in ids.items()}
+
     def encode(self, text: str) -> list[int]:
         """Encodes a text, without control ids."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encodes many texts on this core, without control ids."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        documents = (encoding.ids for encoding in encodings)
+        return [
+            ids if self._marks.keys().isdisjoint(ids) else self._encode_in_parts(text)
+            for text, ids in zip(texts, documents)
+        ]
+
+    def _encode_in_parts(self, text: str) -> list[int]:
+        """Encodes a text whose mark strings this tokenizer takes for marks, because its model has them as pieces: the
+        text is cut within each.
+
+        Raises:
+            InputError: Even so a mark comes out of text.
+        """
+        strings = sorted((mark for mark in self._marks.values() if len(mark) > 1), key=len, reverse=True)
+        parts = re.sub("|".join(map(re.escape, strings)), lambda m: f"{m[0][0]}\0{m[0][1:]}", text).split("\0")
+        encodings = self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)
+        ids = [token for encoding in encodings for token in encoding.ids]
+        if not self._marks.keys().isdisjoint(ids):
+            mark = self._marks[min(self._marks.keys() & set(ids))]
+            raise InputError(
+                f"tokenizer.path: '{self.directory}' encodes ordinary text as its mark {mark!r}; use a tokenizer that "
+                "keeps marks apart from text."
+            )
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decodes ids; control ids become nothing."""

@@ -32,6 +32,8 @@ class Runtime:
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
+        self.all_failed = False
+        """Whether every process knows of the failure that ends it, and so may still wait for its peers."""
 
     @property
     def is_main(self) -> bool:
@@ -66,19 +68,36 @@ class Runtime:
                 work()
             except Exception as error:
                 failure = error
-        kind = "input" if isinstance(failure, InputError) else "run"
-        said = self._from_main("" if failure is None else f"{kind}:{failure}")
+        said = self._from_main(_as_text(failure))
         if failure is not None:
             raise failure
         if said:
-            kind, _, sentence = said.partition(":")
-            raise InputError(sentence) if kind == "input" else RunError(f"the main process failed: {sentence}")
+            raise _from_text(said, "the main process")
+
+    def agree(self, failure: Exception | None) -> None:
+        """Raise on every process what any of them met: none goes on into a collective that a peer will never reach.
+
+        Args:
+            failure: what this process met, or null.
+        """
+        if self.world_size > 1:
+            failed = torch.tensor([failure is not None], dtype=torch.int64, device=self.device)
+            self.sum([failed])
+            self.all_failed = bool(failed)
+            if failure is None and self.all_failed:
+                texts = self.gather("")
+                rank = next(rank for rank, text in enumerate(texts) if text)
+                raise _from_text(texts[rank], f"process {rank}")
+            if failure is not None:
+                self.gather(_as_text(failure))
+        if failure is not None:
+            raise failure
 
     def gather(self, text: str) -> list[str]:
         """Every process's text, on every process, in order of ranks."""
         if self.world_size == 1:
             return [text]
-        content = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        content = torch.tensor(list(text.encode(errors="backslashreplace")), dtype=torch.uint8, device=self.device)
         sizes = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
         sizes[self.rank] = len(content)
         self.sum([sizes])
@@ -104,6 +123,18 @@ class Runtime:
         """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _as_text(failure: Exception | None) -> str:
+    if failure is None:
+        return ""
+    return f"{'input' if isinstance(failure, InputError) else 'run'}:{failure}"
+
+
+def _from_text(said: str, who: str) -> Exception:
+    """What another process said, as the exception that it was."""
+    kind, _, sentence = said.partition(":")
+    return InputError(sentence) if kind == "input" else RunError(f"{who} failed: {sentence}")
 
 
 def launched_world_size() -> int:

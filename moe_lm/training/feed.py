@@ -10,7 +10,7 @@ import torch
 
 from moe_lm.data.batch import Batch
 from moe_lm.data.encode import Encoder
-from moe_lm.data.loader import Cut, Loader, ShardLoader
+from moe_lm.data.loader import Cut, Loader, ShardLoader, StepBatch
 from moe_lm.data.mixture import Mixture
 from moe_lm.data.prefetch import Prefetcher
 from moe_lm.data.prepared import PreparedData
@@ -58,6 +58,7 @@ class Feed:
             state: The data's state in the checkpoint; empty at the beginning.
         """
         self._runtime, self._open = runtime, ExitStack()
+        self._encoder: Encoder | None = None
         self._sources: list[Source] = []
         trainer = config.trainer
         run = Cut(
@@ -88,6 +89,7 @@ class Feed:
         workers = 1 if config.data.workers is None else config.data.workers
         encoder = Encoder(data.tokenizer, data.tokenizer_directory, workers)
         self._open.callback(encoder.close)
+        self._encoder = encoder
         self._sources = open_sources(config.data, without=open_validation(config.data))
         return [
             SourceStreams(
@@ -112,12 +114,25 @@ class Feed:
         """Rows of streams that were left out since this process began, by kind."""
         total: Counter[str] = Counter()
         for source in self._sources:
-            total.update(source.bad.skipped)
+            total.update(dict(source.bad.skipped))  # at once, since another thread reads on
         return dict(sorted(total.items()))
 
     def next(self) -> GlobalBatch | None:
-        """The next batch; null, on every process at once, where the data has ended."""
-        step = self._prefetcher.next()
+        """The next batch; null, on every process at once, where the data has ended.
+
+        Raises:
+            InputError, RunError: The data of any process can not be read further; the same on every process.
+        """
+        step: StepBatch | None = None
+        failure: Exception | None = None
+        try:
+            if self._encoder is not None:
+                self._encoder.check()
+            step = self._prefetcher.next()
+        except Exception as error:
+            failure = error
+        self._runtime.agree(failure)
+        assert step is not None
         num_domains = len(step.domain_tokens)
         counts = torch.tensor(
             [step.num_targets, *step.domain_tokens.tolist(), *step.live_sources.tolist()], device=self._runtime.device

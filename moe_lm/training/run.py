@@ -69,7 +69,15 @@ class Run:
 
     def open_feed(self) -> Feed:
         """The batches from where the run stands on; to be used as a context manager."""
-        return Feed(self.config, self.runtime, self.data, self.mixture, self.progress.data_step, self.data_state)
+        feed: Feed | None = None
+        failure: Exception | None = None
+        try:
+            feed = Feed(self.config, self.runtime, self.data, self.mixture, self.progress.data_step, self.data_state)
+        except Exception as error:  # a file that only this process's machine lacks
+            failure = error
+        self.runtime.agree(failure)
+        assert feed is not None
+        return feed
 
     def save(self, feed: Feed) -> None:
         """Write a checkpoint of the present state; every process must call it."""

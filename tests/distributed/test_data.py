@@ -1,12 +1,16 @@
 """Streams and mixtures in real processes over gloo: a run goes on with another number of them."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+from pathlib import Path
 
 import pytest
 
 from tests.distributed.test_replicated import TORCHRUN
-from tests.runs import TINY, metrics, moe_lm, write_corpus
+from tests.runs import ENVIRONMENT, TINY, children_of, metrics, moe_lm, wait_for, write_corpus
 
 
 def write_rows(directory):
@@ -69,6 +73,26 @@ def test_every_process_learns_that_a_stream_has_ended(streamed):
         assert "the data ended after" in done.stderr
         results.append(metrics(directory / "runs" / name, "targets"))
     assert results[0] == results[1] and 20 < max(results[0]) < 900
+
+
+def test_what_one_process_meets_ends_all_with_its_sentence(streamed):
+    """Catches peers that wait for a process which has gone, or die of it with a traceback of gloo's: the tokenizing
+    process of the second rank is killed."""
+    directory, options = streamed
+    more = ["trainer.max_steps=5000", "run_name=dies", "trainer.micro_batch_size=6", "trainer.eval_interval=0"]
+    command = [*TORCHRUN, "-m", "moe_lm", *options, *more]
+    process = subprocess.Popen(command, cwd=directory, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    run = directory / "runs/dies"
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) > 2)
+    ranks = children_of(process.pid, "moe_lm")
+    (second,) = [pid for pid in ranks if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    for pid in children_of(second, "spawn_main"):
+        os.kill(pid, signal.SIGKILL)
+    said = process.communicate(timeout=100)[1]
+    state = json.loads((run / "state.json").read_text())
+    assert process.returncode != 0 and state["status"] == "failed" and state["exit_code"] == 1
+    assert "process 1 failed: a tokenizing process (data.workers) died" in state["error"]
+    assert "Connection closed by peer" not in said
 
 
 def test_processes_that_do_not_divide_the_streams_are_named(streamed):

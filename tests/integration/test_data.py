@@ -5,12 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.runs import ENVIRONMENT, TINY, final_tensors, metrics, moe_lm, write_corpus
+from tests.runs import ENVIRONMENT, TINY, children_of, final_tensors, metrics, moe_lm, wait_for, write_corpus
 
 OPTIONS = ["pretrain", *TINY, "data.paths=[corpus]", "finish.export=false", "optimizer=adamw"]
 
@@ -63,7 +62,7 @@ def test_workers_end_with_a_run_that_is_killed(place):
     """Catches tokenizing processes that stay behind when their run is gone."""
     process = start(place, *OPTIONS, "data.streaming=true", "data.workers=2", "trainer.max_steps=5000", "run_name=gone")
     wait_for(lambda: (place / "runs/gone/metrics.jsonl").exists() and len(metrics(place / "runs/gone")) > 2)
-    workers = workers_of(process.pid)
+    workers = children_of(process.pid, "spawn_main")
     assert len(workers) == 2
     process.kill()
     process.wait()
@@ -74,7 +73,7 @@ def test_a_worker_that_dies_ends_the_run_with_a_sentence(place):
     """Catches a run that waits for ever for a step that nobody makes."""
     process = start(place, *OPTIONS, "data.streaming=true", "data.workers=1", "trainer.max_steps=5000", "run_name=dies")
     wait_for(lambda: (place / "runs/dies/metrics.jsonl").exists() and len(metrics(place / "runs/dies")) > 2)
-    for pid in workers_of(process.pid):
+    for pid in children_of(process.pid, "spawn_main"):
         os.kill(pid, signal.SIGKILL)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 1 and "a tokenizing process (data.workers) died" in said and "Traceback" not in said
@@ -125,18 +124,3 @@ def start(place, *options):
     return subprocess.Popen(
         command, cwd=place, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-
-
-def wait_for(holds):
-    """Waits until something holds; two minutes are a failure."""
-    deadline = time.monotonic() + 120
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def workers_of(pid):
-    """Tokenizing processes that a process has started; not the one by which multiprocessing tracks resources."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    children = [child for task in tasks for child in (task / "children").read_text().split()]
-    return [int(child) for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]

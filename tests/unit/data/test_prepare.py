@@ -140,6 +140,30 @@ def stop_after(results: int) -> Callable[..., object]:
     return result
 
 
+def test_parts_of_other_settings_or_other_text_are_not_joined(
+    config: DataConfig, tmp_path: Path, small_chunks: None
+) -> None:
+    """Catches a set that no machine would have made: its parts held out other shares, or files came and went."""
+    other = dataclasses.replace(config, validation_fraction=0.2)
+    prepare(config, TOKENIZER, tmp_path / "joined", part=Part(1, 2))
+    prepare(other, TOKENIZER, tmp_path / "second", part=Part(2, 2))
+    shutil.copytree(tmp_path / "second/data", tmp_path / "joined/data", dirs_exist_ok=True)
+    with pytest.raises(InputError, match="was made with other settings"):
+        prepare(other, TOKENIZER, tmp_path / "joined")
+    prepare(config, TOKENIZER, tmp_path / "moving", part=Part(1, 2))
+    file = tmp_path / "text/one/0.jsonl"
+    file.rename(file.with_name("99.jsonl"))
+    with pytest.raises(InputError, match=r"0.jsonl is gone|was not there"):
+        prepare(config, TOKENIZER, tmp_path / "moving", part=Part(2, 2))
+
+
+def test_a_file_in_two_sources_is_refused(config: DataConfig, tmp_path: Path) -> None:
+    """Catches a document that is held out of one source and trained on in another."""
+    config.sources["two"].paths = [str(tmp_path / "text")]
+    with pytest.raises(InputError, match=r"data.sources.two.paths: .*one.*jsonl is in data.sources.one.paths too"):
+        prepare(config, TOKENIZER, tmp_path / "set")
+
+
 def test_a_second_call_does_nothing(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches work that is done again, and files that are touched."""
     prepare(config, TOKENIZER, tmp_path / "set")

@@ -126,7 +126,7 @@ def test_empty_texts_are_left_out_and_counted(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": "x"}\n{"text": ""}\n')
     source = source_of("jsonl", tmp_path)
     assert [document.text for document, _ in source.read()] == ["x"]
-    assert source.empty_documents == [2] and not source.bad.skipped
+    assert source.bad.skipped == {"empty_text": 2}
 
 
 def test_a_part_of_the_files_can_be_read(places: dict[str, Path]) -> None:

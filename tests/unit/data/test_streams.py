@@ -24,7 +24,7 @@ from pyarrow import parquet
 from moe_lm.data import streams as streams_module
 from moe_lm.data.batch import Batch
 from moe_lm.data.config import DataConfig, DataSource, OnBadRow, Packing, SourceConfig
-from moe_lm.data.documents import Split, SplitWay
+from moe_lm.data.documents import Document, Split, SplitWay
 from moe_lm.data.encode import Encoder, encode
 from moe_lm.data.loader import Cut, Loader, ShardLoader, StepBatch
 from moe_lm.data.mixture import Mixture
@@ -241,7 +241,8 @@ def test_held_out_documents_are_never_given(corpora: dict[str, list[Source]]) ->
     source = corpora["jsonl"][0]
     held_out = {side.text.split(":")[0] for document, _ in source.read() if (side := split.sides(document)[1])}
     assert len(held_out) > 2
-    cut = Cut(5, 4, 4, 300, ByteTokenizer.pad_id, ["one"])
+    # Best fit, so that no document's number is cut in two.
+    cut = Cut(5, 4, 4, 300, ByteTokenizer.pad_id, ["one"], packing=Packing.best_fit)
     streams = SourceStreams(source, split, Encoder(ByteTokenizer(), Path(), 0), cut, 2)
     seen = set()
     for number in range(80):
@@ -290,6 +291,16 @@ def test_skipped_rows_do_not_move_a_resumed_stream(tmp_path: Path, monkeypatch: 
         for (expected, _), (found, _) in zip(whole[change:], again, strict=True):
             assert all(torch.equal(one, other) for one, other in zip(expected, found))
     assert corpora["jsonl"][0].bad.skipped["broken_json"] > 20
+
+
+def test_streams_of_a_block_are_about_equally_long() -> None:
+    """Catches streams that drift apart, so that what one has too much of piles up in memory."""
+    rng = random.Random(1)
+    documents = [Document(str(i), "x" * int(rng.lognormvariate(6, 1.5))) for i in range(3000)]
+    hands = streams_module._deal_by_length(documents, 12)
+    sizes = [sum(len(document.text) for document in hand) for hand in hands]
+    assert sorted(d.name for hand in hands for d in hand) == sorted(d.name for d in documents)
+    assert max(sizes) - min(sizes) <= max(len(document.text) for document in documents)
 
 
 def test_the_number_of_processes_must_divide_the_streams() -> None:

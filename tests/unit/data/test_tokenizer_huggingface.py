@@ -73,6 +73,25 @@ def _transformers(directory: Path) -> object:
     return _loaded[directory]
 
 
+def test_marks_that_are_pieces_of_the_model_do_not_come_out_of_text(tmp_path: Path) -> None:
+    """Catches documents that end where a text says so: of a tokenizer whose model has its marks as pieces, and of one
+    whose mark is no special token."""
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((letter, -1.0) for letter in "ab </>s")]
+    unigram = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+    bpe = tokenizers.Tokenizer(models.BPE({piece: i for i, (piece, _) in enumerate(pieces)}, [], unk_token="<unk>"))
+    bpe.add_tokens([tokenizers.AddedToken("</s>", special=False)])
+    for name, model in (("unigram", unigram), ("bpe", bpe)):
+        (tmp_path / name).mkdir()
+        model.save(str(tmp_path / name / "tokenizer.json"))
+        (tmp_path / name / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+        tokenizer = load_tokenizer(tmp_path / name)
+        assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+        text = "ab</s>a <s>b</s>"
+        ids = tokenizer.encode(text)
+        assert not {1, 2} & set(ids) and [pieces[token][0] for token in ids] == list(text)
+        assert list(tokenizer.encode_batch(["a", text])[1]) == ids
+
+
 def test_marks(directories: dict[str, Path]) -> None:
     three, one = (HuggingFaceTokenizer(directories[name]) for name in ("three", "one"))
     assert (three.bos_id, three.eos_id, three.pad_id) == (0, 1, 2)

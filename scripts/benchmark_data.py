@@ -33,7 +33,7 @@ import resource, sys
 from moe_lm import cli
 code = cli.main(sys.argv[1:])
 own, workers = (resource.getrusage(who).ru_maxrss // 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-print(f"peak memory: {own} MiB, of the largest worker {workers} MiB")
+print(f"peak memory: {own} MiB, of the largest worker at most {workers} MiB")
 sys.exit(code)
 """
 

@@ -4,6 +4,7 @@ Processes rather than threads, because a training process has a lock on its inte
 worker that dies (killed for memory, say) breaks its pool, and whoever waits for a result hears of it at once.
 """
 
+import functools
 import os
 import signal
 import threading
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_lm.data.tokenizer import Tokenizer, load_tokenizer
-from moe_lm.errors import RunError
+from moe_lm.errors import InputError, RunError
 
 
 class Encoded(NamedTuple):
@@ -48,31 +49,38 @@ def token_type(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
+def start_workers(workers: int) -> ProcessPoolExecutor | None:
+    """Starts processes that tokenize; they load their tokenizer with their first texts. Null for none."""
+    if not workers:
+        return None
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker)
+    pool.submit(_nothing)  # starts them all
+    return pool
+
+
 class Encoder:
     """Tokenizes texts in worker processes, or in this one."""
 
-    def __init__(self, tokenizer: Tokenizer, path: Path, workers: int) -> None:
-        """Starts the workers.
+    def __init__(self, tokenizer: Tokenizer, path: Path, workers: int, pool: ProcessPoolExecutor | None = None) -> None:
+        """Starts the workers, unless a pool of them was started before.
 
         Args:
             tokenizer: The tokenizer.
             path: Where the workers load the same from.
             workers: How many; 0 tokenizes in the calling thread.
+            pool: What `start_workers` gave; it is closed with this.
         """
         self._tokenizer = tokenizer
         self.fingerprint, self.vocab_size, self.pad_id = tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.pad_id
-        self._pool = (
-            ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker, (str(path), tokenizer.fingerprint))
-            if workers
-            else None
-        )
+        self._path = str(path)
+        self._pool = pool if pool is not None else start_workers(workers)
         self._probe: Future[None] | None = None
 
     def submit(self, texts: Sequence[str]) -> "Future[Encoded]":
         """Asks for texts to be tokenized; give the future to `result`."""
         if self._pool is not None:
             try:
-                return self._pool.submit(_encode_in_worker, texts)
+                return self._pool.submit(_encode_in_worker, self._path, self.fingerprint, texts)
             except BrokenProcessPool as error:
                 raise _worker_died() from error
         future: Future[Encoded] = Future()
@@ -115,16 +123,10 @@ def _worker_died() -> RunError:
     )
 
 
-_worker_tokenizer: Tokenizer
-
-
-def _begin_worker(path: str, fingerprint: str) -> None:
-    """Loads the tokenizer; leaves Ctrl-C to the parent, and ends with it however it ends."""
-    global _worker_tokenizer
+def _begin_worker() -> None:
+    """Leaves Ctrl-C to the parent, and ends with it however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker_tokenizer = load_tokenizer(Path(path))
-    assert _worker_tokenizer.fingerprint == fingerprint, "the tokenizer changed on disk while it was being used"
 
 
 def _end_with_parent() -> None:
@@ -138,5 +140,13 @@ def _nothing() -> None:
     """Asked of a worker to learn whether the pool still stands."""
 
 
-def _encode_in_worker(texts: Sequence[str]) -> Encoded:
-    return encode(_worker_tokenizer, texts)
+def _encode_in_worker(path: str, fingerprint: str, texts: Sequence[str]) -> Encoded:
+    return encode(_worker_tokenizer(path, fingerprint), texts)
+
+
+@functools.cache
+def _worker_tokenizer(path: str, fingerprint: str) -> Tokenizer:
+    tokenizer = load_tokenizer(Path(path))
+    if tokenizer.fingerprint != fingerprint:
+        raise InputError(f"tokenizer.path: {path} has changed while it was being used; start again.")
+    return tokenizer

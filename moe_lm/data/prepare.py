@@ -16,7 +16,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from moe_lm.data.chunks import (
 )
 from moe_lm.data.config import DataConfig, TokenizerConfig
 from moe_lm.data.documents import Split, SplitWay, choose_split
-from moe_lm.data.encode import Encoder
+from moe_lm.data.encode import Encoder, start_workers
 from moe_lm.data.prepared import FORMAT, VALIDATION, read_manifest
 from moe_lm.data.sources import Beginning, Source, beginning_of, open_sources, open_validation
 from moe_lm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -115,26 +115,47 @@ def prepare(
         if not complete:
             raise
         raise ChangedSourceError(str(error).rstrip(".")) from error
-    everything = [*sources, *_as_source(validation)]
     if complete:
-        _check_sources(everything, data, config.streaming)
+        _check_sources([*sources, *_as_source(validation)], data, config.streaming)
         return True
+    directory.mkdir(parents=True, exist_ok=True)
+    return _make(config, tokenizer_config, directory, sources, validation, settings, part, report, progress)
+
+
+def _make(
+    config: DataConfig,
+    tokenizer_config: TokenizerConfig,
+    directory: Path,
+    sources: list[Source],
+    validation: Source | None,
+    settings: dict[str, Any],
+    part: Part,
+    report: Report,
+    progress: Progress,
+) -> bool:
+    """Makes what is not there yet of a set; returns whether it is complete then."""
+    data = directory / "data"
+    # Of paths that matched nothing; what is left out of the files comes with the chunks.
+    skipped = sum((source.bad.skipped for source in [*sources, *_as_source(validation)]), Counter[str]())
     files = {source.name: _sizes(source) for source in sources} if config.streaming else {}
-    skipped = sum((source.bad.skipped for source in everything), Counter[str]())  # of paths; rows come with the chunks
     if config.streaming:
         sources = [beginning_of(source, tokenizer_config.training_bytes) for source in sources]
     splits = _choose_splits(sources, validation, config)
-    directory.mkdir(parents=True, exist_ok=True)
-    begun = (data / "begun.json").exists()
-    tokenizer = _tokenizer(sources, splits, tokenizer_config, directory, begun, config.sequence_length, report)
-    data.mkdir(parents=True, exist_ok=True)
-    write_json(data / "begun.json", {"format": FORMAT, "settings": settings})
-    work = _work(sources, validation, splits, config)
-    fingerprints = {
-        source.name: hashlib.sha256(json.dumps([settings, repr(split)]).encode()).hexdigest()
-        for source, split, _ in work
-    }
-    _make_chunks(part.takes(work), fingerprints, tokenizer, config, directory, progress)
+    workers = config.workers if config.workers is not None else os.cpu_count() or 1
+    with ExitStack() as held:
+        # Started beside the training of the tokenizer, which keeps one core busy for most of its time.
+        if (pool := start_workers(workers)) is not None:
+            held.callback(pool.shutdown, cancel_futures=True)
+        tokenizer = _tokenizer(sources, splits, tokenizer_config, directory, config.sequence_length, report)
+        data.mkdir(parents=True, exist_ok=True)
+        write_json(data / "begun.json", {"format": FORMAT, "settings": settings})
+        encoder = held.enter_context(closing(Encoder(tokenizer, directory / "tokenizer", workers, pool)))
+        work = _work(sources, validation, splits, config)
+        fingerprints = {
+            source.name: hashlib.sha256(json.dumps([settings, repr(split)]).encode()).hexdigest()
+            for source, split, _ in work
+        }
+        _make_chunks(part.takes(work), fingerprints, encoder, data, 2 * workers + 1, progress)
     missing = [unit for source, _, unit in work if not made_chunks(data / source.name, unit)[1]]
     if missing:
         report(f"part {part.index}/{part.total} is done; {len(missing)} of {len(work)} units are still to be made")
@@ -177,15 +198,9 @@ def _work(sources: list[Source], validation: Source | None, splits: dict[str, Sp
 
 
 def _make_chunks(
-    work: list[Work],
-    fingerprints: dict[str, str],
-    tokenizer: Tokenizer,
-    config: DataConfig,
-    directory: Path,
-    progress: Progress,
+    work: list[Work], fingerprints: dict[str, str], encoder: Encoder, data: Path, window: int, progress: Progress
 ) -> None:
     """Makes the units that are not there yet."""
-    workers = config.workers if config.workers is not None else os.cpu_count() or 1
     total, done = sum(f.size for source, _, unit in work for f in source.files[unit.first : unit.stop]), 0
 
     def advance(num_bytes: int) -> None:
@@ -193,19 +208,18 @@ def _make_chunks(
         done += num_bytes
         progress(done, total)
 
-    with closing(Encoder(tokenizer, directory / "tokenizer", workers)) as encoder:
-        for source, split, unit in work:
-            made = directory / "data" / source.name
-            make_unit(
-                source,
-                split,
-                unit,
-                made,
-                encoder,
-                settings_fingerprint=fingerprints[source.name],
-                window=2 * workers + 1,
-                progress=advance,
-            )
+    for source, split, unit in work:
+        settings = fingerprints[source.name]
+        make_unit(
+            source,
+            split,
+            unit,
+            data / source.name,
+            encoder,
+            settings_fingerprint=settings,
+            window=window,
+            progress=advance,
+        )
 
 
 def _check_tokenizer(tokenizer_config: TokenizerConfig, directory: Path) -> None:
@@ -246,13 +260,12 @@ def _tokenizer(
     splits: dict[str, Split],
     tokenizer_config: TokenizerConfig,
     directory: Path,
-    begun: bool,
     sequence_length: int,
     report: Report,
 ) -> Tokenizer:
     """Takes, trains or (where a preparation was interrupted) finds the tokenizer; its files stand in the directory."""
     path = directory / "tokenizer"
-    if begun:
+    if (directory / "data" / "begun.json").exists():
         return _made_tokenizer(directory)
     if tokenizer_config.path is not None:
         tokenizer = load_tokenizer(Path(tokenizer_config.path).expanduser())

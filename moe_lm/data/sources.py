@@ -224,11 +224,13 @@ def stdlib_files(root: Path) -> list[SourceFile]:
     Raises:
         InputError: There is no source text there (some distributions ship compiled files only).
     """
-    files = []
-    for relative in sorted((path.relative_to(root) for path in root.rglob("*.py")), key=lambda path: path.as_posix()):
-        size = (root / relative).stat().st_size
-        if size and not STDLIB_EXCLUDED_PARTS.intersection(relative.parts):
-            files.append(SourceFile(root / relative, relative.as_posix(), size))
+    files: list[SourceFile] = []
+    for directory, subdirectories, names in os.walk(root):
+        # Not entered at all: installed packages are many times as many files as the library.
+        subdirectories[:] = [name for name in subdirectories if name not in STDLIB_EXCLUDED_PARTS]
+        paths = [Path(directory, name) for name in names if name.endswith(".py")]
+        files += [SourceFile(path, path.relative_to(root).as_posix(), path.stat().st_size) for path in paths]
+    files = sorted((file for file in files if file.size), key=lambda file: file.name)
     if not files:
         raise InputError(
             f"data.source=stdlib: this Python has no .py files under {root}; "

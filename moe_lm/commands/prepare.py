@@ -1,6 +1,7 @@
 """`moe-lm prepare`: text to a tokenizer and token shards."""
 
 import os
+import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -20,13 +21,18 @@ def run(config: PrepareConfig) -> int:
     directory = Path(config.output)
     complete = (directory / "data" / "manifest.json").exists()
     part = Part(*config.slice)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's end is an interruption, like Ctrl-C
     try:
         with PreparationDisplay() as display:
             done = prepare(
                 config.data, config.tokenizer, directory, part=part, report=display.line, progress=display.progress
             )
-    except FileExistsError as error:
-        raise InputError(f"output={config.output}: {error.filename} is not a directory; give another one.") from error
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise InputError(
+            f"output={config.output}: can not be written ({where}{error.strerror}); make room or give another one, and "
+            "run the command again: it goes on with what is there."
+        ) from error
     if complete:
         print(f"{directory} is prepared already, from the same text and with the same settings")
     elif done:

@@ -17,7 +17,7 @@ from moe_lm.commands.prepare import PreparationDisplay
 from moe_lm.config import differences, load_saved, save
 from moe_lm.data.chunks import ChangedSourceError
 from moe_lm.data.config import DataSource
-from moe_lm.data.loader import validate_batch_sizes
+from moe_lm.data.loader import make_mixture, validate_batch_sizes
 from moe_lm.data.prepare import prepare
 from moe_lm.data.prepared import PreparedData, load
 from moe_lm.data.streams import check_world_size
@@ -145,11 +145,16 @@ def _prepare(config: RunConfig, directory: Path, runtime: Runtime, say: Say) -> 
                 prepare(config.data, config.tokenizer, directory, report=display.line, progress=display.progress)
         except ChangedSourceError as error:
             # Of a run that was prepared, the shards are what counts; a stream is read anew, and must be the same.
-            if config.data.streaming or not (directory / "data" / "manifest.json").exists():
+            if config.data.streaming:
+                raise InputError(f"{error.what}; bring the old text back, or give another run_name=.") from error
+            if not (directory / "data" / "manifest.json").exists():
                 raise
             say(f"note: {error.what}; the run goes on with the text that it was prepared from")
 
     if config.data.source is not DataSource.prepared:
+        sources = config.data.resolved_sources()
+        if any(source.weight is not None for source in sources.values()):
+            make_mixture(config.data, dict.fromkeys(sources, ()), 1)  # a wrong weight before any text is read
         runtime.on_main(make)
         data = load(config.data, config.tokenizer, directory)
     else:
@@ -157,6 +162,9 @@ def _prepare(config: RunConfig, directory: Path, runtime: Runtime, say: Say) -> 
         runtime.on_main(lambda: load(config.data, config.tokenizer, directory))
         data = load(config.data, config.tokenizer, directory)
     _check_vocabulary(config, data.tokenizer)
+    if config.data.source is DataSource.prepared and config.model.vocab_size > data.tokenizer.vocab_size:
+        ids = data.tokenizer.vocab_size
+        say(f"note: model.vocab_size={config.model.vocab_size}, and the set's tokenizer has {ids} ids")
     return data
 
 

@@ -182,7 +182,6 @@ def make_unit(
                 position = batch.position or position
                 if sum(writer.num_tokens for writer in writers.values()) >= CHUNK_TOKENS:
                     break
-            open_files.pop_all()
             shards = {side: writer.finish() for side, writer in writers.items()}
         made = Chunk(
             last=not more,

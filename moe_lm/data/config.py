@@ -149,9 +149,10 @@ class DataConfig:
                 f"data.validation_fraction={self.validation_fraction}: must be above 0 and at most 0.5; "
                 "0.05 holds out one document in 20."
             )
-        for name, least, unit in (("sequence_length", 2, "tokens"), ("num_streams", 1, "stream")):
-            if getattr(self, name) < least:
-                raise InputError(f"data.{name}={getattr(self, name)}: must be at least {least} {unit}.")
+        if self.sequence_length < 2:
+            raise InputError(f"data.sequence_length={self.sequence_length}: must be at least 2 tokens.")
+        if not 1 <= self.num_streams <= 1024:
+            raise InputError(f"data.num_streams={self.num_streams}: must be between 1 and 1024.")
         if self.epochs is not None and self.epochs < 1:
             raise InputError(f"data.epochs={self.epochs}: must be at least 1, or null to repeat without end.")
         if self.workers is not None and not 0 <= self.workers <= 1024:

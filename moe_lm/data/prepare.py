@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
@@ -36,7 +37,7 @@ from moe_lm.data.chunks import (
 from moe_lm.data.config import DataConfig, TokenizerConfig
 from moe_lm.data.documents import Split, SplitWay, choose_split
 from moe_lm.data.encode import Encoder, start_workers
-from moe_lm.data.prepared import FORMAT, VALIDATION, read_manifest
+from moe_lm.data.prepared import FORMAT, VALIDATION, open_set, read_manifest
 from moe_lm.data.sources import Beginning, Source, beginning_of, open_sources, open_validation
 from moe_lm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from moe_lm.errors import InputError
@@ -52,6 +53,9 @@ DATA_ONLY_CUT = (
     "domains",
 )
 """Fields that say how rows are cut, ordered and read, not what is in the shards."""
+
+STALE_SECONDS = 3600
+"""Age at which a temporary file belongs to nobody any more."""
 
 Report = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -117,6 +121,7 @@ def prepare(
         raise ChangedSourceError(str(error).rstrip(".")) from error
     if complete:
         _check_sources([*sources, *_as_source(validation)], data, config.streaming)
+        open_set(directory)
         return True
     directory.mkdir(parents=True, exist_ok=True)
     return _make(config, tokenizer_config, directory, sources, validation, settings, part, report, progress)
@@ -135,6 +140,7 @@ def _make(
 ) -> bool:
     """Makes what is not there yet of a set; returns whether it is complete then."""
     data = directory / "data"
+    _sweep(data)
     # Of paths that matched nothing; what is left out of the files comes with the chunks.
     skipped = sum((source.bad.skipped for source in [*sources, *_as_source(validation)]), Counter[str]())
     files = {source.name: _sizes(source) for source in sources} if config.streaming else {}
@@ -168,12 +174,21 @@ def _make(
         "stream_files": files,
         **_join(work, fingerprints, tokenizer, data, skipped),
     }
+    if not config.streaming and not manifest["counts"]["train_tokens"]:
+        raise InputError(f"{sources[0].option}: all of its text is held out; give more text, or data.validation_paths.")
     write_json(data / "manifest.json", manifest)
     _report(manifest, report)
     return True
 
 
 Work = tuple[Source, Split, Unit]
+
+
+def _sweep(data: Path) -> None:
+    """Removes what killed preparations have left half-written; what is still being written has changed just now."""
+    for path in data.rglob(".*.tmp"):
+        if time.time() - path.stat().st_mtime > STALE_SECONDS:
+            path.unlink(missing_ok=True)
 
 
 def _as_source(validation: Source | None) -> list[Source]:

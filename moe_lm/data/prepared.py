@@ -57,7 +57,7 @@ def load(config: DataConfig, tokenizer_config: TokenizerConfig, directory: Path)
             text for one row.
     """
     is_prepared = config.source is DataSource.prepared
-    opened = [_load(Path(path).expanduser()) for path in (config.paths if is_prepared else [str(directory)])]
+    opened = [open_set(Path(path).expanduser()) for path in (config.paths if is_prepared else [str(directory)])]
     first = opened[0]
     for path, other in zip(config.paths, opened):
         if other.tokenizer.fingerprint != first.tokenizer.fingerprint:
@@ -121,8 +121,12 @@ def _join(opened: list[PreparedData], config: DataConfig, directory: Path) -> Pr
     )
 
 
-def _load(directory: Path) -> PreparedData:
-    """One prepared set."""
+def open_set(directory: Path) -> PreparedData:
+    """Opens one prepared set: its index is verified now, its tokens as they are read.
+
+    Raises:
+        InputError: A file is missing or not what was written.
+    """
     data = directory / "data"
     manifest = read_manifest(data / "manifest.json")
     tokenizer = load_tokenizer(directory / "tokenizer")
@@ -136,7 +140,9 @@ def _load(directory: Path) -> PreparedData:
         for name, expected in chunks:
             path = data / source / f"{name}.json"
             if not path.exists() or sha256(path) != expected:
-                raise InputError(f"{path}: is not what was written; bring back a good copy, or prepare the set again.")
+                raise InputError(
+                    f"{path}: is not what was written; bring back a good copy, or delete {data} to prepare it again."
+                )
             chunk = Chunk.load(path)
             for side in SIDES:
                 shards = sides[side].setdefault(source, [])
@@ -164,6 +170,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         InputError: It is not there, or not what this version writes.
     """
     if not path.exists():
+        if not path.parent.parent.exists():
+            raise InputError(f"data.paths: '{path.parent.parent}' does not exist (looked from {Path.cwd()}).")
         state = "is begun but not complete; run `moe-lm prepare` for it again" if path.parent.is_dir() else "holds none"
         raise InputError(f"data.paths: {path.parent.parent} is no prepared set: it {state}.")
     try:

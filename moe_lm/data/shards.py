@@ -163,6 +163,7 @@ class ShardWriter:
         self._whole, self._block, self._block_filled = hashlib.sha256(), hashlib.sha256(), 0
         self._blocks: list[str] = []
         self.num_tokens = self.num_bytes = 0
+        self._closed = False
         self._opened = atomic_file(directory / f"{name}.tokens.bin")
         self._file = self._opened.__enter__()
 
@@ -230,5 +231,8 @@ class ShardWriter:
         )
 
     def close(self, *exception: object) -> None:
-        """Ends the temporary file: renamed into place, or gone after an exception."""
+        """Ends the temporary file, once: renamed into place, or gone after an exception."""
+        if self._closed:
+            return
+        self._closed = True
         self._opened.__exit__(*(exception or (None, None, None)))  # type: ignore[arg-type]

@@ -162,7 +162,8 @@ def open_sources(config: DataConfig, without: "Source | None" = None) -> list[So
     for name, source in config.resolved_sources().items():
         opened = _open(name, source, config, config.option(name, "paths"), held_out)
         if not opened.files:
-            raise InputError(f"{opened.option}={list(source.paths)}: there is no text left to read in them.")
+            taken = " beside data.validation_paths" if held_out else ""
+            raise InputError(f"{opened.option}={list(source.paths)}: there is no text left to read in them{taken}.")
         for other in sources:
             if both := {file.path.resolve() for file in opened.files} & {file.path.resolve() for file in other.files}:
                 raise InputError(

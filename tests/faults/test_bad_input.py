@@ -388,7 +388,7 @@ WEIGHTS = ["data.sources.a.weight=1", "data.sources.b.weight=100000"]
         ([*MIXED, "data.sources.a.weight=-1"], ["data.sources.a.weight=-1.0: must not be negative"]),
         (["data=jsonl", "data.sources.a/b.paths=rows.jsonl"], ["data.sources.a/b.paths=rows.jsonl"]),
         (["data.epochs=0"], ["data.epochs=0: must be at least 1"]),
-        (["data.num_streams=0"], ["data.num_streams=0: must be at least 1"]),
+        (["data.num_streams=0"], ["data.num_streams=0: must be between 1 and 1024"]),
         (["data.workers=-1"], ["data.workers=-1: must be between 0"]),
         (
             ["data.sequence_length=60000", "model.max_position_embeddings=60000"],

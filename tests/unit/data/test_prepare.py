@@ -1,6 +1,7 @@
 """`prepare`: whatever way a set is made, it is the same; and whatever has changed is said."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -157,6 +158,30 @@ def test_parts_of_other_settings_or_other_text_are_not_joined(
         prepare(config, TOKENIZER, tmp_path / "moving", part=Part(2, 2))
 
 
+def test_a_full_disk_leaves_nothing_half_written(
+    config: DataConfig, tmp_path: Path, small_chunks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a chunk whose second half is missing, and temporary files that stay; after it, the command goes on."""
+    prepare(config, TOKENIZER, tmp_path / "whole")
+    calls = 0
+
+    def save(*arguments: object, **options: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 7:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(*arguments, **options)  # type: ignore[arg-type]
+
+    original = np.save
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", save)
+        with pytest.raises(OSError, match="No space left"):
+            prepare(config, TOKENIZER, tmp_path / "set")
+    assert not list((tmp_path / "set").rglob("*.tmp"))
+    prepare(config, TOKENIZER, tmp_path / "set")
+    assert content(tmp_path / "set") == content(tmp_path / "whole")
+
+
 def test_a_file_in_two_sources_is_refused(config: DataConfig, tmp_path: Path) -> None:
     """Catches a document that is held out of one source and trained on in another."""
     config.sources["two"].paths = [str(tmp_path / "text")]
@@ -274,6 +299,9 @@ def test_damage_is_found_before_tokens_are_used(config: DataConfig, tmp_path: Pa
         file.write_bytes(raw[:-2] if damage == "truncate" else raw)
     with pytest.raises(InputError, match=str(file)):
         texts_of(load(config, TOKENIZER, tmp_path / "set"), "train")
+    if damage != "flip":  # which is found when the tokens are read
+        with pytest.raises(InputError, match=str(file)):
+            prepare(config, TOKENIZER, tmp_path / "set")
 
 
 def test_a_worker_that_dies_is_a_sentence(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

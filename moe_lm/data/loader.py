@@ -56,7 +56,7 @@ class Loader(Protocol):
 
 
 @dataclass(frozen=True)
-class Cut:
+class BatchShape:
     """How a run cuts its batches, and which share of them is this process's."""
 
     seed: int
@@ -113,7 +113,7 @@ class ShardLoader:
     """Steps of prepared shards, in any order."""
 
     def __init__(
-        self, sources: Sequence[Sequence[TokenArray]], names: Sequence[str], mixture: Mixture, cut: Cut
+        self, sources: Sequence[Sequence[TokenArray]], names: Sequence[str], mixture: Mixture, cut: BatchShape
     ) -> None:
         """Cuts the shards into rows.
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from moe_lm.data.documents import Document, Split
 from moe_lm.data.encode import Encoded, Encoder
-from moe_lm.data.loader import Cut, StepBatch
+from moe_lm.data.loader import BatchShape, StepBatch
 from moe_lm.data.mixture import Mixture
 from moe_lm.data.permutation import epoch_key, permute_array
 from moe_lm.data.rows import Pieces, Rows, cut
@@ -69,7 +69,7 @@ class SourceStreams:
         source: Source,
         split: Split,
         encoder: Encoder,
-        run: Cut,
+        run: BatchShape,
         num_streams: int,
         state: dict[str, Any] | None = None,
     ) -> None:
@@ -202,7 +202,9 @@ class StreamLoader:
 
     num_steps = None
 
-    def __init__(self, streams: Sequence[SourceStreams], names: Sequence[str], mixture: Mixture, run: Cut) -> None:
+    def __init__(
+        self, streams: Sequence[SourceStreams], names: Sequence[str], mixture: Mixture, run: BatchShape
+    ) -> None:
         """Takes the streams of every source, in the mixture's order."""
         self._streams, self._names, self._mixture, self._cut = streams, names, mixture, run
         self._num_streams = streams[0].num_streams

@@ -10,7 +10,7 @@ import torch
 
 from moe_lm.data.batch import Batch
 from moe_lm.data.encode import Encoder
-from moe_lm.data.loader import Cut, Loader, ShardLoader, StepBatch
+from moe_lm.data.loader import BatchShape, Loader, ShardLoader, StepBatch
 from moe_lm.data.mixture import Mixture
 from moe_lm.data.prefetch import Prefetcher
 from moe_lm.data.prepared import PreparedData
@@ -61,7 +61,7 @@ class Feed:
         self._encoder: Encoder | None = None
         self._sources: list[Source] = []
         trainer = config.trainer
-        run = Cut(
+        run = BatchShape(
             seed=config.seed,
             global_batch_size=trainer.global_batch_size,
             micro_batch_size=trainer.micro_batch_size,
@@ -85,7 +85,9 @@ class Feed:
         """Steps of the run: as configured, or fewer where the data is known to end before."""
         self._prefetcher = self._open.enter_context(Prefetcher(loader, data_step))
 
-    def _streams(self, config: RunConfig, data: PreparedData, run: Cut, state: dict[str, Any]) -> list[SourceStreams]:
+    def _streams(
+        self, config: RunConfig, data: PreparedData, run: BatchShape, state: dict[str, Any]
+    ) -> list[SourceStreams]:
         workers = 1 if config.data.workers is None else config.data.workers
         encoder = Encoder(data.tokenizer, data.tokenizer_directory, workers)
         self._open.callback(encoder.close)

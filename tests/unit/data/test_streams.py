@@ -26,7 +26,7 @@ from moe_lm.data.batch import Batch
 from moe_lm.data.config import DataConfig, DataSource, OnBadRow, Packing, SourceConfig
 from moe_lm.data.documents import Document, Split, SplitWay
 from moe_lm.data.encode import Encoder, encode
-from moe_lm.data.loader import Cut, Loader, ShardLoader, StepBatch
+from moe_lm.data.loader import BatchShape, Loader, ShardLoader, StepBatch
 from moe_lm.data.mixture import Mixture
 from moe_lm.data.shards import TokenArray
 from moe_lm.data.sources import Source, open_sources
@@ -91,7 +91,12 @@ def arrays_of(seed: int) -> TokenArray:
 
 
 def open_loader(
-    kind: str, corpora: dict[str, list[Source]], mixture: Mixture, cut: Cut, num_streams: int, state: dict[str, Any]
+    kind: str,
+    corpora: dict[str, list[Source]],
+    mixture: Mixture,
+    cut: BatchShape,
+    num_streams: int,
+    state: dict[str, Any],
 ) -> Loader:
     names = ["one", "two"][: mixture.num_sources]
     if kind == "shards":
@@ -110,7 +115,7 @@ def run_ranks(
     kind: str,
     corpora: dict[str, list[Source]],
     mixture: Mixture,
-    cut: Cut,
+    cut: BatchShape,
     num_streams: int,
     world_size: int,
     steps: range,
@@ -154,7 +159,7 @@ def test_batches_do_not_depend_on_processes_or_restarts(
         weights = rng.choice((np.ones(1), np.array([1.0, 1.0]), np.array([0.7, 0.3])))
         packing = rng.choice((Packing.sequential, Packing.best_fit))
         length = rng.choice((8, 33, 64))
-        cut = Cut(
+        cut = BatchShape(
             rng.randrange(2**31), batch, batch, length, ByteTokenizer.pad_id, ["all", "one", "two"], True, packing
         )
         rows = 3 * sum(len(text) + 1 for text in make_texts(0)) // length
@@ -188,7 +193,7 @@ def test_an_epoch_has_every_token_once(
     monkeypatch.setattr(streams_module, "STREAM_CHARACTERS", 90)
     monkeypatch.setattr(streams_module, "STREAM_ROWS", 1)
     domains = ["all", "one", "two"]
-    cut = Cut(5, 4, 4, 24, ByteTokenizer.pad_id, domains, packing=packing, epochs=epochs)
+    cut = BatchShape(5, 4, 4, 24, ByteTokenizer.pad_id, domains, packing=packing, epochs=epochs)
     loader = open_loader(kind, corpora, Mixture(np.ones(1)), cut, num_streams, {})
     targets: Counter[int] = Counter()
     for step in itertools.count() if loader.num_steps is None else range(loader.num_steps):
@@ -210,7 +215,7 @@ def test_an_epoch_has_every_token_once(
 
 def test_a_stream_keeps_to_its_documents(corpora: dict[str, list[Source]]) -> None:
     """Catches rows in which a document goes on as another one, or attention that crosses documents."""
-    cut = Cut(5, 4, 4, 24, ByteTokenizer.pad_id, ["one"])
+    cut = BatchShape(5, 4, 4, 24, ByteTokenizer.pad_id, ["one"])
     loader = open_loader("jsonl", corpora, Mixture(np.ones(1)), cut, 2, {})
     texts = set(make_texts(len("one") + ord("o")))
     joined = "\0".join(texts)
@@ -224,7 +229,7 @@ def test_a_stream_keeps_to_its_documents(corpora: dict[str, list[Source]]) -> No
 
 def test_every_epoch_is_shuffled_anew_and_seeds_differ(corpora: dict[str, list[Source]]) -> None:
     """Catches an order that repeats."""
-    cut = Cut(5, 4, 4, 64, ByteTokenizer.pad_id, ["one"])
+    cut = BatchShape(5, 4, 4, 64, ByteTokenizer.pad_id, ["one"])
     orders = []
     for seed in (5, 6):
         loader = open_loader("jsonl", corpora, Mixture(np.ones(1)), replace(cut, seed=seed), 1, {})
@@ -242,7 +247,7 @@ def test_held_out_documents_are_never_given(corpora: dict[str, list[Source]]) ->
     held_out = {side.text.split(":")[0] for document, _ in source.read() if (side := split.sides(document)[1])}
     assert len(held_out) > 2
     # Best fit, so that no document's number is cut in two.
-    cut = Cut(5, 4, 4, 300, ByteTokenizer.pad_id, ["one"], packing=Packing.best_fit)
+    cut = BatchShape(5, 4, 4, 300, ByteTokenizer.pad_id, ["one"], packing=Packing.best_fit)
     streams = SourceStreams(source, split, Encoder(ByteTokenizer(), Path(), 0), cut, 2)
     seen = set()
     for number in range(80):
@@ -257,7 +262,7 @@ def test_a_source_of_one_document_reaches_every_stream(tmp_path: Path) -> None:
     """Catches a run that waits for ever on the stream that never gets the only document."""
     (tmp_path / "only.txt").write_text("to be or not to be " * 40)
     source = open_sources(DataConfig(source=DataSource.text, paths=[str(tmp_path)]))[0]
-    cut = Cut(5, 12, 12, 16, ByteTokenizer.pad_id, ["text"])
+    cut = BatchShape(5, 12, 12, 16, ByteTokenizer.pad_id, ["text"])
     streams = SourceStreams(source, NOTHING_HELD_OUT, Encoder(ByteTokenizer(), Path(), 0), cut, 12)
     loader = StreamLoader([streams], ["text"], Mixture(np.ones(1)), cut)
     assert all(loader.step(step).num_targets > 150 for step in range(3))
@@ -267,7 +272,7 @@ def test_a_source_without_text_is_named(tmp_path: Path) -> None:
     """Catches a stream that reads an empty source over and over again."""
     (tmp_path / "rows.jsonl").write_text('{"text": ""}\n' * 5)
     source = open_sources(DataConfig(source=DataSource.jsonl, paths=[str(tmp_path)]))[0]
-    cut = Cut(5, 2, 2, 16, ByteTokenizer.pad_id, ["jsonl"])
+    cut = BatchShape(5, 2, 2, 16, ByteTokenizer.pad_id, ["jsonl"])
     streams = SourceStreams(source, NOTHING_HELD_OUT, Encoder(ByteTokenizer(), Path(), 0), cut, 2)
     with pytest.raises(InputError, match=r"data.paths: there is no text to train on"):
         streams.next_row(0)
@@ -282,7 +287,7 @@ def test_skipped_rows_do_not_move_a_resumed_stream(tmp_path: Path, monkeypatch: 
     sources = {"one": SourceConfig(paths=[str(tmp_path)])}
     config = DataConfig(source=DataSource.jsonl, sources=sources, on_bad_row=OnBadRow.skip, streaming=True)
     corpora = {"jsonl": open_sources(config)}
-    cut = Cut(5, 6, 6, 16, ByteTokenizer.pad_id, ["one"])
+    cut = BatchShape(5, 6, 6, 16, ByteTokenizer.pad_id, ["one"])
     whole = list(run_ranks("jsonl", corpora, Mixture(np.ones(1)), cut, 6, 1, range(30), {}))
     for change in (3, 17, 29):
         again = list(
@@ -312,7 +317,7 @@ def test_the_number_of_processes_must_divide_the_streams() -> None:
 
 def test_state_is_small(corpora: dict[str, list[Source]]) -> None:
     """Catches tokens, or anything else that grows, in a stream's state."""
-    cut = Cut(5, 12, 12, 16, ByteTokenizer.pad_id, ["one"])
+    cut = BatchShape(5, 12, 12, 16, ByteTokenizer.pad_id, ["one"])
     for kind in KINDS[1:]:
         loader = open_loader(kind, corpora, Mixture(np.ones(1)), cut, 12, {})
         sizes = [len(json.dumps(loader.step(step).state)) for step in range(40)]

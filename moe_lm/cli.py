@@ -6,12 +6,14 @@ import os
 import sys
 from typing import NoReturn
 
-from moe_lm.errors import InputError, RunError
+from moe_lm.errors import InputError, RunError, Stopped
+from moe_lm.interrupts import STOPPED, interrupts
 
 COMMANDS = {
     "prepare": "make a tokenizer and token shards of text, once, for any number of runs",
     "pretrain": "train a model from scratch, or go on with a run; evaluates and exports at the end",
     "export": "write a run's checkpoint as a Hugging Face directory",
+    "verify": "check a checkpoint, or all of a run's, by hand",
     "generate": "continue a text with a checkpoint or an export",
 }
 
@@ -25,14 +27,12 @@ commands:
 `moe-lm COMMAND --help` shows every option of a command with its value and meaning.
 Exit codes: 0 done, 1 error, 2 bad configuration or input, 75 stopped and resumable."""
 
-STOPPED = 75
-"""Exit code of a run that was stopped and can go on (EX_TEMPFAIL of sysexits.h)."""
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the return value is the process's exit code."""
     try:
-        code = _run(sys.argv[1:] if arguments is None else arguments)
+        with interrupts:
+            code = _run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
         return code
     except (InputError, RunError) as error:
@@ -40,6 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
         name = "moe-lm:" if rank == "0" else f"moe-lm (rank {rank}):"
         print(name, *str(error).splitlines(), file=sys.stderr)  # one line, whatever the user's values hold
         return 2 if isinstance(error, InputError) else 1
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"moe-lm: {stopped}", file=sys.stderr)
+        return STOPPED
     except KeyboardInterrupt:
         print("\nmoe-lm: interrupted", file=sys.stderr)
         return STOPPED

@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationValidationError, OmegaConfBaseException
 
-from moe_lm.commands.config import ExportConfig, GenerateConfig, PrepareConfig
+from moe_lm.commands.config import ExportConfig, GenerateConfig, PrepareConfig, VerifyConfig
 from moe_lm.errors import InputError
 from moe_lm.files import write_atomically
 from moe_lm.training.config import RunConfig, to_plain
@@ -30,6 +30,7 @@ SCHEMAS: dict[str, type] = {
     "prepare": PrepareConfig,
     "pretrain": RunConfig,
     "export": ExportConfig,
+    "verify": VerifyConfig,
     "generate": GenerateConfig,
 }
 
@@ -43,6 +44,8 @@ FREE_TO_CHANGE = (
     "trainer.log_interval",
     "trainer.eval_interval",
     "trainer.eval_sequences",
+    "trainer.step_timeout",
+    "trainer.stop_deadline",
     "checkpoint",
     "tracker",
     "finish",
@@ -59,7 +62,10 @@ def config_directory() -> Path:
 
 def load(command: str, arguments: list[str]) -> Any:
     """Compose a command's configuration from its overrides; `InputError` for whatever the user got wrong."""
-    return _build(SCHEMAS[command], _merge(command, arguments))
+    config = _build(SCHEMAS[command], _merge(command, arguments))
+    if isinstance(config, RunConfig):
+        _check_allowed(config)
+    return config
 
 
 def load_values(command: str, arguments: list[str]) -> dict[str, Any]:
@@ -92,15 +98,29 @@ def load_saved(schema: type, path: Path) -> Any:
         raise InputError(f"{path}: is not a saved configuration ({error}); restore it, or remove the run.") from error
 
 
-def differences(old: Any, new: Any) -> list[str]:
-    """Fields that differ between two configurations of a run and may not, as `name=old → new`."""
+def differences(old: RunConfig, new: RunConfig) -> dict[str, str]:
+    """Fields that differ between two configurations of a run and may not, by name, as `old → new`.
+
+    What `resume.allow_change` of the new one names may differ as well.
+    """
     before, after = _flatten(to_plain(old)), _flatten(to_plain(new))
-    free = [f"{name}." for name in FREE_TO_CHANGE]
-    return [
-        f"{name}={written(before.get(name))} → {written(after.get(name))}"
+    free = [f"{name}." for name in (*FREE_TO_CHANGE, *new.resume.allow_change)]
+    return {
+        name: f"{written(before.get(name))} → {written(after.get(name))}"
         for name in {**before, **after}
         if before.get(name) != after.get(name) and not any(f"{name}.".startswith(prefix) for prefix in free)
-    ]
+    }
+
+
+def _check_allowed(config: RunConfig) -> None:
+    """Refuse a name in `resume.allow_change` that is no option: it would allow nothing, and nobody would notice."""
+    names = list(_flatten(to_plain(config)))
+    sections = {name[: match.start()] for name in names for match in re.finditer(r"\.", name)}
+    for name in config.resume.allow_change:
+        if name not in names and name not in sections:
+            raise InputError(
+                f"resume.allow_change=[{name}]: there is no option {name!r}{_nearest(name, [*names, *sections])}"
+            )
 
 
 def group_choices(command: str) -> dict[str, list[str]]:

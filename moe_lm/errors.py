@@ -8,6 +8,10 @@ class InputError(ValueError):
     """
 
 
+class Stopped(Exception):  # noqa: N818 - nothing went wrong
+    """A run that was asked to stop, or had to, and can go on from its newest checkpoint. Exit code 75."""
+
+
 class RunError(RuntimeError):
     """A run that can not go on, through no mistake in its input: one sentence that says why and what to try. Exit code
     1.

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,7 +37,36 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON atomically, readable and in the order given."""
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+    write_atomically(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON as this project writes it."""
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def write_durably(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
+    """Writes a new file and makes its content durable; for directories that are renamed as a whole.
+
+    Returns:
+        SHA-256, in hexadecimal, of what was meant to be written, not of what the disk gives back.
+    """
+    digest = hashlib.sha256()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        for piece in pieces:
+            digest.update(piece)
+            left = memoryview(piece).cast("B")
+            while left:
+                left = left[os.write(descriptor, left) :]
+        os.fsync(descriptor)
+        if hasattr(os, "posix_fadvise"):  # whoever reads it back shall see what the disk holds, not what memory does
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write does not know its file
+    finally:
+        os.close(descriptor)
+    return digest.hexdigest()
 
 
 @contextmanager

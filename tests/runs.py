@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from moe_lm.checkpoint.config import CheckpointConfig
 from moe_lm.checkpoint.store import CheckpointStore
 
 TINY = [
@@ -63,9 +64,9 @@ def metrics(run: Path, name: str = "loss") -> dict[int, float]:
 
 def final_tensors(run: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a run's newest checkpoint."""
-    checkpoint = CheckpointStore(run / "checkpoints", 1).newest(refused=print)
+    checkpoint = CheckpointStore(run / "checkpoints", CheckpointConfig()).newest(refused=print)
     assert checkpoint is not None
-    return {name: checkpoint.tensor(name) for name in checkpoint.names()}
+    return {name: checkpoint.tensor(name) for name in checkpoint.kinds()}
 
 
 def wait_for(holds):

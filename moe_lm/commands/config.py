@@ -65,6 +65,17 @@ class ExportConfig:
 
 
 @dataclasses.dataclass
+class VerifyConfig:
+    """`moe-lm verify`."""
+
+    checkpoint: str | None = None
+    """Run directory (all its checkpoints) or one checkpoint directory."""
+
+    def __post_init__(self) -> None:
+        _require_given("checkpoint", self.checkpoint)
+
+
+@dataclasses.dataclass
 class GenerateConfig:
     """`moe-lm generate`."""
 

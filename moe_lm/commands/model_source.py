@@ -9,7 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe_lm.checkpoint.store import Checkpoint, CheckpointError, CheckpointStore
+from moe_lm.checkpoint.checkpoint import Checkpoint
+from moe_lm.checkpoint.config import CheckpointConfig
+from moe_lm.checkpoint.store import CheckpointStore
+from moe_lm.checkpoint.tensor_file import CheckpointError
 from moe_lm.config import to_dataclass
 from moe_lm.data.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer
 from moe_lm.data.tokenizer_huggingface import TOKENIZER_FILE
@@ -36,7 +39,7 @@ class NativeSource:
     def parameters(self) -> Iterable[tuple[str, Tensor]]:
         """The model's parameters by name, read one at a time."""
         prefix = "model/"
-        return ((name.removeprefix(prefix), self.checkpoint.tensor(name)) for name in self.checkpoint.names(prefix))
+        return ((name.removeprefix(prefix), self.checkpoint.tensor(name)) for name in self.checkpoint.kinds(prefix))
 
 
 def open_native(path: Path) -> NativeSource:
@@ -49,7 +52,7 @@ def open_native(path: Path) -> NativeSource:
             raise InputError(f"checkpoint={path}: {error}.") from error
         run_directory = path.absolute().parent.parent
     else:
-        store = CheckpointStore(path / "checkpoints", keep_last=1)
+        store = CheckpointStore(path / "checkpoints", CheckpointConfig())
         newest = store.newest(refused=lambda reason: print(f"refused checkpoint {reason}", file=sys.stderr))
         if newest is None:
             raise InputError(

@@ -1,7 +1,6 @@
 """`moe-lm prepare`: text to a tokenizer and token shards."""
 
 import os
-import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -21,7 +20,6 @@ def run(config: PrepareConfig) -> int:
     directory = Path(config.output)
     complete = (directory / "data" / "manifest.json").exists()
     part = Part(*config.slice)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's end is an interruption, like Ctrl-C
     try:
         with PreparationDisplay() as display:
             done = prepare(

@@ -3,15 +3,18 @@
 import contextlib
 import functools
 import json
+import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from moe_lm import cli
-from moe_lm.checkpoint.store import Checkpoint, CheckpointStore
+from moe_lm.checkpoint.checkpoint import Checkpoint
+from moe_lm.checkpoint.store import CheckpointStore, most_kept
+from moe_lm.checkpoint.tensor_file import CheckpointError
 from moe_lm.commands.model_source import write_export
 from moe_lm.commands.prepare import PreparationDisplay
 from moe_lm.config import differences, load_saved, save
@@ -22,17 +25,20 @@ from moe_lm.data.prepare import prepare
 from moe_lm.data.prepared import PreparedData, load
 from moe_lm.data.streams import check_world_size
 from moe_lm.data.tokenizer import Tokenizer, load_tokenizer
-from moe_lm.errors import InputError
+from moe_lm.errors import InputError, Stopped
 from moe_lm.evaluation.compressors import document_bytes, gzip_bits_per_byte, xz_bits_per_byte
 from moe_lm.evaluation.generation import generate
 from moe_lm.files import locked, write_json
 from moe_lm.hf.export import check_output
+from moe_lm.interrupts import STOPPED, interrupts
 from moe_lm.model.accounting import count_parameters, training_state_bytes
 from moe_lm.parallel.runtime import Runtime, launched_world_size
 from moe_lm.training.config import OptimizerName, ResumePolicy, RunConfig, TrackerName
 from moe_lm.training.loop import train
 from moe_lm.training.machine import total_memory
-from moe_lm.training.run import Run
+from moe_lm.training.requests import STOP_FILE
+from moe_lm.training.run import Run, environment, expected_tensors
+from moe_lm.training.watchdog import Watchdog
 
 Say = Callable[[str], None]
 
@@ -60,15 +66,19 @@ def run(config: RunConfig) -> int:
         with ExitStack() as beginning:
             _check_memory(config, runtime)
             runtime.on_main(lambda: _open_directory(config, directory, held, beginning))
-            training = Run(config, runtime, _prepare(config, directory, runtime, say), directory)
+            training = Run(config, runtime, _prepare(config, directory, runtime, say), directory, _warn)
+            runtime.on_main(lambda: _open_store(training))
+            held.callback(training.saver.close)
         if _resume(training, say):
+            # Only now: a change that was insisted on, but does not fit the checkpoint, leaves the old one standing.
+            runtime.on_main(lambda: save(config, directory / CONFIG_FILE))
             count, dtype = count_parameters(config.model), str(training.compute.dtype).removeprefix("torch.")
             say(
                 f"{count.total / 1e6:.1f} M parameters, {count.active / 1e6:.1f} M active per token; computing in "
                 f"{dtype} on {runtime.world_size} x {runtime.device.type}; ready after {time.monotonic() - start:.0f} s"
             )
             with _end_recorded(training, say):
-                final = train(training)
+                final = _train(training)
                 runtime.on_main(lambda: _finish(training, final, say))
         runtime.barrier()  # nobody takes the process group down while a peer still listens
     return 0
@@ -97,13 +107,15 @@ def _open_directory(config: RunConfig, directory: Path, held: ExitStack, beginni
         created = _create(directory)
         if not held.enter_context(locked(directory)):
             raise InputError(f"run_name={config.run_name}: another process is training in {directory}; wait for it.")
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            # One that an earlier run obeyed. A launcher that restarts what has stopped shall find it, and stop again.
+            (directory / STOP_FILE).unlink(missing_ok=True)
         if created:
             beginning.push(functools.partial(_remove_after_bad_input, directory))
-        if CheckpointStore(directory / "checkpoints", 1).paths():
+        if CheckpointStore(directory / "checkpoints", config.checkpoint).paths():
             _check_same_run(config, directory)
         if config.finish.export:
             check_output(directory / "hf", "give another run_name=, or finish.export=false")
-        save(config, directory / CONFIG_FILE)
     except OSError as error:
         raise InputError(
             f"output_dir={config.output_dir}: {directory} can not be written ({error.strerror}); give another one."
@@ -125,12 +137,14 @@ def _remove_after_bad_input(directory: Path, kind: type[BaseException] | None, *
 
 
 def _check_same_run(config: RunConfig, directory: Path) -> None:
-    if config.resume is ResumePolicy.never:
+    if config.resume.policy is ResumePolicy.never:
         raise InputError(f"resume=never: {directory} holds a run already; give another run_name=, or resume=auto.")
     if changed := differences(load_saved(RunConfig, directory / CONFIG_FILE), config):
+        fields = "; ".join(f"{name}={change}" for name, change in changed.items())
+        names = ",".join(changed) if len(changed) <= 4 else "…"
         raise InputError(
-            f"{directory} was started with another configuration: {'; '.join(changed)}. Give the old values to go on "
-            "with it, or another run_name= to start anew."
+            f"{directory} was started with another configuration: {fields}. Give the old values to go on with it, "
+            f"another run_name= to start anew, or insist with resume.allow_change=[{names}]."
         )
 
 
@@ -179,7 +193,7 @@ def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> None:
 
 def _resume(training: Run, say: Say) -> bool:
     """Load the newest good checkpoint, if there is one; false when nothing is left to do."""
-    checkpoint = training.store.newest(refused=lambda reason: say(f"refused checkpoint {reason}"))
+    checkpoint = training.newest_checkpoint(refused=lambda reason: say(f"refused checkpoint {reason}"))
     if checkpoint is None:
         if training.store.paths():
             raise InputError(
@@ -188,14 +202,70 @@ def _resume(training: Run, say: Say) -> bool:
             )
         return True
     max_steps = training.config.trainer.max_steps
-    if _is_finished(training.directory / STATE_FILE, checkpoint.step):
-        name, done = training.config.run_name, f"({checkpoint.step} steps)"
+    step = checkpoint.state["progress"]["step"]
+    longer = max_steps > checkpoint.state["config"]["trainer"]["max_steps"]
+    if _is_finished(training.directory / STATE_FILE, step) and not longer:
+        name, done = training.config.run_name, f"({step} steps)"
         say(f"run {name} is finished {done}: see {training.directory}; another run_name= starts a new one")
         return False
     _check_same_data(training, checkpoint)
-    training.load(checkpoint)
-    say(f"resumed {checkpoint.path} (step {checkpoint.step} of {max_steps})")
+    try:
+        training.load(checkpoint)
+    except CheckpointError as error:
+        raise InputError(f"{error}; it does not fit this configuration, see resume.allow_change.") from error
+    progress = training.progress
+    best = "" if progress.best_bits_per_byte is None else f", best estimate {progress.best_bits_per_byte:.4f} bits/byte"
+    say(f"resumed {checkpoint.path} (step {step} of {max_steps}, {progress.targets:,} targets learned from{best})")
+    before, now = checkpoint.state["environment"], environment(training.runtime)
+    if changed := [f"{name} {before.get(name)} → {value}" for name, value in now.items() if before.get(name) != value]:
+        say(f"note: other than when it was saved: {', '.join(changed)}; figures may differ by rounding from here on")
     return True
+
+
+def _train(training: Run) -> float:
+    """Train under a watchdog, with signals obeyed between steps."""
+
+    def at_deadline() -> None:
+        _write_state(training, "stopped", exit_code=STOPPED)
+
+    def at_timeout(why: str) -> None:
+        _write_state(training, "failed", exit_code=1, error=why)
+
+    trainer = training.config.trainer
+    with (
+        Watchdog(trainer.step_timeout, at_timeout) as watchdog,
+        interrupts.deferred(trainer.stop_deadline, at_deadline),
+    ):
+        return train(training, watchdog.beat)
+
+
+def _open_store(training: Run) -> None:
+    """Refuse a run whose checkpoints can not be written, or fit on the disk with its export, before its first step."""
+    config, directory = training.config, training.directory
+    try:
+        training.store.open()
+    except OSError as error:
+        raise InputError(
+            f"output_dir={config.output_dir}: {training.store.directory} can not be written ({error.strerror}); give "
+            "another one."
+        ) from error
+    kinds = expected_tensors(training.model, training.optimizer, trained=True)
+    size = sum(kind.num_bytes for kind in kinds.values())
+    kept = most_kept(config.trainer.max_steps, config.trainer.eval_interval, config.checkpoint)
+    export = 4 * count_parameters(config.model).total if config.finish.export else 0
+    there = sum(file.stat().st_size for path in training.store.paths() for file in path.iterdir())
+    # One more while it is written, since nothing is deleted before the new one is verified.
+    needed, free = (kept + 1) * size + export - there, shutil.disk_usage(directory).free
+    if needed > free:
+        raise InputError(
+            f"output_dir={config.output_dir}: {kept} checkpoints of {size / 1e6:,.0f} MB, one more while it is written "
+            f"and the export need {needed / 1e6:,.0f} MB, and the disk has {free / 1e6:,.0f} MB free; free some, keep "
+            "fewer (checkpoint.keep_last, keep_every, keep_best), or give another output_dir."
+        )
+
+
+def _warn(text: str) -> None:
+    print(f"moe-lm: {text}", file=sys.stderr, flush=True)
 
 
 def _is_finished(path: Path, step: int) -> bool:
@@ -212,11 +282,13 @@ def _end_recorded(training: Run, say: Say) -> Iterator[None]:
     try:
         _write_state(training, "running")
         yield
+    except Stopped:
+        _write_state(training, "stopped", exit_code=STOPPED)
+        raise
     except KeyboardInterrupt:
-        _write_state(training, "stopped", exit_code=cli.STOPPED)
-        saved = training.store.paths()
-        again = f"goes on from {saved[-1].name}" if saved else "begins anew, for there is no checkpoint yet"
-        say(f"stopped after step {training.progress.step}; the same command {again}")
+        training.saver.close()
+        _write_state(training, "stopped", exit_code=STOPPED)
+        say(f"stopped after step {training.progress.step}; the same command {training.said_next_start()}")
         raise
     except Exception as error:
         _write_state(training, "failed", exit_code=2 if isinstance(error, InputError) else 1, error=str(error))
@@ -235,7 +307,8 @@ def _check_same_data(training: Run, checkpoint: Checkpoint) -> None:
     """Refuse data that was deleted and prepared again from other text: resuming would be another run."""
     data = training.data
     now = {"corpus_fingerprint": data.corpus_fingerprint, "tokenizer_fingerprint": data.tokenizer.fingerprint}
-    if changed := [name for name, value in now.items() if checkpoint.state[name] != value]:
+    changed = [name for name, value in now.items() if checkpoint.state[name] != value]
+    if changed and not any(name.partition(".")[0] == "data" for name in training.config.resume.allow_change):
         raise InputError(
             f"{training.directory / 'data'} was prepared from other text than {checkpoint.path} was trained on "
             f"({', '.join(changed)}); bring that text back, or give another run_name= to start anew."

@@ -5,7 +5,7 @@ documents. Unlike perplexity it can be compared across tokenizers, and with comp
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -17,19 +17,37 @@ from moe_lm.parallel.runtime import Runtime
 
 
 @torch.no_grad()
-def bits_per_byte(model: CausalLM, batches: Iterable[Batch], shards: Sequence[TokenShard], runtime: Runtime) -> float:
+def bits_per_byte(
+    model: CausalLM,
+    batches: Iterable[Batch],
+    shards: Sequence[TokenShard],
+    runtime: Runtime,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> float | None:
     """Bits per byte of shards, from this process's share of their rows.
 
     With a part of the rows it is an estimate: their bits per target, times the targets per byte of all of them.
+
+    Args:
+        model: The model.
+        batches: This process's share.
+        shards: What the batches are rows of.
+        runtime: This process among its peers.
+        interrupted: Asked before each batch; once it says yes on any process the result is null on all.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)  # nats, targets
+    sums = torch.zeros(3, dtype=torch.float64, device=runtime.device)  # nats, targets, whether interrupted
     for batch in batches:
+        if interrupted():
+            sums[2] = 1
+            break
         batch = batch.to(runtime.device)
         output = model(batch.input_ids, batch.position_ids, batch.document_ids, batch.routing_mask)
         sums[0] += linear_cross_entropy(output.hidden_BSD.flatten(0, 1), model.lm_head.weight, batch.labels.flatten())
         sums[1] += (batch.labels >= 0).sum()
     runtime.sum([sums])
-    nats, targets = sums.tolist()
+    nats, targets, stopped = sums.tolist()
+    if stopped:
+        return None
     num_targets = sum(shard.num_targets for shard in shards)
     num_bytes = sum(shard.header.num_bytes for shard in shards)
     return nats / math.log(2) / targets * num_targets / num_bytes

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe_lm.checkpoint.store import write_safetensors
+from moe_lm.checkpoint.tensor_file import write_tensors
 from moe_lm.errors import InputError
 from moe_lm.files import sync_directory, write_json
 from moe_lm.hf.layout import model_type, to_disk, to_hf_config
@@ -110,7 +110,7 @@ def _write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], dtype
 
     def close() -> None:
         nonlocal batch, size
-        write_safetensors(batch, directory / f"{len(shards):05d}.part")
+        write_tensors(directory / f"{len(shards):05d}.part", batch)
         shards.append(list(batch))
         batch, size = {}, 0
 

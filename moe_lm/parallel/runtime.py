@@ -6,7 +6,7 @@ not know.
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -92,6 +92,14 @@ class Runtime:
                 self.gather(_as_text(failure))
         if failure is not None:
             raise failure
+
+    def any(self, flags: Sequence[bool]) -> list[bool]:
+        """Of each flag, whether it is set on any process; the same on every process."""
+        if self.world_size == 1:
+            return list(flags)
+        counts = torch.tensor([int(flag) for flag in flags], device=self.device)
+        self.sum([counts])
+        return [count > 0 for count in counts.tolist()]
 
     def gather(self, text: str) -> list[str]:
         """Every process's text, on every process, in order of ranks."""

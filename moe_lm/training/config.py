@@ -65,6 +65,14 @@ class ResumePolicy(enum.Enum):
     never = "never"
 
 
+class SpikePolicy(enum.Enum):
+    """What to do about a step whose loss is far above those before it."""
+
+    warn = "warn"
+    skip = "skip"
+    rewind = "rewind"
+
+
 @dataclasses.dataclass
 class OptimizerConfig:
     """The update rule."""
@@ -139,11 +147,58 @@ class TrainerConfig:
     """Steps between validations; 0 validates only at the end."""
     eval_sequences: int = 64
     """Sequences of an interim validation, spread evenly over the validation set; the last one takes all of them."""
+    step_timeout: int = 1800
+    """Seconds without the end of a step, of a validation's batch or of a save after which the process prints the stacks
+    of its threads and ends with exit code 1, so that a launcher starts it again; 0 never does."""
+    stop_deadline: int = 25
+    """Seconds from SIGTERM or SIGINT to the end of the process, at most: past it the process ends without a checkpoint
+    of the present step. torchrun kills after 30; give more where steps or saves take longer and the launcher waits."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_interval", "eval_sequences"):
             _require(self, "trainer", name, getattr(self, name) >= 1, "must be at least 1")
-        _require(self, "trainer", "eval_interval", self.eval_interval >= 0, "must not be negative")
+        _require(self, "trainer", "stop_deadline", self.stop_deadline >= 1, "must be at least 1")
+        for name in ("eval_interval", "step_timeout"):
+            _require(self, "trainer", name, getattr(self, name) >= 0, "must not be negative")
+
+
+@dataclasses.dataclass
+class GuardsConfig:
+    """What protects the weights from one bad step. A loss or gradient that is not finite is never learned from."""
+
+    max_skipped: int = 10
+    """Updates skipped in a row, for whatever reason, that end the run with a diagnosis."""
+    spike_policy: SpikePolicy = SpikePolicy.warn
+    """A loss far above those before it: `warn` says so and learns from it; `skip` does not learn from it; `rewind` goes
+    back to a checkpoint from before it and leaves out the batches around it."""
+    spike_threshold: float = 10.0
+    """A spike is this many robust standard deviations (1.4826 times the median absolute deviation, at least 1 % of the
+    median) above the median of the window."""
+    spike_window: int = 128
+    """Steps that a loss is compared with; fewer at the beginning, none before 32."""
+    rewind_margin: int = 8
+    """Batches left out before the one that spiked, and after it."""
+    max_rewinds: int = 3
+    """Rewinds to the same checkpoint before the run ends."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_skipped", "max_rewinds"):
+            _require(self, "guards", name, getattr(self, name) >= 1, "must be at least 1")
+        _require(self, "guards", "spike_threshold", self.spike_threshold > 0, "must be greater than 0")
+        _require(self, "guards", "spike_window", self.spike_window >= 32, "must be at least 32")
+        _require(self, "guards", "rewind_margin", self.rewind_margin >= 0, "must not be negative")
+
+
+@dataclasses.dataclass
+class ResumeConfig:
+    """What becomes of a run directory that has a run in it."""
+
+    policy: ResumePolicy = ResumePolicy.auto
+    """`auto` goes on where the newest good checkpoint stands; `never` refuses. `resume=auto` and `resume=never` say the
+    same."""
+    allow_change: list[str] = dataclasses.field(default_factory=list)
+    """Options, or sections of them, that may differ from those the run was started with, such as
+    [trainer.max_steps,schedule]."""
 
 
 @dataclasses.dataclass
@@ -185,9 +240,7 @@ class RunConfig:
     """Directory that holds the runs' directories."""
     seed: int = 1
     """Seed of initial weights and data order."""
-    resume: ResumePolicy = ResumePolicy.auto
-    """`auto` goes on where the run directory's newest checkpoint stands; `never` refuses a directory that has a run in
-    it."""
+    resume: ResumeConfig = dataclasses.field(default_factory=ResumeConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
@@ -195,6 +248,7 @@ class RunConfig:
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     trainer: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    guards: GuardsConfig = dataclasses.field(default_factory=GuardsConfig)
     tracker: TrackerConfig = dataclasses.field(default_factory=TrackerConfig)
     finish: FinishConfig = dataclasses.field(default_factory=FinishConfig)
 

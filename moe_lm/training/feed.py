@@ -18,6 +18,7 @@ from moe_lm.data.sources import Source, open_sources, open_validation
 from moe_lm.data.streams import SourceStreams, StreamLoader, merge_states
 from moe_lm.parallel.runtime import Runtime
 from moe_lm.training.config import RunConfig
+from moe_lm.training.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Feed:
         runtime: Runtime,
         data: PreparedData,
         mixture: Mixture,
-        data_step: int,
+        progress: Progress,
         state: dict[str, Any],
     ) -> None:
         """Opens the data where a run stands.
@@ -54,7 +55,7 @@ class Feed:
             runtime: This process among its peers.
             data: Shards, or of streams their tokenizer and how they are split.
             mixture: Which source each row comes from, in the order of their names.
-            data_step: The step that comes next.
+            progress: How many steps were consumed so far, and which are left out.
             state: The data's state in the checkpoint; empty at the beginning.
         """
         self._runtime, self._open = runtime, ExitStack()
@@ -81,9 +82,11 @@ class Feed:
             names = sorted(data.train)
             loader = ShardLoader([data.train[name] for name in names], names, mixture, run)
         ends = loader.num_steps
+        if ends is not None:
+            ends -= sum(data_step < ends for data_step in progress.skipped_data_steps)
         self.total_steps = trainer.max_steps if ends is None else min(trainer.max_steps, ends)
         """Steps of the run: as configured, or fewer where the data is known to end before."""
-        self._prefetcher = self._open.enter_context(Prefetcher(loader, data_step))
+        self._prefetcher = self._open.enter_context(Prefetcher(loader, progress.data_step))
 
     def _streams(
         self, config: RunConfig, data: PreparedData, run: BatchShape, state: dict[str, Any]

@@ -1,54 +1,132 @@
 """The training loop."""
 
+import math
+from collections import Counter
+from collections.abc import Callable
+
 from moe_lm.data.loader import validation_batches
-from moe_lm.errors import RunError
+from moe_lm.errors import RunError, Stopped
 from moe_lm.evaluation.bits_per_byte import bits_per_byte
+from moe_lm.training.config import SpikePolicy
+from moe_lm.training.feed import Feed, GlobalBatch
+from moe_lm.training.guards import diagnose
 from moe_lm.training.run import Run
 from moe_lm.training.schedule import is_due, learning_rate_factor
-from moe_lm.training.step import next_load, train_step
+from moe_lm.training.step import StepResult, next_load, train_step
 from moe_lm.training.telemetry import Telemetry
 
-MAX_SKIPPED_IN_A_ROW = 10
+Pulse = Callable[[], None]
+"""Called wherever the run makes progress, or waits for something that it says it waits for."""
 
 
-def train(run: Run) -> float:
-    """Train from where the run stands to its last step; return bits per byte of the whole validation set."""
-    config, progress, trainer = run.config, run.progress, run.config.trainer
-    skipped_in_a_row = 0
-    with run.open_feed() as feed, Telemetry(run, feed) as telemetry:
-        while progress.step < feed.total_steps and (batch := feed.next()) is not None:
+def train(run: Run, pulse: Pulse) -> float:
+    """Train from where the run stands to its last step; return bits per byte of the whole validation set.
+
+    Raises:
+        Stopped: The run was asked to stop, and is saved.
+        RunError: Too many updates in a row were skipped.
+    """
+    most = run.config.guards.max_rewinds
+    rewinds: Counter[int] = Counter()
+    with Telemetry(run) as telemetry:
+        while (final := _train_until_rewind(run, telemetry, pulse)) is None:
+            step = run.progress.step
+            rewinds[step] += 1
+            if rewinds[step] > most:
+                raise RunError(
+                    f"the loss leapt again after {most} rewinds to step {step}: lower optimizer.learning_rate, or look "
+                    "at the data there."
+                )
+    return final
+
+
+def _train_until_rewind(run: Run, telemetry: Telemetry, pulse: Pulse) -> float | None:
+    """Train to the last step; null once the run was rewound, to be called again."""
+    config, progress, policy = run.config, run.progress, run.config.guards.spike_policy
+    with run.open_feed() as feed:
+        telemetry.begin(feed)
+        while _between_steps(run, feed, telemetry, pulse) and (batch := feed.next()) is not None:
+            data_step, run.data_state = progress.data_step, batch.state
+            progress.data_step += 1
+            if data_step in progress.skipped_data_steps:
+                continue
             factor = learning_rate_factor(progress.step, feed.total_steps, config.schedule)
-            result = train_step(run.compute, run.optimizer, run.runtime, batch, run.load_LE, factor)
+            limit = run.spikes.limit()
+            loss_limit = math.inf if policy is SpikePolicy.warn else limit
+            result = train_step(run.compute, run.optimizer, run.runtime, batch, run.load_LE, factor, loss_limit)
             run.load_LE = next_load(result, run.load_LE)
             progress.step += 1
-            progress.data_step += 1
+            if result.finite and result.cross_entropy > limit:
+                telemetry.spike(result, data_step, limit)
+                if policy is SpikePolicy.rewind and run.rewind(data_step, pulse, telemetry.line):
+                    telemetry.rewound(progress.step, data_step)
+                    return None
             if result.applied:
-                progress.count(batch, run.data.domains)
-            run.data_state = batch.state
-            telemetry.step(result, batch.num_routed_tokens, factor * config.optimizer.learning_rate)
-            skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
-            if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-                raise RunError(
-                    f"loss or gradient was not finite {skipped_in_a_row} times in a row, last at step {progress.step}: "
-                    "lower optimizer.learning_rate, lengthen schedule.warmup_steps, or try trainer.precision=fp32."
-                )
-            last = progress.step == feed.total_steps
-            if not last and is_due(progress.step, trainer.eval_interval):
-                telemetry.validation(validate(run, trainer.eval_sequences), complete=False)
-            if last or is_due(progress.step, config.checkpoint.interval):
-                run.save(feed)
-                telemetry.restart_clock()
+                progress.learned(batch.num_targets, zip(run.data.domains, batch.domain_tokens))
+                run.spikes.add(result.cross_entropy)
+            progress.skipped_in_a_row = 0 if result.applied else progress.skipped_in_a_row + 1
+            telemetry.step(result, batch, data_step, factor * config.optimizer.learning_rate)
+            if progress.skipped_in_a_row >= config.guards.max_skipped:
+                _give_up(run, batch, result)
         if run.saved_step != progress.step:
-            run.save(feed)  # a stream has ended
+            run.save(feed, pulse)  # a stream has ended
         telemetry.close_data()
-        final = validate(run, None)
+        final = validate(run, None, pulse)
+        run.finish_saving(pulse)
+        if final is None:
+            raise Stopped(f"stopped in the last validation ({run.requests.reason}); {_next(run)}")
         telemetry.validation(final, complete=True)
     return final
 
 
-def validate(run: Run, max_rows: int | None) -> float:
-    """Bits per byte of the validation set, or of `max_rows` rows of it."""
+def _between_steps(run: Run, feed: Feed, telemetry: Telemetry, pulse: Pulse) -> bool:
+    """Validate, save and stop where it is due or asked for; false after the last step."""
+    pulse()
+    config, progress = run.config, run.progress
+    last = progress.step >= feed.total_steps
+    if is_due(progress.step, config.trainer.eval_interval) and progress.validated_step != progress.step:
+        estimate = validate(run, config.trainer.eval_sequences, pulse)
+        if estimate is not None:
+            progress.validated(estimate)
+            telemetry.validation(estimate, complete=False)
+    asked = run.requests.agreed(failed=run.saver.failure is not None)
+    if asked.failed:
+        run.raise_failed_save()
+    due = last or asked.stop or asked.save or is_due(progress.step, config.checkpoint.interval)
+    if due and run.saved_step != progress.step:
+        run.save(feed, pulse)
+        telemetry.restart_clock()
+    if asked.stop:
+        run.finish_saving(pulse)
+        raise Stopped(f"stopped after step {progress.step} ({run.requests.reason}); {_next(run)}")
+    return not last
+
+
+def _next(run: Run) -> str:
+    return f"the same command {run.said_next_start()}"
+
+
+def _give_up(run: Run, batch: GlobalBatch, result: StepResult) -> None:
+    """End the run after too many skipped updates, with what can be found out about the last of them."""
+    cause = diagnose(run.compute, run.optimizer, batch.micro_batches, run.runtime.device)
+    causes = run.runtime.gather(cause)
+    where = f"; {cause}" if len(set(causes)) == 1 else "".join(f"; process {r}: {c}" for r, c in enumerate(causes))
+    raise RunError(
+        f"{run.progress.skipped_in_a_row} updates in a row were skipped, the last at step {run.progress.step}, with "
+        f"loss {result.cross_entropy:.4g} and gradient norm {result.gradient_norm:.4g}{where}. Lower "
+        "optimizer.learning_rate, lengthen schedule.warmup_steps, or try trainer.precision=fp32; no weight was changed "
+        "by them."
+    )
+
+
+def validate(run: Run, max_rows: int | None, pulse: Pulse) -> float | None:
+    """Bits per byte of the validation set, or of `max_rows` rows of it; null where a stop was asked for meanwhile."""
     shards, runtime, config = run.data.validation, run.runtime, run.config
+
+    def interrupted() -> bool:
+        pulse()
+        return run.requests.stopping
+
     batches = validation_batches(
         shards,
         batch_size=config.trainer.micro_batch_size,
@@ -59,4 +137,4 @@ def validate(run: Run, max_rows: int | None) -> float:
         world_size=runtime.world_size,
         max_rows=max_rows,
     )
-    return bits_per_byte(run.compute.module, batches, shards, runtime)
+    return bits_per_byte(run.compute.module, batches, shards, runtime, interrupted)

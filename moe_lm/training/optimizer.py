@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_lm.checkpoint.tensor_file import TensorKind
 from moe_lm.kernels.newton_schulz import orthogonalize
 from moe_lm.training.config import OptimizerConfig, OptimizerName
 
@@ -105,13 +106,31 @@ class Optimizer:
                 for key, value in rule.state.get(parameter, {}).items():
                     yield f"{name}/{key}", value
 
+    def state_kinds(self) -> dict[str, TensorKind]:
+        """Name, type and shape of every state tensor that there is after the first step."""
+        kinds: dict[str, TensorKind] = {}
+        owner = self._owners()
+        for name, parameter in self.parameters.items():
+            kind = TensorKind.of(parameter)
+            if isinstance(owner[id(parameter)], Muon):
+                kinds[f"{name}/momentum_buffer"] = kind
+            else:
+                kinds[f"{name}/step"] = TensorKind(torch.float32, [])
+                kinds |= {f"{name}/exp_avg": kind, f"{name}/exp_avg_sq": kind}
+        return kinds
+
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Take the state that `state_tensors` gave; every tensor must belong to a parameter."""
-        owner = {id(p): rule for rule in self._rules for group in rule.param_groups for p in group["params"]}
+        owner = self._owners()
+        for rule in self._rules:
+            rule.state.clear()
         for full_name, value in tensors.items():
             name, key = full_name.rsplit("/", 1)
             parameter = self.parameters[name]
             owner[id(parameter)].state[parameter][key] = value.to(parameter.device)
+
+    def _owners(self) -> dict[int, torch.optim.Optimizer]:
+        return {id(p): rule for rule in self._rules for group in rule.param_groups for p in group["params"]}
 
 
 def _split(parameters: Mapping[str, Tensor], config: OptimizerConfig) -> tuple[list[Tensor], ...]:

@@ -1,8 +1,14 @@
-"""Everything a training run is made of, assembled from its configuration, and what of it a checkpoint holds."""
+"""Everything a training run is made of, assembled from its configuration, and what of it a checkpoint holds.
+
+There is no random state among it: nothing draws from a global generator while training. Initial weights come from the
+seed, data order from (seed, step).
+"""
 
 import dataclasses
+import json
 import platform
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,45 +16,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_lm.checkpoint.store import Checkpoint, CheckpointStore
+from moe_lm.checkpoint.checkpoint import Checkpoint
+from moe_lm.checkpoint.saver import Saver, said
+from moe_lm.checkpoint.store import SCORE, CheckpointStore, TensorSlice
+from moe_lm.checkpoint.tensor_file import CheckpointError, TensorKind
 from moe_lm.data.loader import make_mixture
 from moe_lm.data.prepared import PreparedData
+from moe_lm.errors import Stopped
 from moe_lm.model.balancing import load_fraction
+from moe_lm.model.config import ModelConfig
 from moe_lm.model.decoder import CausalLM
 from moe_lm.model.initialization import initialize
 from moe_lm.parallel.runtime import Runtime
-from moe_lm.training.config import RunConfig, to_plain
-from moe_lm.training.feed import Feed, GlobalBatch
+from moe_lm.training.config import OptimizerConfig, RunConfig, to_plain
+from moe_lm.training.feed import Feed
+from moe_lm.training.guards import SpikeDetector
 from moe_lm.training.optimizer import Optimizer
 from moe_lm.training.precision import ComputeModel, compute_dtype
+from moe_lm.training.progress import Progress
+from moe_lm.training.requests import Requests
 
-
-@dataclasses.dataclass
-class Progress:
-    """How far a run is: the counters that a checkpoint keeps."""
-
-    step: int = 0
-    """Finished optimizer steps, skipped updates included."""
-    data_step: int = 0
-    """Global batches consumed."""
-    targets: int = 0
-    """Target tokens learned from."""
-    tokens_by_domain: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Input tokens learned from, by domain."""
-    best_bits_per_byte: float | None = None
-    """Lowest validation figure so far."""
-
-    def count(self, batch: GlobalBatch, domains: list[str]) -> None:
-        """Add what a step learned from."""
-        self.targets += batch.num_targets
-        for name, tokens in zip(domains, batch.domain_tokens):
-            self.tokens_by_domain[name] = self.tokens_by_domain.get(name, 0) + tokens
+MODEL, OPTIMIZER, LOAD = "model/", "optimizer/", "balancing/load"
+"""Prefixes and names of a checkpoint's tensors."""
 
 
 class Run:
     """A training run: model, optimizer, data and progress."""
 
-    def __init__(self, config: RunConfig, runtime: Runtime, data: PreparedData, directory: Path):
+    def __init__(
+        self,
+        config: RunConfig,
+        runtime: Runtime,
+        data: PreparedData,
+        directory: Path,
+        report: Callable[[str], None] = lambda text: None,
+    ):
+        """Assemble a run at its beginning.
+
+        Args:
+            config: The run's configuration.
+            runtime: This process among its peers.
+            data: Shards, or of streams their tokenizer and how they are split.
+            directory: The run's directory.
+            report: Is told in a sentence of saves that fail, from another thread.
+        """
         self.config, self.runtime, self.data, self.directory = config, runtime, data, directory
         trainer = config.trainer
         with torch.device(runtime.device):
@@ -57,74 +68,209 @@ class Run:
         self.model.model.recompute_layers = trainer.activation_checkpointing
         self.compute = ComputeModel(self.model, compute_dtype(trainer.precision, runtime.device))
         self.optimizer = Optimizer(self.model, config.optimizer)
-        self.load_LE = initial_load(self.model).to(runtime.device)
+        self.load_LE = initial_load(self.model.config).to(runtime.device)
         total_rows = trainer.max_steps * trainer.global_batch_size
         self.mixture = make_mixture(config.data, data.train, total_rows)
-        self.store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep_last)
+        self.store = CheckpointStore(directory / "checkpoints", config.checkpoint)
+        self.saver = Saver(self.store, report)
+        self.requests = Requests(directory, runtime)
         self.progress = Progress()
+        self.spikes = SpikeDetector(config.guards)
         self.data_state: dict[str, Any] = {}
         """Where the data stands besides `progress.data_step`: of this process, or in a checkpoint of all."""
         self.saved_step: int | None = None
-        """Step of the newest checkpoint."""
+        """Step of the newest checkpoint, written or being written."""
 
     def open_feed(self) -> Feed:
         """The batches from where the run stands on; to be used as a context manager."""
         feed: Feed | None = None
         failure: Exception | None = None
         try:
-            feed = Feed(self.config, self.runtime, self.data, self.mixture, self.progress.data_step, self.data_state)
+            feed = Feed(self.config, self.runtime, self.data, self.mixture, self.progress, self.data_state)
         except Exception as error:  # a file that only this process's machine lacks
             failure = error
         self.runtime.agree(failure)
         assert feed is not None
         return feed
 
-    def save(self, feed: Feed) -> None:
-        """Write a checkpoint of the present state; every process must call it."""
+    def save(self, feed: Feed, pulse: Callable[[], None]) -> None:
+        """Begin a checkpoint of the present state, once the one before is on disk; every process must call it.
+
+        Args:
+            feed: Where the data stands.
+            pulse: Called while this waits.
+        """
+        self.finish_saving(pulse)
         data_state = feed.whole_state(self.data_state)
         if self.runtime.is_main:
-            state = {
-                "progress": dataclasses.asdict(self.progress),
-                "versions": versions(),
-                "world_size": self.runtime.world_size,
-                "threads": torch.get_num_threads(),
-                "corpus_fingerprint": self.data.corpus_fingerprint,
-                "tokenizer_fingerprint": self.data.tokenizer.fingerprint,
-                "config": to_plain(self.config),
-                "data": data_state,
-            }
-            self.store.save(self.progress.step, self._tensors(), state)
+            self.saver.start(self.progress.step, self._slices(), self._state(data_state))
         self.saved_step = self.progress.step
-        self.runtime.barrier()
+        if not self.config.checkpoint.background:
+            self.finish_saving(pulse)
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield from ((f"model/{name}", p) for name, p in self.model.named_parameters())
-        yield from ((f"optimizer/{name}", t) for name, t in self.optimizer.state_tensors())
-        yield "balancing/load", self.load_LE
+    def finish_saving(self, pulse: Callable[[], None]) -> None:
+        """Wait until the checkpoint that was begun is on disk; every process must call it.
+
+        Raises:
+            Stopped: It can not be written, on every process.
+        """
+        pause = 0.001
+        while True:
+            stop = self.requests.stopping
+            busy, failed, stop = self.runtime.any([self.saver.busy, self.saver.failure is not None, stop])
+            if stop:
+                self.saver.hurry()
+            if not busy:
+                break
+            pulse()
+            time.sleep(pause)
+            pause = min(2 * pause, 0.5)
+        if failed:
+            self.raise_failed_save()
+
+    def raise_failed_save(self) -> None:
+        """End the run because its last checkpoint can not be written."""
+        failure = self.saver.failure
+        if failure is not None and not isinstance(failure, (OSError, CheckpointError)):
+            raise failure
+        reason = "" if failure is None else f" ({said(failure)})"
+        raise Stopped(
+            f"stopped after step {self.progress.step}, because the checkpoint of step {self.saved_step} can not be "
+            f"written{reason}; the same command {self.said_next_start()}"
+        )
+
+    def said_next_start(self) -> str:
+        """What the same command will do, in words."""
+        paths = self.store.paths()
+        return f"goes on from {paths[-1].name}" if paths else "begins anew, for there is no checkpoint yet"
+
+    def _state(self, data_state: dict[str, Any]) -> dict[str, Any]:
+        progress = self.progress
+        return {
+            "progress": dataclasses.asdict(progress),
+            SCORE: progress.bits_per_byte if progress.validated_step == progress.step else None,
+            "losses": self.spikes.losses,
+            "environment": environment(self.runtime),
+            "corpus_fingerprint": self.data.corpus_fingerprint,
+            "tokenizer_fingerprint": self.data.tokenizer.fingerprint,
+            "config": to_plain(self.config),
+            "data": data_state,
+        }
+
+    def _slices(self) -> Iterator[TensorSlice]:
+        yield from (TensorSlice.whole(MODEL + name, p) for name, p in self.model.named_parameters())
+        yield from (TensorSlice.whole(OPTIMIZER + name, t) for name, t in self.optimizer.state_tensors())
+        yield TensorSlice.whole(LOAD, self.load_LE)
+
+    def newest_checkpoint(self, refused: Callable[[str], None], data_step: int | None = None) -> Checkpoint | None:
+        """The newest checkpoint that verifies on every process; every process must call it, and gets the same.
+
+        Args:
+            refused: Told of each newer one that does not verify, where and why.
+            data_step: Only one that has consumed no more than so many global batches.
+        """
+        names = json.loads(self.runtime.gather(json.dumps([path.name for path in self.store.paths()]))[0])
+        for name in reversed(names):
+            path, failure, checkpoint = self.store.directory / name, "", None
+            try:
+                checkpoint = Checkpoint(path)
+                _progress_of(checkpoint)
+            except CheckpointError as error:
+                failure = str(error)
+            failures = {rank: text for rank, text in enumerate(self.runtime.gather(failure)) if text}
+            if failures:
+                where = f" on process {min(failures)}" if 0 not in failures else ""
+                refused(f"{path}{where}: {failures[min(failures)]}")
+            elif checkpoint is not None and (data_step is None or _progress_of(checkpoint).data_step <= data_step):
+                return checkpoint
+        return None
 
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
-        """Take the state of a checkpoint of this very run."""
-        checkpoint.fill("model/", dict(self.model.named_parameters()))
+        """Take the state of a checkpoint of this very run.
+
+        Raises:
+            CheckpointError: It is not one: names, types or shapes differ. Nothing was changed.
+        """
+        progress = _progress_of(checkpoint)
+        checkpoint.expect(expected_tensors(self.model, self.optimizer, progress.updates > 0))
+        checkpoint.fill(MODEL, dict(self.model.named_parameters()))
         self.compute.refresh()
-        prefix = "optimizer/"
-        moments = {name.removeprefix(prefix): checkpoint.tensor(name) for name in checkpoint.names(prefix)}
+        moments = {name.removeprefix(OPTIMIZER): checkpoint.tensor(name) for name in checkpoint.kinds(OPTIMIZER)}
         self.optimizer.load_state_tensors(moments)
-        self.load_LE.copy_(checkpoint.tensor("balancing/load"))
-        self.progress = Progress(**checkpoint.state["progress"])
+        self.load_LE.copy_(checkpoint.tensor(LOAD))
+        self.progress = progress
+        self.spikes = SpikeDetector(self.config.guards, checkpoint.state["losses"])
         self.data_state = checkpoint.state["data"]
-        self.saved_step = checkpoint.step
+        self.saved_step = int(progress.step)
+
+    def rewind(self, data_step: int, pulse: Callable[[], None], say: Callable[[str], None]) -> bool:
+        """Go back to a checkpoint from before a batch and leave out the batches around it; every process must call it.
+
+        Args:
+            data_step: The global batch whose loss was a spike.
+            pulse: Called while this waits.
+            say: Told of checkpoints that were refused.
+
+        Returns:
+            False where there is no such checkpoint; nothing was changed then.
+        """
+        self.finish_saving(pulse)
+        margin = self.config.guards.rewind_margin
+        around = range(max(0, data_step - margin), data_step + margin + 1)
+        checkpoint = self.newest_checkpoint(lambda reason: say(f"refused checkpoint {reason}"), around[0])
+        if checkpoint is None:
+            return False
+        skipped = sorted({*self.progress.skipped_data_steps, *around})
+        self.load(checkpoint)
+        self.progress.skipped_data_steps = skipped
+        if self.runtime.is_main:
+            self.store.forget_after(self.progress.step)
+        self.runtime.barrier()
+        return True
 
 
-def initial_load(model: CausalLM) -> Tensor:
+def initial_load(config: ModelConfig) -> Tensor:
     """Uniform load [L, E] of a mixture; [0, 1] for a dense model, which balances nothing."""
-    config = model.config
     return load_fraction(
         torch.zeros(config.num_hidden_layers, config.num_experts) if config.is_mixture else torch.zeros(0, 1)
     )
 
 
-def versions() -> dict[str, str]:
-    """Versions that a bit-exact resume depends on."""
-    packages = {name: version(name) for name in ("moe-lm", "torch", "transformers", "accelerate")}
-    return {"python": platform.python_version(), **packages}
+def expected_tensors(model: CausalLM, optimizer: Optimizer, trained: bool) -> dict[str, TensorKind]:
+    """Name, type and shape of every tensor of a checkpoint; before the first update there are no moments."""
+    kinds = {MODEL + name: TensorKind.of(p) for name, p in model.named_parameters()}
+    if trained:
+        kinds |= {OPTIMIZER + name: kind for name, kind in optimizer.state_kinds().items()}
+    return kinds | {LOAD: TensorKind.of(initial_load(model.config))}
+
+
+def check_state(checkpoint: Checkpoint, model: ModelConfig, optimizer: OptimizerConfig) -> None:
+    """Compare a checkpoint with what a run of this configuration saves; nothing is loaded.
+
+    Raises:
+        CheckpointError: Tensors are missing, too many, or of another type or shape, or the progress is unreadable.
+    """
+    with torch.device("meta"):
+        empty = CausalLM(model)
+    progress = _progress_of(checkpoint)
+    checkpoint.expect(expected_tensors(empty, Optimizer(empty, optimizer), progress.updates > 0))
+
+
+def _progress_of(checkpoint: Checkpoint) -> Progress:
+    try:
+        return Progress(**checkpoint.state["progress"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"state.json: says no valid progress of a run ({error})") from error
+
+
+def environment(runtime: Runtime) -> dict[str, Any]:
+    """What a bit-exact resume depends on besides the configuration."""
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("moe-lm", "torch", "transformers", "accelerate")},
+        "device": runtime.device.type,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "processes": runtime.world_size,
+    }

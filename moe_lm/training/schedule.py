@@ -30,4 +30,4 @@ def learning_rate_factor(step: int, max_steps: int, config: ScheduleConfig) -> f
 
 def is_due(step: int, interval: int) -> bool:
     """Whether something done every `interval` steps is due after `step` finished ones; an interval of 0 means never."""
-    return interval > 0 and step % interval == 0
+    return interval > 0 and step > 0 and step % interval == 0

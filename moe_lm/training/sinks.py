@@ -29,11 +29,20 @@ class MetricsFile:
 
         The closing validation goes as well: a run that is resumed closes again.
         """
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= resume_step]
+        self._path = path
+        self._file: IO[str] = self._open(resume_step)
+
+    def _open(self, step: int) -> IO[str]:
+        lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= step]
         if len(kept) < len(lines):
-            write_atomically(path, b"".join(kept))
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+            write_atomically(self._path, b"".join(kept))
+        return self._path.open("a", encoding="utf-8")
+
+    def cut_back(self, step: int) -> None:
+        """Drop the lines of steps after `step`, and go on from there."""
+        self._file.close()
+        self._file = self._open(step)
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line."""
@@ -121,18 +130,22 @@ class Display:
 
     SECONDS_BETWEEN_LINES = 10.0
 
-    def __init__(self, shown: bool, max_steps: int, first_step: int):
-        self._max_steps = max_steps
-        self._first_step = first_step
+    def __init__(self, shown: bool):
         self._console = Console(file=sys.stderr, quiet=not shown, highlight=False)
-        self._start = self._last_line = time.monotonic()
         self._progress: Progress | None = None
         if shown and self._console.is_terminal and not os.environ.get("CI"):
             text = TextColumn("{task.description}", table_column=Column(no_wrap=True))
             columns = (MofNCompleteColumn(), BarColumn(None), text, TimeRemainingColumn(compact=True))
             self._progress = Progress(*columns, console=self._console, expand=True)
-            self._task = self._progress.add_task("", total=max_steps, completed=first_step)
+            self._task = self._progress.add_task("")
             self._progress.start()
+
+    def begin(self, max_steps: int, first_step: int) -> None:
+        """Show that `first_step` of `max_steps` steps are done."""
+        self._max_steps, self._first_step = max_steps, first_step
+        self._start = self._last_line = time.monotonic()
+        if self._progress is not None:
+            self._progress.reset(self._task, total=max_steps, completed=first_step)
 
     def step(self, step: int, text: str) -> None:
         """Show that `step` steps are done, with a line of figures."""

@@ -30,12 +30,20 @@ class StepResult:
     """Before clipping."""
     count_LE: Tensor
     """Assignments of the global batch to each expert of each layer, on the CPU."""
+    finite: bool
+    """Whether loss and gradient are."""
     applied: bool
-    """False when loss or gradient were not finite: nothing was changed."""
+    """False when they are not, or the loss is above its limit: nothing was changed."""
 
 
 def train_step(
-    compute: ComputeModel, optimizer: Optimizer, runtime: Runtime, batch: GlobalBatch, load_LE: Tensor, factor: float
+    compute: ComputeModel,
+    optimizer: Optimizer,
+    runtime: Runtime,
+    batch: GlobalBatch,
+    load_LE: Tensor,
+    factor: float,
+    loss_limit: float = math.inf,
 ) -> StepResult:
     """Run one step on this process's micro-batches of the global batch.
 
@@ -46,6 +54,7 @@ def train_step(
         batch: micro-batches of this process, and the token counts of the global batch.
         load_LE: the load of the step before, for the load-balancing loss.
         factor: learning rate as a factor of its peak.
+        loss_limit: a cross-entropy above it is not learned from.
     """
     optimizer.zero_grad()
     losses = torch.zeros(3, device=runtime.device)
@@ -59,11 +68,12 @@ def train_step(
     runtime.sum([*optimizer.gradients(), losses, count_LE])
     norm = optimizer.gradient_norm()
     cross_entropy, load_balancing, router_z, gradient_norm = torch.cat((losses, norm[None])).tolist()
-    applied = math.isfinite(gradient_norm) and math.isfinite(cross_entropy)
+    finite = math.isfinite(gradient_norm) and math.isfinite(cross_entropy)
+    applied = finite and cross_entropy <= loss_limit
     if applied:
         optimizer.step(norm, factor)
         compute.refresh()
-    return StepResult(cross_entropy, load_balancing, router_z, gradient_norm, count_LE.cpu(), applied)
+    return StepResult(cross_entropy, load_balancing, router_z, gradient_norm, count_LE.cpu(), finite, applied)
 
 
 def next_load(result: StepResult, load_LE: Tensor) -> Tensor:

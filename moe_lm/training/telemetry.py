@@ -7,7 +7,7 @@ from moe_lm.data.prepare import said_skipped
 from moe_lm.model.accounting import training_flops_per_token
 from moe_lm.model.balancing import load_violation
 from moe_lm.training.config import to_plain
-from moe_lm.training.feed import Feed
+from moe_lm.training.feed import Feed, GlobalBatch
 from moe_lm.training.machine import matmul_rate, peak_memory
 from moe_lm.training.run import Run
 from moe_lm.training.schedule import is_due
@@ -18,21 +18,28 @@ from moe_lm.training.step import StepResult
 class Telemetry:
     """The figures of one run; a context manager that closes every sink."""
 
-    def __init__(self, run: Run, feed: Feed):
+    def __init__(self, run: Run):
         config, runtime = run.config, run.runtime
-        self._run, self._progress, self._feed = run, run.progress, feed
+        self._run = run
+        self._feed: Feed | None = None
         self._log_interval = config.trainer.log_interval
-        self._metrics = MetricsFile(run.directory / "metrics.jsonl", self._progress.step) if runtime.is_main else None
+        self._metrics = MetricsFile(run.directory / "metrics.jsonl", run.progress.step) if runtime.is_main else None
         self._tracker = Tracker(runtime.accelerator, config.tracker, run.directory, config.run_name, to_plain(config))
-        self._display = Display(runtime.is_main, feed.total_steps, self._progress.step)
+        self._display = Display(runtime.is_main)
         rate = matmul_rate(runtime.device, run.compute.dtype) * runtime.world_size
         self._utilization_per_token = training_flops_per_token(config.model, config.data.sequence_length) / rate
+        self._mark = self._waited = 0.0
+
+    def begin(self, feed: Feed) -> None:
+        """Go on from where the run stands, with these batches."""
+        self._feed = feed
+        self._display.begin(feed.total_steps, self._run.progress.step)
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Begin the next step's time now: saving and validating do not count as training."""
-        self._mark = time.perf_counter()
-        self._waited = self._feed.waited
+        assert self._feed is not None
+        self._mark, self._waited = time.perf_counter(), self._feed.waited
 
     def __enter__(self) -> "Telemetry":
         return self
@@ -43,17 +50,19 @@ class Telemetry:
         if self._metrics is not None:
             self._metrics.close()
 
-    def step(self, result: StepResult, num_tokens: int, learning_rate: float) -> None:
+    def step(self, result: StepResult, batch: GlobalBatch, data_step: int, learning_rate: float) -> None:
         """Record a finished step."""
-        now = time.perf_counter()
+        assert self._feed is not None
+        now, progress = time.perf_counter(), self._run.progress
         seconds, waited = now - self._mark, self._feed.waited - self._waited
-        tokens_per_second = num_tokens / seconds
+        tokens_per_second = batch.num_routed_tokens / seconds
         self.restart_clock()
-        step = self._progress.step
+        step = progress.step
         violation = load_violation(result.count_LE).max().item() if result.count_LE.numel() else 0.0
         values: dict[str, Any] = {
             "step": step,
-            "targets": self._progress.targets,
+            "data_step": data_step,
+            "targets": progress.targets,
             "loss": result.cross_entropy,
             "load_balancing_loss": result.load_balancing,
             "router_z_loss": result.router_z,
@@ -69,21 +78,47 @@ class Telemetry:
                 "applied": result.applied,
                 "peak_memory_bytes": peak_memory(self._run.runtime.device),
                 "expert_counts": result.count_LE.int().tolist(),
-                "tokens_by_domain": self._progress.tokens_by_domain,
+                "tokens_by_domain": progress.tokens_by_domain,
             }
             if skipped := self._feed.skipped:
                 detail["skipped_rows"] = skipped
             self._write({**values, **detail})
         self._display.step(step, _figures(values))
         if not result.applied:
-            cause = f"loss {result.cross_entropy}, gradient norm {result.gradient_norm}"
-            self._display.line(f"step {step}: update skipped, {cause}")
+            cause = f"loss {result.cross_entropy:.4g}, gradient norm {result.gradient_norm:.4g}"
+            self.line(f"step {step}: update skipped, {cause} ({self._said(data_step)})")
+
+    def spike(self, result: StepResult, data_step: int, limit: float) -> None:
+        """Record that the loss of the step just made is far above those before it."""
+        step, policy = self._run.progress.step, self._run.config.guards.spike_policy.name
+        event = {"event": "spike", "policy": policy, "data_step": data_step, "loss": result.cross_entropy}
+        self._write({"step": step, **event, "limit": limit})
+        loss = f"loss {result.cross_entropy:.3f} is a spike (above {limit:.3f})"
+        self.line(f"step {step}: {loss}; {self._said(data_step)}; guards.spike_policy={policy}")
+
+    def rewound(self, from_step: int, data_step: int) -> None:
+        """Record that the run went back, and forget the figures of the steps that it gave up."""
+        progress, margin = self._run.progress, self._run.config.guards.rewind_margin
+        if self._metrics is not None:
+            self._metrics.cut_back(progress.step)
+        # With the number of the step that comes next, so that going on from the same checkpoint cuts this off as well.
+        event = {"event": "rewind", "from_step": from_step, "skipped_data_steps": progress.skipped_data_steps}
+        self._write({"step": progress.step + 1, **event})
+        first, last = max(0, data_step - margin), data_step + margin
+        self.line(f"went back from step {from_step} to step {progress.step}; data steps {first} to {last} are left out")
+
+    def _said(self, data_step: int) -> str:
+        """What a global batch is known by."""
+        rows = self._run.config.trainer.global_batch_size
+        return f"data step {data_step}, rows {data_step * rows} to {(data_step + 1) * rows - 1}"
+
+    def line(self, text: str) -> None:
+        """Print a line that stays."""
+        self._display.line(text)
 
     def validation(self, value: float, complete: bool) -> None:
         """Record a validation."""
-        best = self._progress.best_bits_per_byte
-        self._progress.best_bits_per_byte = value if best is None else min(best, value)
-        step = self._progress.step
+        step = self._run.progress.step
         self._write({"step": step, "validation_bits_per_byte": value, "complete": complete})
         extent = "whole validation set" if complete else "estimate"
         self._display.line(f"step {step}: validation {value:.4f} bits per byte ({extent})")
@@ -91,7 +126,8 @@ class Telemetry:
 
     def close_data(self) -> None:
         """Say it where the data ended before the steps did, and what of a stream was left out."""
-        planned, done = self._run.config.trainer.max_steps, self._progress.step
+        assert self._feed is not None
+        planned, done = self._run.config.trainer.max_steps, self._run.progress.step
         if done < planned:
             epochs = self._run.config.data.epochs
             self._display.line(f"the data ended after {done} of {planned} steps (data.epochs={epochs})")

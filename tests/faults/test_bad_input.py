@@ -13,7 +13,8 @@ import torch
 from pyarrow import parquet
 
 from moe_lm import cli, config
-from moe_lm.checkpoint.store import CheckpointStore
+from moe_lm.checkpoint.config import CheckpointConfig
+from moe_lm.checkpoint.store import CheckpointStore, TensorSlice
 from moe_lm.config import load, save
 from moe_lm.errors import InputError
 
@@ -189,7 +190,7 @@ def test_arguments_that_are_no_options_are_quoted(complain, given):
         ("schedule.name=Cosine", "one of cosine, wsd, constant"),
         ("model.family=moe", "one of mixture, dense"),
         ("model.load_balancing=", "one of per_layer, pooled, none"),
-        ("resume=always", "one of auto, never"),
+        ("resume.policy=always", "one of auto, never"),
         ("tracker.mode=[online]", "one of online, offline"),
         ("data.source=csv", "one of stdlib, text, jsonl, parquet, arrow, huggingface, prepared"),
         ("seed=${trainer.device}", "a whole number"),
@@ -443,7 +444,9 @@ def run(place: Path) -> Path:
     """The directory of a run that was begun with the options of `TEXT`: a configuration and a checkpoint."""
     directory = place / "runs/stdlib"
     state = {"config": {"model": {"hidden_size": 256}}}
-    CheckpointStore(directory / "checkpoints", 1).save(1, [("model/x", torch.zeros(1))], state)
+    CheckpointStore(directory / "checkpoints", CheckpointConfig()).save(
+        1, [TensorSlice.whole("model/x", torch.zeros(1))], state
+    )
     save(load("pretrain", TEXT), directory / "config.yaml")
     return directory
 
@@ -564,7 +567,9 @@ def test_a_damaged_checkpoint_is_named(complain, run):
 
 def test_a_checkpoint_of_another_program_is_named(complain, place):
     """Catches a KeyError for a checkpoint that holds no model of ours."""
-    path = CheckpointStore(place / "checkpoints", 1).save(1, [("x", torch.zeros(1))], {})
+    path = CheckpointStore(place / "checkpoints", CheckpointConfig()).save(
+        1, [TensorSlice.whole("x", torch.zeros(1))], {}
+    )
     for command in ("export", "generate"):
         assert "was not written by a run of moe-lm" in complain(command, f"checkpoint={path}")
 

@@ -21,7 +21,7 @@ def test_each_choice_composes_and_survives_saving(group, name, tmp_path):
 
 def test_the_groups_are_those_of_the_contract():
     """Catches a group that is lost from the package."""
-    expected = {"model", "data", "optimizer", "schedule", "trainer", "checkpoint", "tracker", "experiment"}
+    expected = {"model", "data", "optimizer", "schedule", "trainer", "checkpoint", "tracker", "resume", "experiment"}
     assert {p.name for p in config_directory().iterdir() if p.is_dir()} == expected == set(group_choices("pretrain"))
 
 
@@ -35,7 +35,7 @@ def test_differences_name_every_field_that_matters():
     """Catches a field that could change on resume without anyone noticing: all but the listed free ones are
     compared."""
     one, other = load("pretrain", []), load("pretrain", ["seed=9", "trainer.log_interval=3", "model.rope_theta=5"])
-    assert differences(one, other) == ["seed=1 → 9", "model.rope_theta=10000.0 → 5.0"]
+    assert differences(one, other) == {"seed": "1 → 9", "model.rope_theta": "10000.0 → 5.0"}
     assert "seed" in field_names(RunConfig)
 
 

@@ -119,37 +119,25 @@ def test_a_second_start_does_not_take_the_first_ones_directory(finished):
     assert fresh.is_dir()
 
 
-def test_an_interrupted_run_says_how_it_goes_on(finished):
-    """Catches a Ctrl-C that ends in a traceback, or promises a checkpoint that is not there."""
+def test_a_finished_run_is_made_longer_by_insisting(finished):
+    """Catches a finished run that can not go on, a name in resume.allow_change that allows nothing, a change that is
+    let through unasked, or tensors that do not fit and end in a traceback."""
     directory, options, _ = finished
-    for interval, words in (("0", "begins anew"), ("4", "goes on from step-")):
-        name = f"stopped{interval}"
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "moe_lm",
-                *options,
-                "trainer.max_steps=2000",
-                f"run_name={name}",
-                f"checkpoint.interval={interval}",
-            ],
-            cwd=directory,
-            env=ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        run = directory / "runs" / name
-        deadline = time.monotonic() + 120
-        while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 9:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        said, errors = process.communicate(timeout=60)
-        assert process.returncode == 75 and words in said, (said, errors)
-        assert "Traceback" not in errors
-        assert json.loads((run / "state.json").read_text())["status"] == "stopped"
+    short = [*options, "run_name=longer", "finish.export=false", "schedule.name=constant"]
+    moe_lm(*short, "trainer.max_steps=6", cwd=directory)
+    longer = [*short, "trainer.max_steps=9"]
+    refused = moe_lm(*longer, cwd=directory, check=False)
+    assert refused.returncode == 2 and "resume.allow_change=[trainer.max_steps]" in refused.stderr
+    misspelt = moe_lm(*longer, "resume.allow_change=[trainer.max_step]", cwd=directory, check=False)
+    assert misspelt.returncode == 2 and "did you mean 'trainer.max_steps'" in misspelt.stderr
+    wider = [*longer, "resume.allow_change=[trainer,model]", "model.num_experts=4"]
+    unfit = moe_lm(*wider, cwd=directory, check=False)
+    assert unfit.returncode == 2 and "gate.weight is float32 [8, 32] instead of float32 [4, 32]" in unfit.stderr
+    done = moe_lm(*longer, "resume.allow_change=[trainer.max_steps]", cwd=directory)
+    assert "step 6 of 9" in done.stdout
+    whole = metrics(directory / "runs/whole", "validation_bits_per_byte")
+    assert sorted(metrics(directory / "runs/longer")) == list(range(1, 10)) and 5 in whole
+    assert "is finished (9 steps)" in moe_lm(*longer, cwd=directory).stdout
 
 
 def test_a_model_larger_than_its_tokenizer(finished):

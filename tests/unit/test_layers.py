@@ -17,8 +17,8 @@ LAYERS = {
     "training": {"kernels", "model", "data", "checkpoint", "parallel", "evaluation"},
     "commands": {"kernels", "model", "data", "checkpoint", "hf", "parallel", "evaluation", "training", "config", "cli"},
 }
-EVERYWHERE = {"errors", "files"}
-"""Leaves: the exceptions whose message is for the user, and writing files whole."""
+EVERYWHERE = {"errors", "files", "interrupts"}
+"""Leaves: the exceptions whose message is for the user, writing files whole, and this process's signals."""
 ONLY_IN = {
     "hydra": ["config.py"],
     "omegaconf": ["config.py"],

@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 import moe_lm.checkpoint.store as store_module
-from moe_lm.checkpoint.store import Checkpoint, CheckpointError, CheckpointStore
+from moe_lm.checkpoint.checkpoint import Checkpoint
+from moe_lm.checkpoint.config import CheckpointConfig
+from moe_lm.checkpoint.store import CheckpointStore, TensorSlice
+from moe_lm.checkpoint.tensor_file import CheckpointError, TensorKind
 
 TENSORS = {
     "model/a": torch.randn(5, 3, generator=torch.Generator().manual_seed(0)),
@@ -28,12 +31,20 @@ FILES = ["COMPLETE", "index.json", "manifest.json", "state.json", "tensors-00000
 
 @pytest.fixture
 def store(tmp_path: Path) -> CheckpointStore:
-    return CheckpointStore(tmp_path / "checkpoints", keep_last=3)
+    return CheckpointStore(tmp_path / "checkpoints", CheckpointConfig(keep_last=3))
 
 
 @pytest.fixture
 def saved(store: CheckpointStore) -> Path:
-    return store.save(3, TENSORS.items(), STATE)
+    return store.save(3, _slices(TENSORS), STATE)
+
+
+def _slices(tensors: dict[str, torch.Tensor]) -> list[TensorSlice]:
+    return [TensorSlice.whole(name, tensor) for name, tensor in tensors.items()]
+
+
+def _newest_step(store: CheckpointStore) -> int:
+    return store_module.step_of(store.newest(refused=pytest.fail).path)
 
 
 def _bits(tensor: torch.Tensor) -> bytes:
@@ -88,8 +99,8 @@ def _refusal(path: Path) -> str:
 def test_every_tensor_comes_back_bit_for_bit(store, saved):
     """Catches a type, shape or value that changes on the way: fp32, bf16, int64, 0-dim, empty, NaN, negative zero."""
     checkpoint = Checkpoint(saved)
-    assert checkpoint.step == 3 and checkpoint.state == STATE
-    assert checkpoint.names() == list(TENSORS) and checkpoint.names("model/") == ["model/a", "model/b"]
+    assert checkpoint.state == STATE and checkpoint.kinds() == {n: TensorKind.of(t) for n, t in TENSORS.items()}
+    assert list(checkpoint.kinds("model/")) == ["model/a", "model/b"]
     for name, tensor in TENSORS.items():
         _assert_same(checkpoint.tensor(name), tensor)
     assert sorted(p.name for p in saved.iterdir()) == FILES
@@ -99,7 +110,7 @@ def test_tensors_are_spread_over_files(store, monkeypatch):
     """Catches a tensor lost or doubled where one file is full and the next begins."""
     monkeypatch.setattr(store_module, "FILE_BYTES", 40)
     tensors = {f"t{i}": torch.full((i + 1, 3), float(i)) for i in range(7)}
-    path = store.save(1, tensors.items(), {})
+    path = store.save(1, _slices(tensors), {})
     assert len(list(path.glob("*.safetensors"))) > 3
     checkpoint = Checkpoint(path)
     for name, tensor in tensors.items():
@@ -109,14 +120,14 @@ def test_tensors_are_spread_over_files(store, monkeypatch):
 def test_a_transposed_view_comes_back(store):
     """Catches bytes written in the order of memory instead of that of the tensor."""
     whole = torch.arange(12.0).view(3, 4)
-    path = store.save(1, [("transposed", whole.T), ("column", whole[:, 1])], {})
+    path = store.save(1, _slices({"transposed": whole.T, "column": whole[:, 1]}), {})
     _assert_same(Checkpoint(path).tensor("transposed"), whole.T)
     _assert_same(Checkpoint(path).tensor("column"), whole[:, 1])
 
 
 def test_a_name_given_twice_is_a_bug(store, monkeypatch):
     """Catches one tensor silently replacing another of the same name, in the same file or in a later one."""
-    twice = [("t", torch.zeros(2)), ("t", torch.ones(2))]
+    twice = [TensorSlice.whole("t", torch.zeros(2)), TensorSlice.whole("t", torch.ones(2))]
     for file_bytes in (10**9, 1):
         monkeypatch.setattr(store_module, "FILE_BYTES", file_bytes)
         with pytest.raises(AssertionError, match="t"):
@@ -209,44 +220,44 @@ def test_a_tensor_that_is_not_there_is_named(saved):
 def test_the_newest_are_kept_in_order_of_steps(store):
     """Catches retention that deletes the wrong ones, also where names sort otherwise than numbers."""
     for step in (5, 10, 99_999_999, 100_000_000):
-        store.save(step, TENSORS.items(), {})
+        store.save(step, _slices(TENSORS), {})
     assert [p.name for p in store.paths()] == ["step-00000010", "step-99999999", "step-100000000"]
-    assert store.newest(refused=pytest.fail).step == 100_000_000
+    assert _newest_step(store) == 100_000_000
 
 
 def test_nothing_is_deleted_before_the_new_one_is_complete(store):
     """Catches a save that makes room first: a full disk or a kill would then cost the last good checkpoint."""
-    store.keep_last = 1
-    store.save(1, TENSORS.items(), {})
+    store.config.keep_last = 1
+    store.save(1, _slices(TENSORS), {})
 
     def fails_midway():
-        yield "a", torch.zeros(3)
+        yield TensorSlice.whole("a", torch.zeros(3))
         assert [p.name for p in store.paths()] == ["step-00000001"]
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
         store.save(2, fails_midway(), {})
-    assert store.newest(refused=pytest.fail).step == 1
-    store.save(3, TENSORS.items(), {})
+    assert _newest_step(store) == 1
+    store.save(3, _slices(TENSORS), {})
     assert [p.name for p in store.directory.iterdir()] == ["step-00000003"]
 
 
 def test_a_damaged_later_one_never_pushes_out_the_new_one(store):
     """Catches retention that counts a refused checkpoint of a later step, and deletes the one just written for it."""
-    store.keep_last = 1
-    store.save(10, TENSORS.items(), {})
+    store.config.keep_last = 1
+    store.save(10, _slices(TENSORS), {})
     (store.directory / "step-00000020").mkdir()
-    written = store.save(15, TENSORS.items(), {})
+    written = store.save(15, _slices(TENSORS), {})
     assert written.is_dir()
     refused = []
-    assert store.newest(refused.append).step == 15 and len(refused) == 1
+    assert store.newest(refused.append).path.name == "step-00000015" and len(refused) == 1
 
 
 def test_a_damaged_one_of_the_same_step_is_replaced(store, saved):
     """Catches a run that walked back, comes to the same step again, and can not save it."""
     (saved / "state.json").write_text("{}")
     assert store.newest(refused=lambda reason: None) is None
-    store.save(3, TENSORS.items(), STATE)
+    store.save(3, _slices(TENSORS), STATE)
     assert store.newest(refused=pytest.fail).state == STATE
 
 
@@ -265,7 +276,7 @@ def test_leftovers_of_a_killed_save_are_no_checkpoints_and_are_swept(store, save
 
 def test_a_store_without_a_directory_is_empty(tmp_path):
     """Catches a first run that fails because there is nothing to resume yet."""
-    store = CheckpointStore(tmp_path / "none", 1)
+    store = CheckpointStore(tmp_path / "none", CheckpointConfig())
     assert store.paths() == [] and store.newest(refused=pytest.fail) is None
     assert not (tmp_path / "none").exists()
 
@@ -273,12 +284,12 @@ def test_a_store_without_a_directory_is_empty(tmp_path):
 def test_newest_walks_back_and_says_why(store):
     """Catches loading a damaged checkpoint, losing a good older one, or walking back in silence."""
     for step in (1, 2, 3):
-        store.save(step, TENSORS.items(), {})
+        store.save(step, _slices(TENSORS), {})
     newest, middle, _ = reversed(store.paths())
     (newest / "state.json").write_text("{}  ")
     (middle / "COMPLETE").unlink()
     refused: list[str] = []
-    assert store.newest(refused.append).step == 1
+    assert store.newest(refused.append).path.name == "step-00000001"
     assert [r.split(":")[0] for r in refused] == [str(newest), str(middle)]
     assert "state.json has 4 bytes instead of 3" in refused[0] and "COMPLETE is missing" in refused[1]
 
@@ -463,16 +474,16 @@ def test_nothing_ever_unpickles(store, saved, tmp_path):
     for name in ("model.pt", "optimizer.pkl", "pytorch_model.bin", "custom_checkpoint_0.pkl", ".metadata"):
         (saved / name).write_bytes(bomb)
     checkpoint = store.newest(refused=pytest.fail)
-    assert all(checkpoint.tensor(name) is not None for name in checkpoint.names())
+    assert all(checkpoint.tensor(name) is not None for name in checkpoint.kinds())
 
     (saved / ".metadata").unlink()
     _seal(saved)
     checkpoint = store.newest(refused=pytest.fail)
-    assert all(checkpoint.tensor(name) is not None for name in checkpoint.names())
+    assert all(checkpoint.tensor(name) is not None for name in checkpoint.kinds())
 
     (saved / "tensors-00000.safetensors").write_bytes(bomb)
     _seal(saved)
-    with pytest.raises(CheckpointError, match="model/a can not be read"):
+    with pytest.raises(CheckpointError, match=r"tensors-00000\.safetensors: a header of"):
         Checkpoint(saved).tensor("model/a")
     (saved / "state.json").write_bytes(bomb)
     _seal(saved)

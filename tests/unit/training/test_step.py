@@ -65,7 +65,7 @@ class _Trained:
         initialize(self.model, 2)
         self.compute = ComputeModel(self.model, dtype)
         self.optimizer = Optimizer(self.model, OptimizerConfig(learning_rate=1e-2))
-        self.load = initial_load(self.model)
+        self.load = initial_load(self.model.config)
 
     def step(self, batch: GlobalBatch):
         result = train_step(self.compute, self.optimizer, Runtime("cpu"), batch, self.load, 1.0)

@@ -1,0 +1,142 @@
+"""Signals: SIGINT and SIGTERM stop, SIGUSR1 asks for a checkpoint; and the time within which a stop must be over.
+
+A handler written in Python runs only when the main thread comes back to the interpreter, which it does not while it
+waits in a collective for a peer that has gone. So the interpreter's own handler, in C, puts the signal's number into a
+pipe (`signal.set_wakeup_fd`), and a thread reads it there: it remembers what was asked, ends the process at a second
+SIGINT, and ends it when a deadline passes, before a launcher's SIGKILL would (torchrun waits 30 seconds).
+"""
+
+import contextlib
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+STOPPED = 75
+"""Exit code of a run that was stopped and can go on (EX_TEMPFAIL of sysexits.h)."""
+
+DEADLINE = 25.0
+"""Seconds from a signal to the end of the process, at most, where a command does not say otherwise."""
+
+_ECHO_SECONDS = 2.0
+"""A launcher repeats the terminal's Ctrl-C to its processes: what comes within this time is the same one."""
+
+
+class Interrupts:
+    """The signals of this process, while the context is open.
+
+    At first a stop raises `KeyboardInterrupt` wherever the main thread is. While training, which ends at step
+    boundaries, it is only remembered (`deferred`).
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[int, object] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self.stop: str | None = None
+        """Name of the signal that asked to stop."""
+        self.save = False
+        """Whether a checkpoint was asked for; whoever makes one sets it back."""
+        self._deferred = False
+        self._interrupted: float | None = None
+        self._deadline_seconds = DEADLINE
+        self._deadline: float | None = None
+        self._at_deadline: Callable[[], object] | None = None
+
+    def __enter__(self) -> "Interrupts":
+        self._forget()
+        if threading.current_thread() is not threading.main_thread():
+            return self  # signals belong to the main thread, and to whoever runs it
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            self._before[number] = signal.signal(number, self._in_main_thread)
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="signals")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if not self._before:
+            return
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._before = {}
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._write)  # the thread reads the end of the pipe
+        self._thread.join()
+        os.close(self._read)
+
+    @contextlib.contextmanager
+    def deferred(self, deadline: float, at_deadline: Callable[[], object]) -> Iterator[None]:
+        """Only remember signals while the block runs, which must ask.
+
+        Args:
+            deadline: Seconds from a signal to the end of the process, at most.
+            at_deadline: Called before the process is ended by it.
+        """
+        self._deadline_seconds, self._at_deadline, self._deferred = deadline, at_deadline, True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        if self.stop is not None:
+            raise KeyboardInterrupt
+
+    def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
+        if not self._deferred and number != signal.SIGUSR1:
+            raise KeyboardInterrupt
+
+    def _watch(self) -> None:
+        while True:
+            timeout = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+            if not select.select([self._read], [], [], timeout)[0]:
+                self._end_at_deadline()
+            numbers = os.read(self._read, 64)
+            if not numbers:
+                return
+            for number in numbers:
+                self._remember(number)
+
+    def _remember(self, number: int) -> None:
+        if number == signal.SIGUSR1:
+            self.save = True
+            return
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            return
+        now = time.monotonic()
+        if number == signal.SIGINT:
+            launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+            if self._interrupted is None:
+                self._interrupted = now
+            elif not (launched and now - self._interrupted < _ECHO_SECONDS):
+                _say("interrupted twice: ended at once, without a checkpoint of this step")
+                os._exit(STOPPED)
+        if self.stop is None:
+            self.stop = signal.Signals(number).name
+            self._deadline = now + self._deadline_seconds
+            if self._deferred:
+                again = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
+                _say(f"{self.stop}: saving and stopping at the end of this step{again}")
+
+    def _end_at_deadline(self) -> None:
+        _say(f"{self.stop}: not over {self._deadline_seconds:g} s later, and so ended; see trainer.stop_deadline")
+        try:
+            if self._at_deadline is not None:
+                self._at_deadline()
+        finally:
+            os._exit(STOPPED)
+
+
+def _say(text: str) -> None:
+    """A line on the error output, of the main process alone; past whatever lock the main thread may hold."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"\nmoe-lm: {text}\n".encode())
+
+
+interrupts = Interrupts()
+"""Of this process: signals are its own, not any object's."""

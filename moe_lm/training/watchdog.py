@@ -1,0 +1,59 @@
+"""Ends a process that hangs, with the stacks of its threads, so that a launcher can start it again."""
+
+import faulthandler
+import os
+import threading
+import time
+from collections.abc import Callable
+
+GRACE = 30.0
+"""Seconds after which the C library's timer acts for a watchdog that itself can not: a hang inside a call that holds
+the interpreter's lock."""
+
+
+class Watchdog:
+    """A thread that wants a sign of life (`beat`) every so often; a context manager."""
+
+    def __init__(self, limit: float, at_end: Callable[[str], object]):
+        """Begin to watch when the context is entered.
+
+        Args:
+            limit: Seconds without a sign of life; 0 never ends anything.
+            at_end: Told why, before the process ends.
+        """
+        self._limit, self._at_end = limit, at_end
+        self._last = time.monotonic()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
+
+    def beat(self) -> None:
+        """Say that the process makes progress."""
+        self._last = time.monotonic()
+
+    def __enter__(self) -> "Watchdog":
+        self.beat()
+        if self._limit:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        if self._limit:
+            self._thread.join()
+            faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        rest = self._limit
+        while rest > 0:
+            faulthandler.dump_traceback_later(rest + GRACE, exit=True, file=2)
+            if self._over.wait(rest):
+                return
+            rest = self._last + self._limit - time.monotonic()
+        text = f"no step has ended for {self._limit:g} s (trainer.step_timeout)"
+        rank = os.environ.get("RANK", "0")
+        os.write(2, f"\nmoe-lm: {text}; stacks of process {rank} at this moment:\n".encode())
+        faulthandler.dump_traceback(file=2, all_threads=True)
+        try:
+            self._at_end(text)
+        finally:
+            os._exit(1)

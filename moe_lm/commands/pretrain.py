@@ -300,7 +300,10 @@ def _end_recorded(training: Run, say: Say) -> Iterator[None]:
 def _write_state(training: Run, status: str, **details: Any) -> None:
     if training.runtime.is_main:
         state = {"status": status, "step": training.progress.step, **details}
-        write_json(training.directory / STATE_FILE, state)
+        try:
+            write_json(training.directory / STATE_FILE, state)
+        except OSError as error:  # a full disk must not change how a run ends
+            _warn(f"{training.directory / STATE_FILE}: {error.strerror}")
 
 
 def _check_same_data(training: Run, checkpoint: Checkpoint) -> None:

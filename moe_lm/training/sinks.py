@@ -3,6 +3,7 @@
 A tracker can neither stop nor lose anything: whatever it raises turns it off with one line, and metrics.jsonl goes on.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import secrets
 import sys
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from accelerate import Accelerator
 from rich.console import Console
@@ -30,30 +31,46 @@ class MetricsFile:
         The closing validation goes as well: a run that is resumed closes again.
         """
         self._path = path
-        self._file: IO[str] = self._open(resume_step)
+        self._waiting = b""
+        self._failing = False
+        self._file = self._open(resume_step)
 
-    def _open(self, step: int) -> IO[str]:
+    def _open(self, step: int) -> int:
         lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
         kept = [line for line in lines if _step_of(line) <= step]
         if len(kept) < len(lines):
             write_atomically(self._path, b"".join(kept))
-        return self._path.open("a", encoding="utf-8")
+        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     def cut_back(self, step: int) -> None:
         """Drop the lines of steps after `step`, and go on from there."""
-        self._file.close()
+        self.close()
         self._file = self._open(step)
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line."""
         # JSON has no NaN: what is not finite becomes null, so that every reader can read the line that matters most.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
+        self._waiting += (json.dumps(finite, allow_nan=False) + "\n").encode()
+        try:
+            self._flush()
+        except OSError as error:
+            if not self._failing:
+                print(f"moe-lm: {self._path}: {error.strerror}; its lines wait in memory", file=sys.stderr, flush=True)
+            self._failing = True
+        else:
+            self._failing = False
+
+    def _flush(self) -> None:
+        """Write what waits: nothing of it is lost or doubled, wherever a full disk cuts it."""
+        while self._waiting:
+            self._waiting = self._waiting[os.write(self._file, self._waiting) :]
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Write what still waits, as far as that can be done, and close the file."""
+        with contextlib.suppress(OSError):
+            self._flush()
+        os.close(self._file)
 
 
 def _step_of(line: bytes) -> float:

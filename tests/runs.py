@@ -48,6 +48,13 @@ def write_corpus(directory: Path, files: int = 30) -> Path:
     return directory
 
 
+def prepare(directory: Path) -> None:
+    """A corpus, and the set `prepared` made of it, so that many runs need not make their own."""
+    write_corpus(directory / "corpus")
+    options = ["data=text", "data.paths=[corpus]", "tokenizer.vocab_size=400", "output=prepared"]
+    moe_lm("prepare", *options, cwd=directory)
+
+
 def moe_lm(*arguments: str, cwd: Path, launcher: list[str] | None = None, check: bool = True):
     """Run the command line in a process of its own, directly or under a launcher."""
     command = [*(launcher or [sys.executable]), "-m", "moe_lm", *arguments]

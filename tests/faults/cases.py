@@ -4,14 +4,19 @@ import errno
 import hashlib
 import json
 import os
+import select
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-# All that a run imports on its way, so that a child need not.
+import moe_lm.checkpoint.saver as saving
+import moe_lm.commands.pretrain as command
+import moe_lm.training.loop as loop
+import moe_lm.training.run as run
 import moe_lm.training.telemetry as telemetry
 from moe_lm import cli
 from moe_lm.checkpoint.config import CheckpointConfig, FailurePolicy
@@ -116,9 +121,7 @@ def full_disk_save(directory: str, policy: str, first: int, times: int, output: 
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     said: list[str] = []
-    import moe_lm.checkpoint.saver as module
-
-    module.PAUSES, module.LATER_PAUSE = (0.001, 0.001), 0.001
+    saving.PAUSES, saving.LATER_PAUSE = (0.001, 0.001), 0.001
     saver = Saver(store_in(directory, 1, policy), said.append)
     with at_operations(act):
         saver.start(3, slices_of(3), {"step": 3})
@@ -144,3 +147,35 @@ def pretrain(arguments: list[str], directory: str, ledger: str | None = None) ->
 
         telemetry.Telemetry.step = step
     return cli.main(["pretrain", *arguments])
+
+
+def signalled(arguments: list[str], directory: str, phase: str, occurrence: int) -> int:
+    """A whole run that says when it is in a phase for the n-th time, and then waits a moment for its signal."""
+    seen = 0
+
+    def announced(original: Callable) -> Callable:
+        def call(*positional, **named):
+            nonlocal seen
+            seen += 1
+            if seen == occurrence:
+                os.write(1, f"now in {phase}\n".encode())
+                (hang if phase == "hang" else time.sleep)(0.3)
+            return original(*positional, **named)
+
+        return call
+
+    def hang(seconds: float) -> None:
+        """Never come back to the interpreter, as a collective without its peer."""
+        while True:
+            select.select([os.pipe()[0]], [], [], None)
+
+    if phase == "start":
+        occurrence = 1
+        command.Run.__init__ = announced(command.Run.__init__)
+    elif phase in ("step", "hang"):
+        loop.train_step = announced(loop.train_step)
+    elif phase == "evaluation":
+        loop.bits_per_byte = announced(loop.bits_per_byte)
+    else:
+        run.Saver.start = announced(run.Saver.start)
+    return pretrain(arguments, directory)

@@ -38,6 +38,7 @@ class WarmParent:
 
     def start(self, case: str, *arguments: object, log: Path, environment: dict[str, str] | None = None) -> int:
         """Fork a child that calls tests.faults.cases.CASE; its process id."""
+        log.touch()  # so that whoever waits for a word in it can read it
         request = {"case": case, "arguments": arguments, "log": str(log), "environment": environment or {}}
         return self._ask(request, default=str)
 

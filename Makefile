@@ -10,10 +10,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format clean
+.PHONY: help train test test-faults lint format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "moe-lm needs Python 3.11 or newer; none was found. Install one, or: make PYTHON=/path/to/python"; exit 1; }
@@ -27,6 +27,9 @@ train: $(READY)  ## train the default experiment, evaluate, sample and export
 
 test: $(READY)  ## run the test suite
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-faults: $(READY)  ## run the whole fault matrix (about half an hour)
+	@MOE_LM_FAULTS=full $(BIN)/python -m pytest tests/faults $(ARGS)
 
 lint: $(READY)  ## ruff (lint and format check), mypy, import layering
 	@$(BIN)/ruff check .

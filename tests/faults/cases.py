@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import random
 import select
 import signal
 import time
@@ -11,12 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import moe_lm.checkpoint.saver as saving
 import moe_lm.commands.pretrain as command
 import moe_lm.training.loop as loop
 import moe_lm.training.run as run
+import moe_lm.training.step as step_module
 import moe_lm.training.telemetry as telemetry
 from moe_lm import cli
 from moe_lm.checkpoint.config import CheckpointConfig, FailurePolicy
@@ -179,3 +182,112 @@ def signalled(arguments: list[str], directory: str, phase: str, occurrence: int)
     else:
         run.Saver.start = announced(run.Saver.start)
     return pretrain(arguments, directory)
+
+
+def _record_states(path: str) -> None:
+    """Write down a hash of everything that a step can change, after each step."""
+    original = telemetry.Telemetry.step
+
+    def step(self, result, batch, data_step, learning_rate):
+        run, digest = self._run, hashlib.sha256()
+        for tensor in (
+            *run.model.parameters(),
+            *(t for _, t in run.optimizer.state_tensors()),
+            run.load_LE,
+            *run.compute.module.parameters(),
+        ):
+            digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(json.dumps([run.spikes.losses, run.progress.targets, run.progress.updates]).encode())
+        with open(path, "a") as file:
+            file.write(f"{run.progress.step} {digest.hexdigest()}\n")
+        original(self, result, batch, data_step, learning_rate)
+
+    telemetry.Telemetry.step = step
+
+
+def poison(steps: list[int], kind: str, states: str | None) -> None:
+    """Put something that is not finite into the first micro-batch of some steps (numbered from 1)."""
+    original, number = loop.train_step, 0
+
+    def train_step(compute, *arguments):
+        nonlocal number
+        number += 1
+        layers = compute.module.model.layers
+        if number in steps and kind == "weight":
+            with torch.no_grad():
+                layers[1].mlp.gate.weight[0, 0] = float("nan")
+        if number not in steps or kind == "weight":
+            return original(compute, *arguments)
+        calls = 0
+
+        def bad_gradient(gradient):
+            nonlocal calls
+            calls += 1
+            return gradient * float(kind) if calls == 1 else gradient
+
+        def bad_output(module, inputs, output):
+            return output * float("nan")
+
+        if kind == "forward":
+            layers[1].self_attn.register_forward_hook(bad_output)
+            return original(compute, *arguments)
+        hook = layers[0].self_attn.o_proj.weight.register_hook(bad_gradient)
+        try:
+            return original(compute, *arguments)
+        finally:
+            hook.remove()
+
+    loop.train_step = train_step
+    if states is not None:
+        _record_states(states)
+
+
+def poisoned(arguments: list[str], directory: str, steps: list[int], kind: str, states: str | None) -> int:
+    """A whole run with poisoned steps."""
+    poison(steps, kind, states)
+    return pretrain(arguments, directory)
+
+
+def spiked(
+    arguments: list[str], directory: str, data_steps: list[int], states: str | None, kill_at: int | None = None
+) -> int:
+    """A whole run in which the loss of some data steps is raised; killed when the n-th step after a rewind begins."""
+    original, current = step_module.loss_shares, [0]
+    between = loop._between_steps
+
+    def loss_shares(*positional):
+        shares = original(*positional)
+        if current[0] not in data_steps:
+            return shares
+        return shares._replace(cross_entropy=shares.cross_entropy * 10)
+
+    def _between_steps(run, *rest):
+        current[0] = run.progress.data_step
+        if kill_at is not None and run.progress.step == kill_at and run.progress.skipped_data_steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return between(run, *rest)
+
+    step_module.loss_shares, loop._between_steps = loss_shares, _between_steps
+    if states is not None:
+        _record_states(states)
+    return pretrain(arguments, directory)
+
+
+def random_state_kept(arguments: list[str], directory: str) -> int:
+    """A whole run that must leave the global generators alone."""
+
+    def states() -> tuple:
+        generators = random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2:]
+        return (*generators, torch.get_rng_state().tolist())
+
+    same = []
+
+    def watched(*positional):
+        before = states()
+        result = loop.train(*positional)
+        same.append(before == states())
+        return result
+
+    command.train = watched
+    code = pretrain(arguments, directory)
+    return code if same == [True] else 3

@@ -26,6 +26,8 @@ class Runtime:
         on_cpu = device == "cpu" or not torch.cuda.is_available()
         if on_cpu:
             keep_freed_memory()
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+            _meet_again("gloo" if on_cpu else "nccl")
         # Said outright, because Accelerate guesses otherwise: under torchrun on a CPU every rank takes itself for the
         # main one. Its own mixed precision stays off, whatever the launcher's environment says.
         self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", log_with=tracker)
@@ -143,6 +145,22 @@ def _from_text(said: str, who: str) -> Exception:
     """What another process said, as the exception that it was."""
     kind, _, sentence = said.partition(":")
     return InputError(sentence) if kind == "input" else RunError(f"{who} failed: {sentence}")
+
+
+def _meet_again(backend: str) -> None:
+    """Join the process group after a restart by torchrun, under names of this very attempt.
+
+    torchrun (2.13) keeps one store for all attempts, in which the addresses of the processes that have gone still
+    stand. A process that comes up before its peer has written its new address connects to the old one: refused, or
+    waiting for half an hour.
+    """
+    environment = os.environ
+    rank, world_size = int(environment["RANK"]), launched_world_size()
+    is_master = environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == 0
+    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    store = dist.TCPStore(address, port, world_size, is_master=is_master)
+    attempt = dist.PrefixStore(f"attempt-{environment['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size)
 
 
 def launched_world_size() -> int:

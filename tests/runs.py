@@ -1,5 +1,6 @@
 """Tiny real runs for tests: the options that make one, processes that run it, and what to compare afterwards."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -86,6 +87,13 @@ def wait_for(holds):
 
 def children_of(pid, word):
     """Processes that a process has started and whose command line has a word in it."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    children = [child for task in tasks for child in (task / "children").read_text().split()]
-    return [int(child) for child in children if word in Path(f"/proc/{child}/cmdline").read_text()]
+    children = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a thread or a child that ends meanwhile
+            children += (task / "children").read_text().split()
+    found = []
+    for child in children:
+        with contextlib.suppress(FileNotFoundError):
+            if word in Path(f"/proc/{child}/cmdline").read_text():
+                found.append(int(child))
+    return found

@@ -33,7 +33,7 @@ from moe_lm.hf.export import check_output
 from moe_lm.interrupts import STOPPED, interrupts
 from moe_lm.model.accounting import count_parameters, training_state_bytes
 from moe_lm.parallel.runtime import Runtime, launched_world_size
-from moe_lm.training.config import OptimizerName, ResumePolicy, RunConfig, TrackerName
+from moe_lm.training.config import OptimizerName, ResumePolicy, RunConfig
 from moe_lm.training.loop import train
 from moe_lm.training.machine import total_memory
 from moe_lm.training.requests import STOP_FILE
@@ -56,7 +56,7 @@ def run(config: RunConfig) -> int:
     validate_batch_sizes(config.trainer.global_batch_size, config.trainer.micro_batch_size, launched_world_size())
     if config.data.streaming:
         check_world_size(config.data.num_streams, launched_world_size())
-    runtime = Runtime(config.trainer.device.value, None if config.tracker.name is TrackerName.none else "wandb")
+    runtime = Runtime(config.trainer.device.value)
 
     def say(text: str) -> None:
         if runtime.is_main:

@@ -1,6 +1,6 @@
 """Processes: who we are, where we compute, and the few collectives that replicated training needs.
 
-Accelerate owns launch, process group, device and trackers; `torchrun`, `accelerate launch` and plain `python -m` all
+Accelerate owns launch, process group and device; `torchrun`, `accelerate launch` and plain `python -m` all
 end here. It does not wrap the model: experts that are sharded over processes need meshes of their own, which it does
 not know.
 """
@@ -20,7 +20,7 @@ from moe_lm.kernels.allocator import keep_freed_memory
 class Runtime:
     """This process among its peers."""
 
-    def __init__(self, device: str = "auto", tracker: str | None = None):
+    def __init__(self, device: str = "auto"):
         if device == "cuda" and not torch.cuda.is_available():
             raise InputError("trainer.device=cuda: no CUDA device is visible here; use trainer.device=auto or cpu.")
         on_cpu = device == "cpu" or not torch.cuda.is_available()
@@ -30,7 +30,7 @@ class Runtime:
             _meet_again("gloo" if on_cpu else "nccl")
         # Said outright, because Accelerate guesses otherwise: under torchrun on a CPU every rank takes itself for the
         # main one. Its own mixed precision stays off, whatever the launcher's environment says.
-        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", log_with=tracker)
+        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes

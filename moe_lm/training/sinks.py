@@ -1,25 +1,19 @@
-"""Where the numbers of a run go: metrics.jsonl always, a progress bar or plain lines, and a tracker if asked for.
-
-A tracker can neither stop nor lose anything: whatever it raises turns it off with one line, and metrics.jsonl goes on.
-"""
+"""Where the numbers of a run go: metrics.jsonl, and a progress bar or plain lines; `tracker.py` has the tracker."""
 
 import contextlib
 import json
 import math
 import os
-import secrets
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from moe_lm.files import write_atomically
-from moe_lm.training.config import TrackerConfig, TrackerMode, TrackerName
 
 
 class MetricsFile:
@@ -79,65 +73,6 @@ def _step_of(line: bytes) -> float:
         return float(values["step"]) if line.endswith(b"\n") and not values.get("complete") else float("inf")
     except (ValueError, KeyError, TypeError, AttributeError):
         return float("inf")  # a line that a kill cut short
-
-
-class Tracker:
-    """Accelerate's tracker behind a wall."""
-
-    def __init__(
-        self, accelerator: Accelerator, config: TrackerConfig, directory: Path, name: str, run: dict[str, Any]
-    ):
-        self._accelerator = accelerator
-        self._on = config.name is not TrackerName.none and accelerator.is_main_process
-        if not self._on:
-            return
-        self._guard(self._start, config, directory, name, run)
-
-    def _start(self, config: TrackerConfig, directory: Path, name: str, run: dict[str, Any]) -> None:
-        import wandb
-
-        # Asked first, because accelerate's init would stop the run at a question on the terminal.
-        if config.mode is TrackerMode.online and not wandb.login(prompt=False):
-            raise RuntimeError("nobody is logged in; run `wandb login`, or give tracker.mode=offline")
-        options = {
-            "id": _tracker_id(directory / "tracker.json", name),
-            "resume": "allow",
-            "name": name,
-            "dir": str(directory),
-            "mode": config.mode.value,
-        }
-        self._accelerator.init_trackers(config.project, run, {"wandb": options})
-
-    def log(self, values: dict[str, Any], step: int) -> None:
-        """Send numbers; structured values stay in metrics.jsonl."""
-        self._guard(self._accelerator.log, {k: v for k, v in values.items() if isinstance(v, (int, float))}, step)
-
-    def close(self) -> None:
-        """Let the tracker finish."""
-        self._guard(self._finish)
-
-    def _finish(self) -> None:
-        # Not `Accelerator.end_training`, which also takes the process group from under the barriers that follow.
-        for tracker in self._accelerator.trackers:
-            tracker.finish()
-
-    def _guard(self, call: Any, *args: Any) -> None:
-        if not self._on:
-            return
-        try:
-            call(*args)
-        except Exception as error:
-            self._on = False
-            print(f"tracker switched off, metrics.jsonl goes on: {error}", file=sys.stderr)
-
-
-def _tracker_id(path: Path, name: str) -> str:
-    """The tracker's id of this run: made once, kept beside the run, so that a resumed run continues its curves."""
-    if path.exists():
-        return json.loads(path.read_text())["id"]
-    made = f"{name}-{secrets.token_hex(4)}"
-    path.write_text(json.dumps({"id": made}) + "\n")
-    return made
 
 
 class Display:

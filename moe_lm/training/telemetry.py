@@ -11,8 +11,9 @@ from moe_lm.training.feed import Feed, GlobalBatch
 from moe_lm.training.machine import matmul_rate, peak_memory
 from moe_lm.training.run import Run
 from moe_lm.training.schedule import is_due
-from moe_lm.training.sinks import Display, MetricsFile, Tracker
+from moe_lm.training.sinks import Display, MetricsFile
 from moe_lm.training.step import StepResult
+from moe_lm.training.tracker import Tracker
 
 
 class Telemetry:

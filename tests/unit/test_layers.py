@@ -26,7 +26,7 @@ ONLY_IN = {
     "tokenizers": ["data/tokenizer"],
     "accelerate": ["parallel/runtime.py", "training/"],
     "datasets": ["data/sources.py"],
-    "wandb": ["training/sinks.py"],
+    "wandb": ["training/tracker_process.py"],
     "pickle": [],
 }
 

@@ -158,8 +158,9 @@ def _meet_again(backend: str) -> None:
     rank, world_size = int(environment["RANK"]), launched_world_size()
     is_master = environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == 0
     address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    store = dist.TCPStore(address, port, world_size, is_master=is_master)
-    attempt = dist.PrefixStore(f"attempt-{environment['TORCHELASTIC_RESTART_COUNT']}", store)
+    store = dist.TCPStore(address, port, world_size, is_master=is_master)  # type: ignore[attr-defined]
+    name = f"attempt-{environment['TORCHELASTIC_RESTART_COUNT']}"
+    attempt = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size)
 
 

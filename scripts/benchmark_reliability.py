@@ -2,7 +2,7 @@
 
     python scripts/benchmark_reliability.py
 
-The default experiment's model trains some steps, with a checkpoint at every fifth. The stall of each save is held
+The default experiment's model trains some steps, with a checkpoint at every fourth. The stall of each save is held
 against a plain copy of the same tensors, made just before it or just after, in turn; the guards' share is their
 functions' own time under Python's profiler, with all that they call.
 """
@@ -23,7 +23,7 @@ from moe_lm.training.loop import train
 from moe_lm.training.run import Run
 from moe_lm.training.watchdog import Watchdog
 
-STEPS = 60
+STEPS = 40
 GUARDS = ("guards.py", "requests.py", "interrupts.py", "watchdog.py")
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     """Train, and print what was measured."""
     with tempfile.TemporaryDirectory() as directory:
         options = [f"output_dir={directory}", f"trainer.max_steps={STEPS}", "trainer.eval_interval=0"]
-        config = load_config("pretrain", [*options, "checkpoint.interval=5"])
+        config = load_config("pretrain", [*options, "checkpoint.interval=4"])
         path = Path(directory) / "run"
         prepare(config.data, config.tokenizer, path, report=print, progress=lambda done, total: None)
         run = Run(config, Runtime(), load_data(config.data, config.tokenizer, path), path)

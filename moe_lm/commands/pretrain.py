@@ -37,7 +37,7 @@ from moe_lm.training.config import OptimizerName, ResumePolicy, RunConfig
 from moe_lm.training.loop import train
 from moe_lm.training.machine import total_memory
 from moe_lm.training.requests import STOP_FILE
-from moe_lm.training.run import Run, environment, expected_tensors
+from moe_lm.training.run import Run, expected_tensors
 from moe_lm.training.watchdog import Watchdog
 
 Say = Callable[[str], None]
@@ -216,7 +216,7 @@ def _resume(training: Run, say: Say) -> bool:
     progress = training.progress
     best = "" if progress.best_bits_per_byte is None else f", best estimate {progress.best_bits_per_byte:.4f} bits/byte"
     say(f"resumed {checkpoint.path} (step {step} of {max_steps}, {progress.targets:,} targets learned from{best})")
-    before, now = checkpoint.state["environment"], environment(training.runtime)
+    before, now = checkpoint.state["environment"], training.environment
     if changed := [f"{name} {before.get(name)} → {value}" for name, value in now.items() if before.get(name) != value]:
         say(f"note: other than when it was saved: {', '.join(changed)}; figures may differ by rounding from here on")
     return True

@@ -74,6 +74,8 @@ class Run:
         self.store = CheckpointStore(directory / "checkpoints", config.checkpoint)
         self.saver = Saver(self.store, report)
         self.requests = Requests(directory, runtime)
+        # Made once: training stands still while a save begins.
+        self.environment, self._plain_config = _environment(runtime), to_plain(config)
         self.progress = Progress()
         self.spikes = SpikeDetector(config.guards)
         self.data_state: dict[str, Any] = {}
@@ -150,10 +152,10 @@ class Run:
             "progress": dataclasses.asdict(progress),
             SCORE: progress.bits_per_byte if progress.validated_step == progress.step else None,
             "losses": self.spikes.losses,
-            "environment": environment(self.runtime),
+            "environment": self.environment,
             "corpus_fingerprint": self.data.corpus_fingerprint,
             "tokenizer_fingerprint": self.data.tokenizer.fingerprint,
-            "config": to_plain(self.config),
+            "config": self._plain_config,
             "data": data_state,
         }
 
@@ -264,7 +266,7 @@ def _progress_of(checkpoint: Checkpoint) -> Progress:
         raise CheckpointError(f"state.json: says no valid progress of a run ({error})") from error
 
 
-def environment(runtime: Runtime) -> dict[str, Any]:
+def _environment(runtime: Runtime) -> dict[str, Any]:
     """What a bit-exact resume depends on besides the configuration."""
     return {
         "python": platform.python_version(),

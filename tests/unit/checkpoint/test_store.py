@@ -1,7 +1,9 @@
 """The checkpoint store: what is written comes back bit for bit, and what is damaged is refused by name."""
 
 import json
+import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from safetensors.torch import save_file
 import moe_lm.checkpoint.store as store_module
 from moe_lm.checkpoint.checkpoint import Checkpoint
 from moe_lm.checkpoint.config import CheckpointConfig
-from moe_lm.checkpoint.store import CheckpointStore, TensorSlice
+from moe_lm.checkpoint.store import CheckpointStore, TensorSlice, retained
 from moe_lm.checkpoint.tensor_file import CheckpointError, TensorKind
 from tests.unit.checkpoint.sealing import hash_of, seal
 
@@ -456,3 +458,139 @@ def test_nothing_ever_unpickles(store, saved, tmp_path):
     seal(saved)
     assert "state.json is not JSON" in _refusal(saved)
     assert not exploded.exists()
+
+
+def test_the_package_has_no_loader_of_pickles():
+    """Catches a call that unpickles, by the names under which torch, numpy, joblib and pandas have one."""
+    package = Path(store_module.__file__).parents[1]
+    loaders = (
+        r"\bpickle\b",
+        r"\bcloudpickle\b",
+        r"\bdill\b",
+        r"\bjoblib\b",
+        r"\bshelve\b",
+        r"\bmarshal\b",
+        r"torch\.load\(",
+        r"torch\.save\(",
+        r"allow_pickle=(?!False)",  # numpy's own default is not to
+        r"read_pickle",
+        r"torch\.jit\.load",
+        r"distributed\.checkpoint",
+        r"\bdcp\b",
+        r"load_state\(",
+        r"broadcast_object|gather_object|scatter_object",
+    )
+    for path in package.rglob("*.py"):
+        code = "\n".join(line.split("#")[0] for line in path.read_text().splitlines())
+        code = re.sub(r'""".*?"""', "", code, flags=re.DOTALL)
+        for loader in loaders:
+            assert not re.search(loader, code), f"{path}: {loader}"
+    assert re.search(loaders[0], "import pickle")
+
+
+# Boxes and retention
+
+
+@pytest.mark.parametrize(
+    ("offsets", "lengths"),
+    [([0, 0], [4, 6]), ([0, 0], [1, 6]), ([1, 2], [2, 3]), ([0, 1], [4, 2]), ([3, 5], [1, 1]), ([2, 0], [0, 6])],
+    ids=str,
+)
+def test_a_box_is_read_from_the_slices_that_share_it(sliced, offsets, lengths):
+    """Catches values of the wrong slice, or in the wrong place, where another layout reads only its part."""
+    path, whole = sliced
+    (o, p), (n, m) = offsets, lengths
+    _assert_same(Checkpoint(path).box("whole", offsets, lengths), whole[o : o + n, p : p + m].contiguous())
+
+
+def test_slices_are_written_and_come_back_as_one(store):
+    """Catches a writer that knows whole tensors only: three processes' boxes of one tensor, uneven."""
+    whole = torch.randn(8, 3, generator=torch.Generator().manual_seed(3))
+    boxes = [(0, 3), (3, 4), (4, 8)]
+    slices = [TensorSlice("experts", whole[a:b].clone(), [8, 3], [a, 0]) for a, b in boxes]
+    path = store.save(1, [*slices[::-1], *_slices({"other": torch.ones(2)})], {})
+    checkpoint = Checkpoint(path)
+    _assert_same(checkpoint.tensor("experts"), whole)
+    _assert_same(checkpoint.box("experts", [2, 0], [4, 3]), whole[2:6].clone())
+    with pytest.raises(CheckpointError, match="hold 21 of 24 values"):
+        store.save(2, [*slices[:1], slices[2]], {})
+    assert [p.name for p in store.paths()] == ["step-00000001"]
+
+
+def test_expected_tensors_are_compared_before_any_is_filled(saved):
+    """Catches a load in part: of two targets the second does not fit, so the first stays as it was."""
+    checkpoint = Checkpoint(saved)
+    a, b = torch.zeros(5, 3), torch.zeros(4, 2, 2)
+    with pytest.raises(CheckpointError, match=r"model/b is bfloat16 \[4, 2, 2\] instead of float32 \[4, 2, 2\]"):
+        checkpoint.fill("model/", {"a": a, "b": b})
+    assert not a.any()
+    with pytest.raises(CheckpointError, match="model/c is missing; model/b is not expected"):
+        checkpoint.fill("model/", {"a": a, "c": b})
+    assert not a.any()
+    b = b.bfloat16()
+    checkpoint.fill("model/", {"a": a, "b": b})
+    _assert_same(a, TENSORS["model/a"])
+    _assert_same(b, TENSORS["model/b"])
+
+
+@pytest.mark.parametrize(
+    ("config", "kept"),
+    [
+        ({"keep_last": 1, "keep_best": False}, {50}),
+        ({"keep_last": 2, "keep_best": False}, {40, 50}),
+        ({"keep_last": 9, "keep_best": False}, {10, 20, 30, 40, 50}),
+        ({"keep_last": 1, "keep_every": 20, "keep_best": False}, {20, 40, 50}),
+        ({"keep_last": 1}, {30, 50}),
+        ({"keep_last": 2, "keep_every": 20}, {20, 30, 40, 50}),
+    ],
+    ids=str,
+)
+def test_retention(config, kept):
+    """Catches a rule that keeps too little, or the best that is none: lower is better, ties go to the later."""
+    scores = {10: 3.0, 20: 2.0, 30: 2.0, 40: None}
+    assert retained([30, 10, 50, 20, 40], scores, CheckpointConfig(**config)) == kept
+
+
+def test_the_best_by_its_score_outlives_the_last(store):
+    """Catches a score that is not read back from disk, or a damaged state that ends a save."""
+    store.config.keep_last, store.config.keep_best = 1, True
+    for step, score in ((1, 2.0), (2, 1.0), (3, 1.5), (4, None)):
+        store.save(step, _slices(TENSORS), {"score": score})
+    assert [path.name for path in store.paths()] == ["step-00000002", "step-00000004"]
+    (store.path(2) / "state.json").write_text("{")
+    store.save(5, _slices(TENSORS), {"score": 3.0})
+    assert [path.name for path in store.paths()] == ["step-00000005"]
+
+
+def test_files_are_synced_before_the_mark_and_the_directory_before_its_name(store, monkeypatch):
+    """Catches a checkpoint that a power loss could leave with a name and without its bytes: each file is synced, the
+    mark comes last, the directory is synced before the rename and its parent after."""
+    done: list[tuple[str, str]] = []
+
+    def watch(name, what):
+        original = getattr(os, name)
+
+        def call(*arguments, **options):
+            done.append((name, what(*arguments)))
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(os, name, call)
+
+    def name_of(descriptor, *rest):
+        return os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    watch("fsync", name_of)
+    watch("write", name_of)
+    watch("rename", lambda source, target: os.path.basename(target))
+    store.save(1, _slices(TENSORS), {})
+    synced = [name for kind, name in done if kind == "fsync"]
+    files = [name for name in FILES if name != "COMPLETE"]
+    order = {name: index for index, name in enumerate(synced)}
+    assert set(files) <= set(synced) and all(order[name] < order["COMPLETE"] for name in files)
+    written = [i for i, (kind, name) in enumerate(done) if kind == "write"]
+    for name in FILES:
+        last = max(i for i in written if done[i][1] == name)
+        assert ("fsync", name) in done[last:], name
+    renamed = done.index(("rename", "step-00000001"))
+    assert ("fsync", ".tmp-step-00000001") in done[done.index(("fsync", "COMPLETE")) : renamed]
+    assert ("fsync", "checkpoints") in done[renamed:]

@@ -83,9 +83,7 @@ class Interrupts:
         try:
             yield
         finally:
-            self._deferred = False
-        if self.stop is not None:
-            raise KeyboardInterrupt
+            self._deferred, self._at_deadline = False, None
 
     def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
         if not self._deferred and number != signal.SIGUSR1:
@@ -125,17 +123,18 @@ class Interrupts:
 
     def _end_at_deadline(self) -> None:
         _say(f"{self.stop}: not over {self._deadline_seconds:g} s later, and so ended; see trainer.stop_deadline")
-        try:
-            if self._at_deadline is not None:
-                self._at_deadline()
-        finally:
-            os._exit(STOPPED)
+        if self._at_deadline is not None:
+            last_words = threading.Thread(target=self._at_deadline, daemon=True)
+            last_words.start()
+            last_words.join(2)  # a dead mount must not hold the end up
+        os._exit(STOPPED)
 
 
 def _say(text: str) -> None:
     """A line on the error output, of the main process alone; past whatever lock the main thread may hold."""
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, f"\nmoe-lm: {text}\n".encode())
+        with contextlib.suppress(OSError):  # whoever read it may have gone, and this must go on
+            os.write(2, f"\nmoe-lm: {text}\n".encode())
 
 
 interrupts = Interrupts()

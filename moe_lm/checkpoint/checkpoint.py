@@ -16,7 +16,6 @@ The package knows tensors and JSON, not models: names, prefixes and their meanin
 """
 
 import dataclasses
-import itertools
 import math
 import re
 import stat
@@ -28,13 +27,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe_lm.checkpoint.tensor_file import CheckpointError, TensorKind, are_sizes, parse_object, read_kinds
+from moe_lm.checkpoint.tensor_file import DTYPES, CheckpointError, TensorKind, are_sizes, parse_object, read_kinds
 from moe_lm.files import sha256
 
 MIB = 2**20
 
 LIMITS = {"COMPLETE": 100, "manifest.json": 4 * MIB, "state.json": 16 * MIB, "index.json": 32 * MIB}
 """Largest files of each name that are read, in bytes: JSON takes up to some fifty times its size in memory."""
+
+SLICES = 4096
+"""Most slices of one tensor: more processes than that do not share one."""
+
+_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 TENSORS_SUFFIX = ".safetensors"
 
@@ -73,8 +77,8 @@ class Checkpoint:
         self.path = path
         try:
             self.files = _verify(path)
-            self.state: dict[str, Any] = _read_object(path / "state.json")
-            tensors = _read_object(path / "index.json")["tensors"]
+            self.state: dict[str, Any] = read_object(path / "state.json")
+            tensors = read_object(path / "index.json")["tensors"]
             self._tensors = {name: _parse_entry(name, entry, self.files) for name, entry in tensors.items()}
             _compare_with_files(path, self.files, self._tensors)
         except FileNotFoundError as error:
@@ -144,7 +148,7 @@ def _verify(path: Path) -> dict[str, int]:
     _check_plain(path / "manifest.json")
     if _read_small(path / "COMPLETE") != completion_mark(path):
         raise CheckpointError("manifest.json is not the one that COMPLETE was written for")
-    manifest = _read_object(path / "manifest.json")
+    manifest = read_object(path / "manifest.json")
     for name, expected in manifest.items():
         if not _FILE_NAME.fullmatch(name):
             raise CheckpointError(f"manifest.json: {name!r} is not a file name of a checkpoint")
@@ -173,15 +177,18 @@ def _read_small(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file of a checkpoint, within its limits."""
     return parse_object(_read_small(path), path.name)
 
 
 def _parse_entry(name: str, entry: dict[str, Any], files: Mapping[str, int]) -> _Entry:
     """One tensor of index.json; its slices lie in verified files and inside the tensor, and cover it exactly."""
-    dtype, shape = getattr(torch, entry["dtype"], None), entry["shape"]
+    dtype, shape = _DTYPES.get(entry["dtype"]), entry["shape"]
+    if len(entry["slices"]) > SLICES:
+        raise CheckpointError(f"index.json: {name} has more than {SLICES} slices")
     slices = [_Slice(**part) for part in entry["slices"]]
-    if not isinstance(dtype, torch.dtype) or not are_sizes(shape):
+    if dtype is None or not are_sizes(shape):
         raise CheckpointError(f"index.json: {name} has no valid type and shape")
     for part in slices:
         if part.file not in files:
@@ -195,10 +202,21 @@ def _parse_entry(name: str, entry: dict[str, Any], files: Mapping[str, int]) -> 
         if not fits:
             raise CheckpointError(f"index.json: a slice of {name} reaches beyond its shape {shape}")
     covered, total = sum(math.prod(part.lengths) for part in slices), math.prod(shape)
-    overlap = any(a.common(b.offsets, b.lengths) is not None for a, b in itertools.combinations(slices, 2))
-    if covered != total or overlap:
+    if covered != total or _overlap(slices):
         raise CheckpointError(f"index.json: the slices of {name} hold {covered} of {total} values, or some twice")
     return _Entry(TensorKind(dtype, shape), slices)
+
+
+def _overlap(slices: list[_Slice]) -> bool:
+    """Whether two boxes share a value; each is compared with those alone that begin before it ends."""
+    ordered = sorted(slices, key=lambda part: part.offsets[:1])
+    for number, part in enumerate(ordered):
+        for other in ordered[number + 1 :]:
+            if part.offsets and other.offsets[0] >= part.offsets[0] + part.lengths[0]:
+                break
+            if part.common(other.offsets, other.lengths) is not None:
+                return True
+    return False
 
 
 def _compare_with_files(path: Path, files: Mapping[str, int], tensors: Mapping[str, _Entry]) -> None:

@@ -5,7 +5,9 @@ A checkpoint is built in a temporary sibling, made durable, read back and verifi
 whole checkpoints under their names, and beside them at most leftovers, which the next save or start sweeps.
 """
 
+import contextlib
 import dataclasses
+import math
 import os
 import re
 import shutil
@@ -15,9 +17,9 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_lm.checkpoint.checkpoint import TENSORS_SUFFIX, Checkpoint, completion_mark
+from moe_lm.checkpoint.checkpoint import TENSORS_SUFFIX, Checkpoint, completion_mark, read_object
 from moe_lm.checkpoint.config import CheckpointConfig
-from moe_lm.checkpoint.tensor_file import CheckpointError, TensorKind, parse_object, write_tensors
+from moe_lm.checkpoint.tensor_file import DTYPES, CheckpointError, TensorKind, write_tensors
 from moe_lm.files import json_bytes, sync_directory, write_durably
 
 FILE_BYTES = 2 * 2**30
@@ -55,8 +57,15 @@ class TensorSlice:
 class CheckpointStore:
     """All checkpoints of one run."""
 
-    def __init__(self, directory: Path, config: CheckpointConfig):
-        self.directory, self.config = directory, config
+    def __init__(self, directory: Path, config: CheckpointConfig, behind: int | None = None):
+        """Name a directory; nothing is read or written.
+
+        Args:
+            directory: Of all checkpoints; need not exist.
+            config: How many are kept.
+            behind: See `retained`.
+        """
+        self.directory, self.config, self._behind = directory, config, behind
 
     def paths(self) -> list[Path]:
         """Checkpoints that were renamed into place, oldest first."""
@@ -94,10 +103,7 @@ class CheckpointStore:
         if not self.directory.is_dir():
             return
         for leftover in [p for p in self.directory.iterdir() if p.name.startswith((_WRITING, _DELETING))]:
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink()
+            _remove(leftover)
 
     def save(self, step: int, slices: Iterable[TensorSlice], state: dict[str, Any]) -> Path:
         """Write a checkpoint, verify it, publish it, then delete those that are no longer kept.
@@ -118,15 +124,18 @@ class CheckpointStore:
             _write(temporary, slices, state)
             Checkpoint(temporary)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)  # a full disk gets its room back
+            _remove(temporary)  # a full disk gets its room back
             raise
         final = self.path(step)
         if final.exists():
-            # One that failed verification, or of steps that a rewind gave up: the run came here from an older one.
-            self._delete([final])
+            # One that failed verification: the run came here from an older one.
+            final.rename(final.with_name(_DELETING + final.name))
         temporary.rename(final)
         sync_directory(self.directory)
-        self._delete(self._superseded(step))
+        # The checkpoint stands: what can not be deleted now is no failure of it, and is tried again by the next save.
+        with contextlib.suppress(OSError):
+            self.sweep()
+            self._delete(self._superseded(step))
         return final
 
     def make_room(self, step: int) -> None:
@@ -146,7 +155,7 @@ class CheckpointStore:
         """
         paths = [path for path in self.paths() if step_of(path) <= step]
         scores = {step_of(path): _score(path) for path in paths}
-        kept = retained({*scores, step}, scores, self.config)
+        kept = retained({*scores, step}, scores, self.config, self._behind)
         return [path for path in paths if step_of(path) not in kept]
 
     def _delete(self, paths: list[Path]) -> None:
@@ -156,13 +165,33 @@ class CheckpointStore:
         if doomed:
             sync_directory(self.directory)
         for renamed in doomed:
-            shutil.rmtree(renamed)
+            _remove(renamed)
 
 
-def retained(steps: Iterable[int], scores: Mapping[int, float | None], config: CheckpointConfig) -> set[int]:
-    """The steps whose checkpoints are kept, of those that there are."""
+def _remove(path: Path) -> None:
+    """Delete a directory, a file or a link, as far as that can be done: what is left is swept another time."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def retained(
+    steps: Iterable[int], scores: Mapping[int, float | None], config: CheckpointConfig, behind: int | None = None
+) -> set[int]:
+    """The steps whose checkpoints are kept, of those that there are.
+
+    Args:
+        steps: Of all checkpoints.
+        scores: Of those that have one.
+        config: How many are kept.
+        behind: Also the newest that is at least so many steps older than the last.
+    """
     steps = sorted(steps)
     kept = set(steps[-config.keep_last :])
+    if behind is not None:
+        kept |= set([step for step in steps if step <= steps[-1] - behind][-1:])
     if config.keep_every:
         kept |= {step for step in steps if step % config.keep_every == 0}
     known = {step: score for step in steps if (score := scores.get(step)) is not None}
@@ -189,10 +218,10 @@ def step_of(path: Path) -> int:
 def _score(path: Path) -> float | None:
     """A checkpoint's score; null where it has none, or can not be read, which is no reason to stop a save."""
     try:
-        score = parse_object((path / "state.json").read_bytes(), "state.json").get(SCORE)
+        score = read_object(path / "state.json").get(SCORE)
     except (OSError, CheckpointError):
         return None
-    return score if isinstance(score, float) else None
+    return score if isinstance(score, float) and math.isfinite(score) else None
 
 
 def _write(directory: Path, slices: Iterable[TensorSlice], state: dict[str, Any]) -> None:
@@ -204,7 +233,7 @@ def _write(directory: Path, slices: Iterable[TensorSlice], state: dict[str, Any]
         name = f"tensors-{number:05d}{TENSORS_SUFFIX}"
         for part in batch:
             kind = TensorKind.of(part.data)
-            entry = {"dtype": str(kind.dtype).removeprefix("torch."), "shape": part.shape, "slices": []}
+            entry = {"dtype": DTYPES[kind.dtype], "shape": part.shape, "slices": []}
             place = {"file": name, "key": part.key, "offsets": part.offsets, "lengths": kind.shape}
             index.setdefault(part.name, entry)["slices"].append(place)
         hashes[name] = write_tensors(directory / name, {part.key: part.data for part in batch})

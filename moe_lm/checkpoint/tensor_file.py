@@ -36,6 +36,9 @@ _TYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 
+DTYPES = {dtype: str(dtype).removeprefix("torch.") for dtype in _NAMES}
+"""Types that a checkpoint can hold, by the names that its index gives them."""
+
 
 class CheckpointError(RunError):
     """A checkpoint that can not be trusted; the message says which file and why."""
@@ -104,10 +107,12 @@ def read_kinds(path: Path) -> dict[str, TensorKind]:
     places: list[tuple[int, int]] = []
     for name, entry in header.items():
         if name == "__metadata__":
+            if not (isinstance(entry, dict) and all(isinstance(value, str) for value in entry.values())):
+                raise CheckpointError(f"{path.name}: the header's __metadata__ is not one of texts")
             continue
         try:
             kind, (begin, end) = TensorKind(_TYPES[entry["dtype"]], entry["shape"]), entry["data_offsets"]
-            fits = are_sizes(kind.shape) and end - begin == kind.num_bytes
+            fits = are_sizes(kind.shape) and are_sizes([begin, end]) and end - begin == kind.num_bytes
         except (KeyError, TypeError, ValueError):
             fits = False
         if not fits:
@@ -127,7 +132,7 @@ def parse_object(content: bytes, name: str) -> dict[str, Any]:
         CheckpointError: It is something else.
     """
     try:
-        value = json.loads(content, object_pairs_hook=_without_duplicates)
+        value = json.loads(content.decode(), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{name} is not JSON: {error}") from error
     if not isinstance(value, dict):

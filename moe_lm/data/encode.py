@@ -124,8 +124,9 @@ def _worker_died() -> RunError:
 
 
 def _begin_worker() -> None:
-    """Leaves Ctrl-C to the parent, and ends with it however it ends."""
+    """Leaves Ctrl-C and requests to save to the parent, and ends with it however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -82,10 +82,12 @@ class Feed:
             names = sorted(data.train)
             loader = ShardLoader([data.train[name] for name in names], names, mixture, run)
         ends = loader.num_steps
-        if ends is not None:
-            ends -= sum(data_step < ends for data_step in progress.skipped_data_steps)
         self.total_steps = trainer.max_steps if ends is None else min(trainer.max_steps, ends)
         """Steps of the run: as configured, or fewer where the data is known to end before."""
+        left_out = 0 if ends is None else sum(data_step < ends for data_step in progress.skipped_data_steps)
+        self.last_step = self.total_steps if ends is None else min(trainer.max_steps, ends - left_out)
+        """The step that ends the run: earlier than planned where batches that are left out are missed at the end. The
+        schedule does not follow, for it would change the rate of steps already made."""
         self._prefetcher = self._open.enter_context(Prefetcher(loader, progress.data_step))
 
     def _streams(

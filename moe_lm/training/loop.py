@@ -83,7 +83,7 @@ def _between_steps(run: Run, feed: Feed, telemetry: Telemetry, pulse: Pulse) -> 
     """Validate, save and stop where it is due or asked for; false after the last step."""
     pulse()
     config, progress = run.config, run.progress
-    last = progress.step >= feed.total_steps
+    last = progress.step >= feed.last_step
     if is_due(progress.step, config.trainer.eval_interval) and progress.validated_step != progress.step:
         estimate = validate(run, config.trainer.eval_sequences, pulse)
         if estimate is not None:

@@ -1,5 +1,6 @@
 """What a run is asked for from outside while it trains: by signals, and by files where launchers swallow signals."""
 
+import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ STOP_FILE = "stop"
 """`touch runs/NAME/stop`: save and stop at the end of the step. The next start removes it."""
 
 SAVE_FILE = "save"
-"""`touch runs/NAME/save`: save at the end of the step and go on. Removed once that is done."""
+"""`touch runs/NAME/save`: save at the end of the step and go on. Removed when that begins."""
 
 
 class Asked(NamedTuple):
@@ -32,20 +33,22 @@ class Requests:
     def agreed(self, failed: bool) -> Asked:
         """What stands to be done now, with one collective; a request to save is taken by this."""
         stop, save = self.stopping, interrupts.save
-        interrupts.save = False
-        if self._runtime.is_main and self._save_file.exists():
-            self._save_file.unlink(missing_ok=True)
-            save = True
+        if save:
+            interrupts.save = False
+        if self._runtime.is_main and self._save_file.is_file():
+            with contextlib.suppress(OSError):
+                self._save_file.unlink()
+                save = True
         return Asked(*self._runtime.any([stop, save, failed]))
 
     @property
     def stopping(self) -> bool:
         """Whether this very process was asked to stop, which its peers may not know yet."""
-        return interrupts.stop is not None or (self._runtime.is_main and self._stop_file.exists())
+        return interrupts.stop is not None or (self._runtime.is_main and self._stop_file.is_file())
 
     @property
     def reason(self) -> str:
         """Who asked this process to stop."""
         if interrupts.stop is not None:
             return interrupts.stop
-        return str(self._stop_file) if self._runtime.is_main and self._stop_file.exists() else "another process"
+        return str(self._stop_file) if self._runtime.is_main and self._stop_file.is_file() else "another process"

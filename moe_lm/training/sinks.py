@@ -30,16 +30,19 @@ class MetricsFile:
         self._file = self._open(resume_step)
 
     def _open(self, step: int) -> int:
-        lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= step]
-        if len(kept) < len(lines):
-            write_atomically(self._path, b"".join(kept))
+        content = self._path.read_bytes() if self._path.exists() else b""
+        lines = (content + self._waiting).splitlines(keepends=True)
+        kept = b"".join(line for line in lines if _step_of(line) <= step)
+        if kept != content:
+            write_atomically(self._path, kept)
+        self._waiting = b""
         return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     def cut_back(self, step: int) -> None:
         """Drop the lines of steps after `step`, and go on from there."""
-        self.close()
-        self._file = self._open(step)
+        cut = self._open(step)
+        os.close(self._file)
+        self._file = cut
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line."""

@@ -1,5 +1,6 @@
 """Ends a process that hangs, with the stacks of its threads, so that a launcher can start it again."""
 
+import contextlib
 import faulthandler
 import os
 import threading
@@ -51,9 +52,10 @@ class Watchdog:
             rest = self._last + self._limit - time.monotonic()
         text = f"no step has ended for {self._limit:g} s (trainer.step_timeout)"
         rank = os.environ.get("RANK", "0")
-        os.write(2, f"\nmoe-lm: {text}; stacks of process {rank} at this moment:\n".encode())
-        faulthandler.dump_traceback(file=2, all_threads=True)
-        try:
-            self._at_end(text)
-        finally:
-            os._exit(1)
+        with contextlib.suppress(OSError):  # whoever read it may have gone
+            os.write(2, f"\nmoe-lm: {text}; stacks of process {rank} at this moment:\n".encode())
+            faulthandler.dump_traceback(file=2, all_threads=True)
+        last_words = threading.Thread(target=self._at_end, args=(text,), daemon=True)
+        last_words.start()
+        last_words.join(2)  # a dead mount must not hold the end up
+        os._exit(1)

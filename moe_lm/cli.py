@@ -28,6 +28,13 @@ commands:
 Exit codes: 0 done, 1 error, 2 bad configuration or input, 75 stopped and resumable."""
 
 
+_SAID_IN_A_SENTENCE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
+    *(errno.ENOTDIR, errno.EISDIR),
+)
+"""Errors of the file system that are no bug of this program."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the return value is the process's exit code."""
     try:
@@ -53,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("moe-lm: ended, because nobody reads its output any more", file=sys.stderr)
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO):
+        if error.errno not in _SAID_IN_A_SENTENCE:
             raise
         print(f"moe-lm: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return 1

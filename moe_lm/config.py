@@ -52,6 +52,9 @@ FREE_TO_CHANGE = (
 )
 """Fields (or sections) of a run that may differ when it is resumed: they change what is learned by rounding at most."""
 
+NEVER_TO_CHANGE = ("data.streaming", "data.num_streams")
+"""Fields that the data's position in a checkpoint means nothing without."""
+
 
 def config_directory() -> Path:
     """The YAML groups: inside the installed package, or in the checkout that this package runs from."""
@@ -82,6 +85,8 @@ def to_dataclass(schema: type, values: Any) -> Any:
         merged = OmegaConf.merge(OmegaConf.structured(schema), values)
     except OmegaConfBaseException as error:
         raise InputError(_readable(error)) from error
+    except (TypeError, ValueError) as error:  # not a mapping at all
+        raise InputError(f"configuration: {error}") from error
     return _build(schema, merged)
 
 
@@ -108,7 +113,8 @@ def differences(old: RunConfig, new: RunConfig) -> dict[str, str]:
     return {
         name: f"{written(before.get(name))} → {written(after.get(name))}"
         for name in {**before, **after}
-        if before.get(name) != after.get(name) and not any(f"{name}.".startswith(prefix) for prefix in free)
+        if before.get(name) != after.get(name)
+        and (name in NEVER_TO_CHANGE or not any(f"{name}.".startswith(prefix) for prefix in free))
     }
 
 

@@ -12,11 +12,15 @@
 #SBATCH --open-mode=append
 set -uo pipefail
 
-run_name=stdlib
+run_name=stdlib output_dir=runs
 for option in "$@"; do
-    case $option in run_name=*) run_name=${option#run_name=} ;; esac
+    case $option in
+        run_name=*) run_name=${option#run_name=} ;;
+        output_dir=*) output_dir=${option#output_dir=} ;;
+    esac
 done
-state=runs/$run_name/state.json
+directory=$output_dir/$run_name
+begin=$(mktemp)
 first_node=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-localhost}" | head -n 1)
 
 # A process that is killed or hangs (trainer.step_timeout) ends its node's launcher, which starts all anew, three times.
@@ -25,10 +29,11 @@ srun torchrun --nnodes "${SLURM_NNODES:-1}" --nproc-per-node "${SLURM_GPUS_ON_NO
     -m moe_lm pretrain "$@"
 
 # The launcher's exit code says nothing of the run's; the run's own word is in its directory.
-status=$(sed -n 's/.*"status": "\([a-z]*\)".*/\1/p' "$state" 2>/dev/null)
-code=$(sed -n 's/.*"exit_code": \([0-9]*\).*/\1/p' "$state" 2>/dev/null)
+status=$(sed -n 's/.*"status": "\([a-z]*\)".*/\1/p' "$directory/state.json" 2>/dev/null)
 echo "run $run_name: ${status:-not begun}"
-if [ "${status:-}" = finished ] || [ "${code:-}" = 2 ] || [ "${SLURM_RESTART_COUNT:-0}" -ge 20 ]; then
-    exit "${code:-1}"
+case $status in finished) exit 0 ;; esac
+# A run that did not get as far as its first step will not do so the next time; one that was stopped by hand shall rest.
+if [ ! "$directory/state.json" -nt "$begin" ] || [ -e "$directory/stop" ] || [ "${SLURM_RESTART_COUNT:-0}" -ge 20 ]; then
+    exit 1
 fi
 scontrol requeue "$SLURM_JOB_ID"

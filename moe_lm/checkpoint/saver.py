@@ -44,13 +44,20 @@ class Saver:
         """Whether a save has not ended yet."""
         return self._thread is not None and self._thread.is_alive()
 
-    def start(self, step: int, slices: Iterable[TensorSlice], state: dict[str, Any]) -> None:
-        """Copy the tensors and begin to write them; the save before must have ended."""
+    def start(self, step: int, slices: Iterable[TensorSlice], state: dict[str, Any], copy: bool = True) -> None:
+        """Copy the tensors and begin to write them; the save before must have ended.
+
+        Args:
+            step: What the checkpoint is named by.
+            slices: See `CheckpointStore.save`.
+            state: The same.
+            copy: False where the tensors do not change until the save has ended.
+        """
         assert not self.busy
         self.failure = None
         self._hurry.clear()
         copies = [
-            TensorSlice(s.name, s.data.detach().to("cpu", copy=True).contiguous(), s.shape, s.offsets) for s in slices
+            TensorSlice(s.name, s.data.detach().to("cpu", copy=copy).contiguous(), s.shape, s.offsets) for s in slices
         ]
         self._thread = threading.Thread(target=self._save, args=(step, copies, state), daemon=True, name="checkpoint")
         self._thread.start()

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from moe_lm.checkpoint.checkpoint import Checkpoint
+from moe_lm.checkpoint.saver import said
 from moe_lm.checkpoint.store import CheckpointStore, most_kept
 from moe_lm.checkpoint.tensor_file import CheckpointError
 from moe_lm.commands.model_source import write_export
 from moe_lm.commands.prepare import PreparationDisplay
-from moe_lm.config import differences, load_saved, save
+from moe_lm.config import NEVER_TO_CHANGE, differences, load_saved, save
 from moe_lm.data.chunks import ChangedSourceError
 from moe_lm.data.config import DataSource
 from moe_lm.data.loader import make_mixture, validate_batch_sizes
@@ -88,11 +89,14 @@ def _check_memory(config: RunConfig, runtime: Runtime) -> None:
     """Refuse a model that can not fit before minutes go into its data, and before the system ends the process."""
     moments = 1 if config.optimizer.name is OptimizerName.muon else 2
     needed, there = training_state_bytes(config.model, moments), total_memory(runtime.device)
+    if runtime.device.type == "cpu" and config.checkpoint.background:
+        needed += 4 * (1 + moments) * count_parameters(config.model).total  # the copy that a save writes from
     if needed > there:
         billions = count_parameters(config.model).total / 1e9
         raise InputError(
-            f"model: {billions:.1f} B parameters need {needed / 2**30:,.0f} GiB for weights, gradients and moments "
-            f"alone, and this {runtime.device.type} has {there / 2**30:,.0f} GiB; choose a smaller model."
+            f"model: {billions:.1f} B parameters need {needed / 2**30:,.0f} GiB for weights, gradients, moments "
+            f"and the copy for saving alone, and this {runtime.device.type} has {there / 2**30:,.0f} GiB; choose a "
+            "smaller model."
         )
 
 
@@ -142,9 +146,11 @@ def _check_same_run(config: RunConfig, directory: Path) -> None:
     if changed := differences(load_saved(RunConfig, directory / CONFIG_FILE), config):
         fields = "; ".join(f"{name}={change}" for name, change in changed.items())
         names = ",".join(changed) if len(changed) <= 4 else "…"
+        fixed = any(name in NEVER_TO_CHANGE for name in changed)
+        insist = "" if fixed else f", or insist with resume.allow_change=[{names}]"
         raise InputError(
-            f"{directory} was started with another configuration: {fields}. Give the old values to go on with it, "
-            f"another run_name= to start anew, or insist with resume.allow_change=[{names}]."
+            f"{directory} was started with another configuration: {fields}. Give the old values to go on with it, or "
+            f"another run_name= to start anew{insist}."
         )
 
 
@@ -241,12 +247,12 @@ def _train(training: Run) -> float:
 
 def _open_store(training: Run) -> None:
     """Refuse a run whose checkpoints can not be written, or fit on the disk with its export, before its first step."""
-    config, directory = training.config, training.directory
+    config = training.config
     try:
         training.store.open()
     except OSError as error:
         raise InputError(
-            f"output_dir={config.output_dir}: {training.store.directory} can not be written ({error.strerror}); give "
+            f"output_dir={config.output_dir}: {training.store.directory} can not be written ({said(error)}); give "
             "another one."
         ) from error
     kinds = expected_tensors(training.model, training.optimizer, trained=True)
@@ -255,7 +261,7 @@ def _open_store(training: Run) -> None:
     export = 4 * count_parameters(config.model).total if config.finish.export else 0
     there = sum(file.stat().st_size for path in training.store.paths() for file in path.iterdir())
     # One more while it is written, since nothing is deleted before the new one is verified.
-    needed, free = (kept + 1) * size + export - there, shutil.disk_usage(directory).free
+    needed, free = (kept + 1) * size + export - there, shutil.disk_usage(training.store.directory).free
     if needed > free:
         raise InputError(
             f"output_dir={config.output_dir}: {kept} checkpoints of {size / 1e6:,.0f} MB, one more while it is written "
@@ -310,8 +316,12 @@ def _check_same_data(training: Run, checkpoint: Checkpoint) -> None:
     """Refuse data that was deleted and prepared again from other text: resuming would be another run."""
     data = training.data
     now = {"corpus_fingerprint": data.corpus_fingerprint, "tokenizer_fingerprint": data.tokenizer.fingerprint}
-    changed = [name for name, value in now.items() if checkpoint.state[name] != value]
-    if changed and not any(name.partition(".")[0] == "data" for name in training.config.resume.allow_change):
+    allowed = training.config.resume.allow_change
+    may_differ = {
+        "corpus_fingerprint": any(n in ("data", "data.paths", "data.source") or "data.sources" in n for n in allowed),
+        "tokenizer_fingerprint": any(n.startswith("tokenizer") for n in allowed),
+    }
+    if changed := [n for n, value in now.items() if checkpoint.state[n] != value and not may_differ[n]]:
         raise InputError(
             f"{training.directory / 'data'} was prepared from other text than {checkpoint.path} was trained on "
             f"({', '.join(changed)}); bring that text back, or give another run_name= to start anew."

@@ -26,7 +26,7 @@ class Runtime:
         on_cpu = device == "cpu" or not torch.cuda.is_available()
         if on_cpu:
             keep_freed_memory()
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        if launched_world_size() > 1 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
             _meet_again("gloo" if on_cpu else "nccl")
         # Said outright, because Accelerate guesses otherwise: under torchrun on a CPU every rank takes itself for the
         # main one. Its own mixed precision stays off, whatever the launcher's environment says.

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from moe_lm.data.loader import validation_batches
-from moe_lm.errors import RunError, Stopped
+from moe_lm.errors import InputError, RunError, Stopped
 from moe_lm.evaluation.bits_per_byte import bits_per_byte
 from moe_lm.training.config import SpikePolicy
 from moe_lm.training.feed import Feed, GlobalBatch
@@ -45,7 +45,7 @@ def _train_until_rewind(run: Run, telemetry: Telemetry, pulse: Pulse) -> float |
     config, progress, policy = run.config, run.progress, run.config.guards.spike_policy
     with run.open_feed() as feed:
         telemetry.begin(feed)
-        while _between_steps(run, feed, telemetry, pulse) and (batch := feed.next()) is not None:
+        while _between_steps(run, feed, telemetry, pulse) and (batch := _next(run, feed, pulse)) is not None:
             data_step, run.data_state = progress.data_step, batch.state
             progress.data_step += 1
             if data_step in progress.skipped_data_steps:
@@ -58,7 +58,8 @@ def _train_until_rewind(run: Run, telemetry: Telemetry, pulse: Pulse) -> float |
             progress.step += 1
             if result.finite and result.cross_entropy > limit:
                 telemetry.spike(result, data_step, limit)
-                if policy is SpikePolicy.rewind and run.rewind(data_step, pulse, telemetry.line):
+                if policy is SpikePolicy.rewind:
+                    run.rewind(data_step, pulse, telemetry.line)
                     telemetry.rewound(progress.step, data_step)
                     return None
             if result.applied:
@@ -73,8 +74,8 @@ def _train_until_rewind(run: Run, telemetry: Telemetry, pulse: Pulse) -> float |
         telemetry.close_data()
         final = validate(run, None, pulse)
         run.finish_saving(pulse)
-        if final is None:
-            raise Stopped(f"stopped in the last validation ({run.requests.reason}); {_next(run)}")
+        if run.requests.agreed(failed=False).stop or final is None:
+            raise Stopped(f"stopped in the last validation ({run.requests.reason}); {_what_next(run)}")
         telemetry.validation(final, complete=True)
     return final
 
@@ -92,17 +93,34 @@ def _between_steps(run: Run, feed: Feed, telemetry: Telemetry, pulse: Pulse) -> 
     asked = run.requests.agreed(failed=run.saver.failure is not None)
     if asked.failed:
         run.raise_failed_save()
-    due = last or asked.stop or asked.save or is_due(progress.step, config.checkpoint.interval)
+    due = last or asked.save or is_due(progress.step, config.checkpoint.interval)
     if due and run.saved_step != progress.step:
         run.save(feed, pulse)
         telemetry.restart_clock()
     if asked.stop:
-        run.finish_saving(pulse)
-        raise Stopped(f"stopped after step {progress.step} ({run.requests.reason}); {_next(run)}")
+        _stop(run, feed, pulse)
     return not last
 
 
-def _next(run: Run) -> str:
+def _next(run: Run, feed: Feed, pulse: Pulse) -> GlobalBatch | None:
+    """The next batch; null where the data has ended."""
+    try:
+        return feed.next()
+    except (RunError, InputError):
+        # A signal to the whole process group has ended the tokenizing workers, too: that is no failure of theirs.
+        if run.requests.agreed(failed=False).stop:
+            _stop(run, feed, pulse)
+        raise
+
+
+def _stop(run: Run, feed: Feed, pulse: Pulse) -> None:
+    if run.saved_step != run.progress.step:
+        run.save(feed, pulse)
+    run.finish_saving(pulse)
+    raise Stopped(f"stopped after step {run.progress.step} ({run.requests.reason}); {_what_next(run)}")
+
+
+def _what_next(run: Run) -> str:
     return f"the same command {run.said_next_start()}"
 
 

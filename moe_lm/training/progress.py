@@ -1,6 +1,7 @@
 """How far a run is: the counters that a checkpoint keeps."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
 
 
@@ -40,4 +41,5 @@ class Progress:
         """Take in an interim validation of the present step."""
         self.validated_step, self.bits_per_byte = self.step, bits_per_byte
         best = self.best_bits_per_byte
-        self.best_bits_per_byte = bits_per_byte if best is None else min(best, bits_per_byte)
+        if math.isfinite(bits_per_byte):
+            self.best_bits_per_byte = bits_per_byte if best is None else min(best, bits_per_byte)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from moe_lm.checkpoint.checkpoint import Checkpoint
 from moe_lm.checkpoint.saver import Saver, said
-from moe_lm.checkpoint.store import SCORE, CheckpointStore, TensorSlice
-from moe_lm.checkpoint.tensor_file import CheckpointError, TensorKind
+from moe_lm.checkpoint.store import SCORE, CheckpointStore, TensorSlice, step_of
+from moe_lm.checkpoint.tensor_file import CheckpointError, TensorKind, are_sizes
 from moe_lm.data.loader import make_mixture
 from moe_lm.data.prepared import PreparedData
 from moe_lm.errors import Stopped
@@ -28,7 +28,7 @@ from moe_lm.model.config import ModelConfig
 from moe_lm.model.decoder import CausalLM
 from moe_lm.model.initialization import initialize
 from moe_lm.parallel.runtime import Runtime
-from moe_lm.training.config import OptimizerConfig, RunConfig, to_plain
+from moe_lm.training.config import OptimizerConfig, RunConfig, SpikePolicy, to_plain
 from moe_lm.training.feed import Feed
 from moe_lm.training.guards import SpikeDetector
 from moe_lm.training.optimizer import Optimizer
@@ -71,7 +71,9 @@ class Run:
         self.load_LE = initial_load(self.model.config).to(runtime.device)
         total_rows = trainer.max_steps * trainer.global_batch_size
         self.mixture = make_mixture(config.data, data.train, total_rows)
-        self.store = CheckpointStore(directory / "checkpoints", config.checkpoint)
+        rewinds = config.guards.spike_policy is SpikePolicy.rewind
+        behind = config.guards.rewind_margin if rewinds else None
+        self.store = CheckpointStore(directory / "checkpoints", config.checkpoint, behind)
         self.saver = Saver(self.store, report)
         self.requests = Requests(directory, runtime)
         # Made once: training stands still while a save begins.
@@ -105,7 +107,8 @@ class Run:
         self.finish_saving(pulse)
         data_state = feed.whole_state(self.data_state)
         if self.runtime.is_main:
-            self.saver.start(self.progress.step, self._slices(), self._state(data_state))
+            background = self.config.checkpoint.background
+            self.saver.start(self.progress.step, self._slices(), self._state(data_state), copy=background)
         self.saved_step = self.progress.step
         if not self.config.checkpoint.background:
             self.finish_saving(pulse)
@@ -143,7 +146,7 @@ class Run:
 
     def said_next_start(self) -> str:
         """What the same command will do, in words."""
-        paths = self.store.paths()
+        paths = [path for path in self.store.paths() if step_of(path) <= self.progress.step]
         return f"goes on from {paths[-1].name}" if paths else "begins anew, for there is no checkpoint yet"
 
     def _state(self, data_state: dict[str, Any]) -> dict[str, Any]:
@@ -206,30 +209,38 @@ class Run:
         self.data_state = checkpoint.state["data"]
         self.saved_step = int(progress.step)
 
-    def rewind(self, data_step: int, pulse: Callable[[], None], say: Callable[[str], None]) -> bool:
+    def rewind(self, data_step: int, pulse: Callable[[], None], say: Callable[[str], None]) -> None:
         """Go back to a checkpoint from before a batch and leave out the batches around it; every process must call it.
+
+        Where there is none it goes back to the beginning. Either way what comes is the run that left those batches out
+        from the start, so it does not matter which checkpoints there happen to be.
 
         Args:
             data_step: The global batch whose loss was a spike.
             pulse: Called while this waits.
             say: Told of checkpoints that were refused.
-
-        Returns:
-            False where there is no such checkpoint; nothing was changed then.
         """
         self.finish_saving(pulse)
         margin = self.config.guards.rewind_margin
         around = range(max(0, data_step - margin), data_step + margin + 1)
         checkpoint = self.newest_checkpoint(lambda reason: say(f"refused checkpoint {reason}"), around[0])
-        if checkpoint is None:
-            return False
         skipped = sorted({*self.progress.skipped_data_steps, *around})
-        self.load(checkpoint)
+        if checkpoint is None:
+            self._begin_anew()
+        else:
+            self.load(checkpoint)
         self.progress.skipped_data_steps = skipped
-        if self.runtime.is_main:
-            self.store.forget_after(self.progress.step)
-        self.runtime.barrier()
-        return True
+        self.runtime.on_main(lambda: self.store.forget_after(self.progress.step))
+
+    @torch.no_grad()
+    def _begin_anew(self) -> None:
+        """Take the state of a run that has not made a step."""
+        initialize(self.model, self.config.seed)
+        self.compute.refresh()
+        self.optimizer.load_state_tensors({})
+        self.load_LE.copy_(initial_load(self.config.model))
+        self.progress, self.spikes = Progress(), SpikeDetector(self.config.guards)
+        self.data_state, self.saved_step = {}, None
 
 
 def initial_load(config: ModelConfig) -> Tensor:
@@ -253,17 +264,38 @@ def check_state(checkpoint: Checkpoint, model: ModelConfig, optimizer: Optimizer
     Raises:
         CheckpointError: Tensors are missing, too many, or of another type or shape, or the progress is unreadable.
     """
+    progress = _progress_of(checkpoint)
+    if model.num_hidden_layers > len(checkpoint.kinds()):  # before any layer is built
+        raise CheckpointError(f"{checkpoint.path}: has fewer tensors than its configuration has layers")
     with torch.device("meta"):
         empty = CausalLM(model)
-    progress = _progress_of(checkpoint)
     checkpoint.expect(expected_tensors(empty, Optimizer(empty, optimizer), progress.updates > 0))
 
 
 def _progress_of(checkpoint: Checkpoint) -> Progress:
+    """The progress that a checkpoint was made at, if its state is that of a run."""
+    for name, kind in _STATE.items():
+        if not isinstance(checkpoint.state.get(name), kind):
+            raise CheckpointError(f"state.json: has no {name} of a run")
     try:
-        return Progress(**checkpoint.state["progress"])
-    except (KeyError, TypeError) as error:
+        progress = Progress(**checkpoint.state["progress"])
+    except TypeError as error:
         raise CheckpointError(f"state.json: says no valid progress of a run ({error})") from error
+    if not are_sizes([progress.step, progress.data_step, progress.updates, *progress.skipped_data_steps]):
+        raise CheckpointError("state.json: the progress of a run is counted in whole numbers")
+    return progress
+
+
+_STATE = {
+    "progress": dict,
+    "losses": list,
+    "environment": dict,
+    "corpus_fingerprint": str,
+    "tokenizer_fingerprint": str,
+    "config": dict,
+    "data": dict,
+}
+"""What a checkpoint's state must say, and its type."""
 
 
 def _environment(runtime: Runtime) -> dict[str, Any]:

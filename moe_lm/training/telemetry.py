@@ -24,12 +24,20 @@ class Telemetry:
         self._run = run
         self._feed: Feed | None = None
         self._log_interval = config.trainer.log_interval
-        self._metrics = MetricsFile(run.directory / "metrics.jsonl", run.progress.step) if runtime.is_main else None
+        self._metrics: MetricsFile | None = None
+        runtime.on_main(self._open_metrics)
         self._tracker = Tracker(runtime.accelerator, config.tracker, run.directory, config.run_name, to_plain(config))
         self._display = Display(runtime.is_main)
         rate = matmul_rate(runtime.device, run.compute.dtype) * runtime.world_size
         self._utilization_per_token = training_flops_per_token(config.model, config.data.sequence_length) / rate
         self._mark = self._waited = 0.0
+
+    def _open_metrics(self) -> None:
+        self._metrics = MetricsFile(self._run.directory / "metrics.jsonl", self._run.progress.step)
+
+    def _cut_metrics_back(self) -> None:
+        assert self._metrics is not None
+        self._metrics.cut_back(self._run.progress.step)
 
     def begin(self, feed: Feed) -> None:
         """Go on from where the run stands, with these batches."""
@@ -47,9 +55,9 @@ class Telemetry:
 
     def __exit__(self, *exception: object) -> None:
         self._display.close()
-        self._tracker.close()
         if self._metrics is not None:
             self._metrics.close()
+        self._tracker.close()
 
     def step(self, result: StepResult, batch: GlobalBatch, data_step: int, learning_rate: float) -> None:
         """Record a finished step."""
@@ -100,8 +108,7 @@ class Telemetry:
     def rewound(self, from_step: int, data_step: int) -> None:
         """Record that the run went back, and forget the figures of the steps that it gave up."""
         progress, margin = self._run.progress, self._run.config.guards.rewind_margin
-        if self._metrics is not None:
-            self._metrics.cut_back(progress.step)
+        self._run.runtime.on_main(self._cut_metrics_back)
         # With the number of the step that comes next, so that going on from the same checkpoint cuts this off as well.
         event = {"event": "rewind", "from_step": from_step, "skipped_data_steps": progress.skipped_data_steps}
         self._write({"step": progress.step + 1, **event})

@@ -136,6 +136,25 @@ def test_a_rewind_is_deterministic_and_part_of_the_state(parent, place):
         assert metrics(place / "runs" / name) == metrics(place / "runs/alone"), name
 
 
+@pytest.mark.parametrize("bounded", [[], ["data.epochs=2"]], ids=["endless", "two epochs"])
+def test_a_rewind_does_not_depend_on_the_checkpoints_there_are(parent, place, bounded):
+    """Catches a rewind that is another run where other checkpoints exist: to step 40, to 42, or, without any that is
+    old enough, to the beginning; with data that ends, a schedule that follows the batches left out."""
+    log, which = place / "which.log", "epochs" if bounded else "endless"
+    options = [*OPTIONS, *bounded, "guards.spike_policy=rewind", "guards.rewind_margin=2"]
+    results = {}
+    for interval in (40, 42, 50):
+        name = f"{which}-{interval}"
+        own = [f"run_name={name}", f"checkpoint.interval={interval}"]
+        assert parent.run("spiked", [*options, *own], place, [44], None, log=log) == 0, log.read_text()
+        target = 0 if interval == 50 else interval
+        assert f"went back from step 45 to step {target}; data steps 42 to 46 are left out" in log.read_text()
+        results[interval] = final_tensors(place / "runs" / name), metrics(place / "runs" / name)
+    for tensors, losses in results.values():
+        assert all(torch.equal(tensors[name], results[40][0][name]) for name in tensors)
+        assert losses == results[40][1]
+
+
 def test_a_rewind_that_does_not_help_ends(parent, place):
     """Catches a run that goes back and forth for ever: the weights, not the batches, are to blame."""
     log = place / "forever.log"

@@ -153,6 +153,34 @@ def test_a_hang_is_ended_with_stacks(parent, whole):
     _assert_equal(whole / "runs/hang", whole / "runs/whole")
 
 
+def test_a_stream_is_stopped_with_its_workers(whole):
+    """Catches tokenizing workers that die of a signal to the whole group, as SLURM and `kill -- -GROUP` send it, and
+    take the run with them: SIGUSR1 saves and goes on, SIGTERM saves and stops."""
+    options = ["pretrain", *OPTIONS, "data=text", "data.paths=[corpus]", "data.streaming=true", "run_name=stream"]
+    options += ["trainer.max_steps=100000", "checkpoint.interval=0", "trainer.eval_interval=0"]
+    run = whole / "runs/stream"
+    with (whole / "stream.log").open("w") as log:
+        command = [sys.executable, "-m", "moe_lm", *options]
+        process = subprocess.Popen(command, cwd=whole, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True)
+        wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) > 3)
+        os.killpg(process.pid, signal.SIGUSR1)
+        wait_for(lambda: list((run / "checkpoints").glob("step-*")))
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=60) == 75, (whole / "stream.log").read_text()
+    step = _state(run)["step"]
+    assert (run / f"checkpoints/step-{step:08d}/COMPLETE").exists()
+
+
+def test_a_deadline_needs_no_reader_of_the_output(parent, whole):
+    """Catches a signal thread that dies of a closed error output, and with it the deadline."""
+    log = whole / "closed.log"
+    options = [*OPTIONS, "run_name=closed", "trainer.stop_deadline=2"]
+    pid = parent.start("signalled", options, whole, "hang without output", 3, log=log)
+    wait_for(lambda: "now in hang" in log.read_text())
+    os.kill(pid, signal.SIGTERM)
+    assert parent.wait(pid) == 75
+
+
 def test_processes_agree_on_a_signal_that_one_gets(whole):
     """Catches peers that go on into a collective: SIGTERM to the second process alone stops both, with one save; and a
     peer that does not answer any more is left at the deadline."""

@@ -551,6 +551,42 @@ def test_retention(config, kept):
     assert retained([30, 10, 50, 20, 40], scores, CheckpointConfig(**config)) == kept
 
 
+def test_a_rewind_finds_a_checkpoint_that_is_old_enough():
+    """Catches checkpoints asked for by hand that push out the last one from before a rewind's margin."""
+    config = CheckpointConfig(keep_last=2, keep_best=False)
+    assert retained([10, 20, 27, 28], {}, config, behind=8) == {20, 27, 28}
+    assert retained([10, 20, 28], {}, config, behind=8) == {20, 28}
+    assert retained([26, 27, 28], {}, config, behind=8) == {27, 28}
+    assert retained([10, 20, 28], {}, config, behind=0) == {20, 28}
+
+
+def test_what_can_not_be_deleted_is_no_failed_save(store, monkeypatch):
+    """Catches a published checkpoint that is reported as failed, and taken away again by the retry."""
+    store.config.keep_last = 1
+    store.save(1, _slices(TENSORS), {})
+    with monkeypatch.context() as patch:
+
+        def refuses(name, *arguments, **options):
+            raise OSError(39, "Directory not empty", str(name))
+
+        patch.setattr(os, "rmdir", refuses)
+        store.save(2, _slices(TENSORS), {})
+        assert _newest_step(store) == 2
+    store.save(3, _slices(TENSORS), {})
+    assert [p.name for p in store.directory.iterdir()] == ["step-00000003"]
+
+
+def test_a_checkpoint_that_was_moved_and_linked_back_is_let_go(store, saved, tmp_path):
+    """Catches a link that no deletion can handle, and that every later save then stumbles over."""
+    saved.rename(tmp_path / "moved")
+    saved.symlink_to(tmp_path / "moved")
+    store.config.keep_last = 1
+    store.save(4, _slices(TENSORS), {})
+    store.save(5, _slices(TENSORS), {})
+    assert [p.name for p in store.directory.iterdir()] == ["step-00000005"]
+    assert Checkpoint(tmp_path / "moved").state == STATE
+
+
 def test_the_best_by_its_score_outlives_the_last(store):
     """Catches a score that is not read back from disk, or a damaged state that ends a save."""
     store.config.keep_last, store.config.keep_best = 1, True

@@ -1,6 +1,7 @@
 """metrics.jsonl: whole lines, in order, and none twice after a resume."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,34 @@ def test_a_line_without_a_step_is_dropped(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text(_line(1) + line + _line(2))
     assert _resume(path, 2) == _line(1) + _line(2)
+
+
+def test_a_full_disk_loses_no_line(tmp_path, monkeypatch, capsys):
+    """Catches a run that ends because its figures can not be written, or lines lost, torn or doubled meanwhile: the
+    disk takes seven bytes of a line, then nothing for a while."""
+    path = tmp_path / "metrics.jsonl"
+    file, original, room = MetricsFile(path, 0), os.write, [7]
+
+    def write(descriptor, content):
+        if room[0] is None:
+            return original(descriptor, content)
+        if not room[0]:
+            raise OSError(28, "No space left on device")
+        taken, room[0] = room[0], 0
+        return original(descriptor, content[:taken])
+
+    monkeypatch.setattr(os, "write", write)
+    for step in (1, 2, 3):
+        file.write({"step": step})
+    assert path.read_bytes() == _line(1)[:7].encode() and capsys.readouterr().err.count("No space left") == 1
+    file.cut_back(2)
+    assert path.read_text() == _line(1) + _line(2)
+    room[0] = 3
+    file.write({"step": 3})
+    room[0] = None
+    file.write({"step": 4})
+    file.close()
+    assert path.read_text() == "".join(map(_line, (1, 2, 3, 4)))
 
 
 def test_a_file_in_order_is_left_alone(tmp_path):

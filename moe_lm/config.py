@@ -34,27 +34,6 @@ SCHEMAS: dict[str, type] = {
     "generate": GenerateConfig,
 }
 
-FREE_TO_CHANGE = (
-    "output_dir",
-    "resume",
-    "data.workers",
-    "trainer.device",
-    "trainer.micro_batch_size",
-    "trainer.activation_checkpointing",
-    "trainer.log_interval",
-    "trainer.eval_interval",
-    "trainer.eval_sequences",
-    "trainer.step_timeout",
-    "trainer.stop_deadline",
-    "checkpoint",
-    "tracker",
-    "finish",
-)
-"""Fields (or sections) of a run that may differ when it is resumed: they change what is learned by rounding at most."""
-
-NEVER_TO_CHANGE = ("data.streaming", "data.num_streams")
-"""Fields that the data's position in a checkpoint means nothing without."""
-
 
 def config_directory() -> Path:
     """The YAML groups: inside the installed package, or in the checkout that this package runs from."""
@@ -65,10 +44,7 @@ def config_directory() -> Path:
 
 def load(command: str, arguments: list[str]) -> Any:
     """Compose a command's configuration from its overrides; `InputError` for whatever the user got wrong."""
-    config = _build(SCHEMAS[command], _merge(command, arguments))
-    if isinstance(config, RunConfig):
-        _check_allowed(config)
-    return config
+    return _build(SCHEMAS[command], _merge(command, arguments))
 
 
 def load_values(command: str, arguments: list[str]) -> dict[str, Any]:
@@ -98,35 +74,16 @@ def save(config: Any, path: Path) -> None:
 def load_saved(schema: type, path: Path) -> Any:
     """Read what `save` wrote."""
     try:
+        if not path.stat().st_size:
+            raise ValueError("it is empty")
         return to_dataclass(schema, OmegaConf.load(path))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path}: is missing; bring it back (each checkpoint's state.json has the values under `config`), or "
+            "remove the run."
+        ) from error
     except Exception as error:  # OmegaConf lets through whatever its YAML reader raises
         raise InputError(f"{path}: is not a saved configuration ({error}); restore it, or remove the run.") from error
-
-
-def differences(old: RunConfig, new: RunConfig) -> dict[str, str]:
-    """Fields that differ between two configurations of a run and may not, by name, as `old → new`.
-
-    What `resume.allow_change` of the new one names may differ as well.
-    """
-    before, after = _flatten(to_plain(old)), _flatten(to_plain(new))
-    free = [f"{name}." for name in (*FREE_TO_CHANGE, *new.resume.allow_change)]
-    return {
-        name: f"{written(before.get(name))} → {written(after.get(name))}"
-        for name in {**before, **after}
-        if before.get(name) != after.get(name)
-        and (name in NEVER_TO_CHANGE or not any(f"{name}.".startswith(prefix) for prefix in free))
-    }
-
-
-def _check_allowed(config: RunConfig) -> None:
-    """Refuse a name in `resume.allow_change` that is no option: it would allow nothing, and nobody would notice."""
-    names = list(_flatten(to_plain(config)))
-    sections = {name[: match.start()] for name in names for match in re.finditer(r"\.", name)}
-    for name in config.resume.allow_change:
-        if name not in names and name not in sections:
-            raise InputError(
-                f"resume.allow_change=[{name}]: there is no option {name!r}{_nearest(name, [*names, *sections])}"
-            )
 
 
 def group_choices(command: str) -> dict[str, list[str]]:
@@ -206,7 +163,7 @@ def _parse(command: str, arguments: list[str]) -> tuple[list[str], list[_Given]]
             raise InputError(f"{argument!r}: options are written NAME=VALUE; `moe-lm {command} --help` lists them.")
         kind = _kind_of(name, kinds)
         if kind is None and name not in choices:
-            raise InputError(f"{argument}: there is no option {name!r}{_nearest(name, [*kinds, *choices])}")
+            raise InputError(f"{argument}: there is no option {name!r}{nearest(name, [*kinds, *choices])}")
         if key.startswith("~"):
             raise InputError(f"{argument}: only NAME=VALUE sets a value.")
         if kind in (str, str | None):
@@ -345,20 +302,13 @@ def _reason(error: OmegaConfBaseException) -> str:
     return str(error).splitlines()[0].rstrip(".") + "."
 
 
-def _nearest(name: str, names: list[str]) -> str:
+def nearest(name: str, names: list[str]) -> str:
     """`, did you mean …?`, by the whole name or by its last part."""
     name = name.partition("@")[0]  # Hydra's way to place a group elsewhere
     by_last = {n.rsplit(".", 1)[-1]: n for n in names}
     close = difflib.get_close_matches(name, names, 1, 0.6)
     close = close or [by_last[n] for n in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last, 1, 0.6)]
     return f"; did you mean {close[0]!r}?" if close else "; `--help` lists all options."
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def written(value: Any) -> str:

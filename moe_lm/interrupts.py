@@ -1,4 +1,5 @@
-"""Signals: SIGINT and SIGTERM stop, SIGUSR1 asks for a checkpoint; and the time within which a stop must be over.
+"""Signals: SIGINT, SIGTERM and SIGHUP stop, SIGUSR1 asks for a checkpoint; and the time within which a stop must be
+over.
 
 A handler written in Python runs only when the main thread comes back to the interpreter, which it does not while it
 waits in a collective for a peer that has gone. So the interpreter's own handler, in C, puts the signal's number into a
@@ -14,12 +15,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import NoReturn
 
 STOPPED = 75
 """Exit code of a run that was stopped and can go on (EX_TEMPFAIL of sysexits.h)."""
 
 DEADLINE = 25.0
 """Seconds from a signal to the end of the process, at most, where a command does not say otherwise."""
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _ECHO_SECONDS = 2.0
 """A launcher repeats the terminal's Ctrl-C to its processes: what comes within this time is the same one."""
@@ -45,7 +49,7 @@ class Interrupts:
         self._interrupted: float | None = None
         self._deadline_seconds = DEADLINE
         self._deadline: float | None = None
-        self._at_deadline: Callable[[], object] | None = None
+        self._last_words: Callable[[], object] | None = None
 
     def __enter__(self) -> "Interrupts":
         self._forget()
@@ -54,7 +58,9 @@ class Interrupts:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in (*_STOPPING, signal.SIGUSR1):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup: the terminal may go
             self._before[number] = signal.signal(number, self._in_main_thread)
         self._thread = threading.Thread(target=self._watch, daemon=True, name="signals")
         self._thread.start()
@@ -72,18 +78,18 @@ class Interrupts:
         os.close(self._read)
 
     @contextlib.contextmanager
-    def deferred(self, deadline: float, at_deadline: Callable[[], object]) -> Iterator[None]:
+    def deferred(self, deadline: float, last_words: Callable[[], object]) -> Iterator[None]:
         """Only remember signals while the block runs, which must ask.
 
         Args:
             deadline: Seconds from a signal to the end of the process, at most.
-            at_deadline: Called before the process is ended by it.
+            last_words: Called before the process is ended by the deadline, or by a second SIGINT.
         """
-        self._deadline_seconds, self._at_deadline, self._deferred = deadline, at_deadline, True
+        self._deadline_seconds, self._last_words, self._deferred = deadline, last_words, True
         try:
             yield
         finally:
-            self._deferred, self._at_deadline = False, None
+            self._deferred, self._last_words = False, None
 
     def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
         if not self._deferred and number != signal.SIGUSR1:
@@ -104,7 +110,7 @@ class Interrupts:
         if number == signal.SIGUSR1:
             self.save = True
             return
-        if number not in (signal.SIGINT, signal.SIGTERM):
+        if number not in _STOPPING:
             return
         now = time.monotonic()
         if number == signal.SIGINT:
@@ -113,7 +119,7 @@ class Interrupts:
                 self._interrupted = now
             elif not (launched and now - self._interrupted < _ECHO_SECONDS):
                 _say("interrupted twice: ended at once, without a checkpoint of this step")
-                os._exit(STOPPED)
+                self._end(0.5)
         if self.stop is None:
             self.stop = signal.Signals(number).name
             self._deadline = now + self._deadline_seconds
@@ -123,10 +129,14 @@ class Interrupts:
 
     def _end_at_deadline(self) -> None:
         _say(f"{self.stop}: not over {self._deadline_seconds:g} s later, and so ended; see trainer.stop_deadline")
-        if self._at_deadline is not None:
-            last_words = threading.Thread(target=self._at_deadline, daemon=True)
+        self._end(2)
+
+    def _end(self, seconds: float) -> NoReturn:
+        """End the process, after at most so many seconds for the last words: a dead mount must not hold it up."""
+        if self._last_words is not None:
+            last_words = threading.Thread(target=self._last_words, daemon=True)
             last_words.start()
-            last_words.join(2)  # a dead mount must not hold the end up
+            last_words.join(seconds)
         os._exit(STOPPED)
 
 

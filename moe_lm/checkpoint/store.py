@@ -210,9 +210,15 @@ def most_kept(max_steps: int, eval_interval: int, config: CheckpointConfig) -> i
 
 def step_of(path: Path) -> int:
     """The step that a checkpoint's directory is named by."""
+    step = named_step(path)
+    assert step is not None, path
+    return step
+
+
+def named_step(path: Path) -> int | None:
+    """The same; null where the directory's name is none of a checkpoint in its store."""
     match = _NAME.fullmatch(path.name)
-    assert match is not None, path
-    return int(match[1])
+    return None if match is None else int(match[1])
 
 
 def _score(path: Path) -> float | None:

@@ -69,7 +69,7 @@ class VerifyConfig:
     """`moe-lm verify`."""
 
     checkpoint: str | None = None
-    """Run directory (all its checkpoints) or one checkpoint directory."""
+    """Run directory, or its `checkpoints` (all of them), or one checkpoint directory."""
 
     def __post_init__(self) -> None:
         _require_given("checkpoint", self.checkpoint)

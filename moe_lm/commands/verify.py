@@ -12,7 +12,7 @@ from moe_lm.config import to_dataclass
 from moe_lm.errors import InputError, RunError
 from moe_lm.model.config import ModelConfig
 from moe_lm.training.config import OptimizerConfig
-from moe_lm.training.run import check_state
+from moe_lm.training.state import check_state
 
 
 def run(config: VerifyConfig) -> int:
@@ -27,8 +27,9 @@ def run(config: VerifyConfig) -> int:
 def _checkpoints(path: Path) -> list[Path]:
     """The checkpoint that a path is, or those of the run."""
     if not path.is_dir():
-        raise InputError(f"checkpoint={path}: there is no such directory.")
-    paths = CheckpointStore(path / "checkpoints", CheckpointConfig()).paths()
+        raise InputError(f"checkpoint={path}: {'is no directory' if path.exists() else 'there is no such directory'}.")
+    stores = (CheckpointStore(directory, CheckpointConfig()) for directory in (path / "checkpoints", path))
+    paths = next((found for store in stores if (found := store.paths())), [])
     if not paths and not any((path / name).exists() for name in ("COMPLETE", "manifest.json", "index.json")):
         raise InputError(f"checkpoint={path}: holds no checkpoint; give a run directory or a step-… directory.")
     return paths or [path]

@@ -37,7 +37,7 @@ from moe_lm.data.chunks import (
 from moe_lm.data.config import DataConfig, TokenizerConfig
 from moe_lm.data.documents import Split, SplitWay, choose_split
 from moe_lm.data.encode import Encoder, start_workers
-from moe_lm.data.prepared import FORMAT, VALIDATION, open_set, read_manifest
+from moe_lm.data.prepared import FORMAT, VALIDATION, made_tokenizer, open_set, read_manifest
 from moe_lm.data.sources import Beginning, Source, beginning_of, open_sources, open_validation
 from moe_lm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from moe_lm.errors import InputError
@@ -80,6 +80,7 @@ def prepare(
     directory: Path,
     *,
     part: Part = Part(),
+    keep_tokenizer: bool = False,
     report: Report = lambda message: None,
     progress: Progress = lambda done, total: None,
 ) -> bool:
@@ -93,6 +94,7 @@ def prepare(
         tokenizer_config: Which tokenizer.
         directory: Where to (made if missing).
         part: Which slice of the work to do.
+        keep_tokenizer: Whether a tokenizer that stands in the directory is the one to use, whatever else is made.
         report: Called with a line about each stage.
         progress: Called as text is tokenized.
 
@@ -124,7 +126,8 @@ def prepare(
         open_set(directory)
         return True
     directory.mkdir(parents=True, exist_ok=True)
-    return _make(config, tokenizer_config, directory, sources, validation, settings, part, report, progress)
+    kept = made_tokenizer(directory) if keep_tokenizer and (directory / "tokenizer").is_dir() else None
+    return _make(config, tokenizer_config, directory, sources, validation, settings, part, kept, report, progress)
 
 
 def _make(
@@ -135,6 +138,7 @@ def _make(
     validation: Source | None,
     settings: dict[str, Any],
     part: Part,
+    kept: Tokenizer | None,
     report: Report,
     progress: Progress,
 ) -> bool:
@@ -152,7 +156,7 @@ def _make(
         # Started beside the training of the tokenizer, which keeps one core busy for most of its time.
         if (pool := start_workers(workers)) is not None:
             held.callback(pool.shutdown, cancel_futures=True)
-        tokenizer = _tokenizer(sources, splits, tokenizer_config, directory, config.sequence_length, report)
+        tokenizer = kept or _tokenizer(sources, splits, tokenizer_config, directory, config.sequence_length, report)
         data.mkdir(parents=True, exist_ok=True)
         write_json(data / "begun.json", {"format": FORMAT, "settings": settings})
         encoder = held.enter_context(closing(Encoder(tokenizer, directory / "tokenizer", workers, pool)))
@@ -244,19 +248,11 @@ def _check_tokenizer(tokenizer_config: TokenizerConfig, directory: Path) -> None
         InputError: It is another one.
     """
     path = Path(tokenizer_config.path).expanduser() if tokenizer_config.path is not None else None
-    if (
-        path is not None
-        and path.exists()
-        and load_tokenizer(path).fingerprint != _made_tokenizer(directory).fingerprint
-    ):
+    if path is not None and path.exists() and load_tokenizer(path).fingerprint != made_tokenizer(directory).fingerprint:
         raise InputError(
             f"tokenizer.path={tokenizer_config.path}: is another tokenizer than {directory} was begun with; prepare "
             "into another directory, or delete that one to prepare it anew."
         )
-
-
-def _made_tokenizer(directory: Path) -> Tokenizer:
-    return load_tokenizer(directory / "tokenizer")
 
 
 def _choose_splits(sources: Iterable[Source], validation: Source | None, config: DataConfig) -> dict[str, Split]:
@@ -281,7 +277,7 @@ def _tokenizer(
     """Takes, trains or (where a preparation was interrupted) finds the tokenizer; its files stand in the directory."""
     path = directory / "tokenizer"
     if (directory / "data" / "begun.json").exists():
-        return _made_tokenizer(directory)
+        return made_tokenizer(directory)
     if tokenizer_config.path is not None:
         tokenizer = load_tokenizer(Path(tokenizer_config.path).expanduser())
     else:

@@ -44,13 +44,16 @@ class PreparedData:
     """How each stream is split."""
 
 
-def load(config: DataConfig, tokenizer_config: TokenizerConfig, directory: Path) -> PreparedData:
+def load(
+    config: DataConfig, tokenizer_config: TokenizerConfig, directory: Path, *, keep_tokenizer: bool = False
+) -> PreparedData:
     """Opens what `prepare` made; for `data.source=prepared`, in the directories that `data.paths` names.
 
     Args:
         config: Which documents, and which of them are streamed.
         tokenizer_config: Which tokenizer is asked for.
         directory: A run's directory; a prepared set's tokenizer is copied into it.
+        keep_tokenizer: Whether one that stands there must be the same, and stays.
 
     Raises:
         InputError: A file is missing or not what was written, sets have different tokenizers, or there is too little
@@ -82,8 +85,29 @@ def load(config: DataConfig, tokenizer_config: TokenizerConfig, directory: Path)
             if not any(name in one.train for one in opened):
                 there = ", ".join(sorted(name for one in opened for name in one.train))
                 raise InputError(f"data.sources.{name}: there is no such source in data.paths; there are {there}.")
-        first.tokenizer.save(directory / "tokenizer", config.sequence_length)
+        if keep_tokenizer and (directory / "tokenizer").is_dir():
+            if load_tokenizer(directory / "tokenizer").fingerprint != first.tokenizer.fingerprint:
+                raise InputError(
+                    f"data.paths: {config.paths[0]} was prepared with another tokenizer than the run in {directory} "
+                    "has; give the set that it was started with, or another run_name= to start anew."
+                )
+        else:
+            first.tokenizer.save(directory / "tokenizer", config.sequence_length)
     return _join(opened, config, directory)
+
+
+def made_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer that stands beside prepared data.
+
+    Raises:
+        InputError: It is missing, or can not be read.
+    """
+    if not (directory / "tokenizer").is_dir():
+        raise InputError(
+            f"{directory / 'tokenizer'}: is missing, and {directory / 'data'} was made with it; bring it back, or "
+            "remove the data as well, to make both again."
+        )
+    return load_tokenizer(directory / "tokenizer")
 
 
 def _join(opened: list[PreparedData], config: DataConfig, directory: Path) -> PreparedData:
@@ -129,7 +153,7 @@ def open_set(directory: Path) -> PreparedData:
     """
     data = directory / "data"
     manifest = read_manifest(data / "manifest.json")
-    tokenizer = load_tokenizer(directory / "tokenizer")
+    tokenizer = made_tokenizer(directory)
     if tokenizer.fingerprint != manifest["tokenizer_fingerprint"]:
         raise InputError(
             f"{directory / 'tokenizer'}: is not the tokenizer that the token shards in {data} were made with; bring "

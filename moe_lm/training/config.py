@@ -12,6 +12,9 @@ from moe_lm.data.config import DataConfig, TokenizerConfig
 from moe_lm.errors import InputError
 from moe_lm.model.config import ModelConfig
 
+WEEK = 7 * 24 * 3600
+"""Seconds; the longest that a limit of time can be."""
+
 
 class OptimizerName(enum.Enum):
     """Which update rule matrices get; everything else always gets AdamW."""
@@ -157,9 +160,10 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_interval", "eval_sequences"):
             _require(self, "trainer", name, getattr(self, name) >= 1, "must be at least 1")
-        _require(self, "trainer", "stop_deadline", self.stop_deadline >= 1, "must be at least 1")
-        for name in ("eval_interval", "step_timeout"):
-            _require(self, "trainer", name, getattr(self, name) >= 0, "must not be negative")
+        _require(self, "trainer", "eval_interval", self.eval_interval >= 0, "must not be negative")
+        limit = f"must be a number of seconds up to a week, {WEEK}"
+        _require(self, "trainer", "step_timeout", 0 <= self.step_timeout <= WEEK, limit)
+        _require(self, "trainer", "stop_deadline", 1 <= self.stop_deadline <= WEEK, limit)
 
 
 @dataclasses.dataclass
@@ -185,7 +189,7 @@ class GuardsConfig:
         for name in ("max_skipped", "max_rewinds"):
             _require(self, "guards", name, getattr(self, name) >= 1, "must be at least 1")
         _require(self, "guards", "spike_threshold", self.spike_threshold > 0, "must be greater than 0")
-        _require(self, "guards", "spike_window", self.spike_window >= 32, "must be at least 32")
+        _require(self, "guards", "spike_window", 32 <= self.spike_window <= 10_000, "must lie between 32 and 10000")
         _require(self, "guards", "rewind_margin", self.rewind_margin >= 0, "must not be negative")
 
 

@@ -6,38 +6,31 @@ seed, data order from (seed, step).
 
 import dataclasses
 import json
-import platform
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moe_lm.checkpoint.checkpoint import Checkpoint
 from moe_lm.checkpoint.saver import Saver, said
 from moe_lm.checkpoint.store import SCORE, CheckpointStore, TensorSlice, step_of
-from moe_lm.checkpoint.tensor_file import CheckpointError, TensorKind, are_sizes
+from moe_lm.checkpoint.tensor_file import CheckpointError
 from moe_lm.data.loader import make_mixture
 from moe_lm.data.prepared import PreparedData
 from moe_lm.errors import Stopped
-from moe_lm.model.balancing import load_fraction
-from moe_lm.model.config import ModelConfig
 from moe_lm.model.decoder import CausalLM
 from moe_lm.model.initialization import initialize
 from moe_lm.parallel.runtime import Runtime
-from moe_lm.training.config import OptimizerConfig, RunConfig, SpikePolicy, to_plain
+from moe_lm.training.config import RunConfig, SpikePolicy, to_plain
 from moe_lm.training.feed import Feed
 from moe_lm.training.guards import SpikeDetector
 from moe_lm.training.optimizer import Optimizer
 from moe_lm.training.precision import ComputeModel, compute_dtype
 from moe_lm.training.progress import Progress
 from moe_lm.training.requests import Requests
-
-MODEL, OPTIMIZER, LOAD = "model/", "optimizer/", "balancing/load"
-"""Prefixes and names of a checkpoint's tensors."""
+from moe_lm.training.state import LOAD, MODEL, OPTIMIZER, environment, expected_tensors, initial_load, progress_of
 
 
 class Run:
@@ -77,7 +70,7 @@ class Run:
         self.saver = Saver(self.store, report)
         self.requests = Requests(directory, runtime)
         # Made once: training stands still while a save begins.
-        self.environment, self._plain_config = _environment(runtime), to_plain(config)
+        self.environment, self._plain_config = environment(runtime), to_plain(config)
         self.progress = Progress()
         self.spikes = SpikeDetector(config.guards)
         self.data_state: dict[str, Any] = {}
@@ -179,14 +172,14 @@ class Run:
             path, failure, checkpoint = self.store.directory / name, "", None
             try:
                 checkpoint = Checkpoint(path)
-                _progress_of(checkpoint)
+                progress_of(checkpoint)
             except CheckpointError as error:
                 failure = str(error)
             failures = {rank: text for rank, text in enumerate(self.runtime.gather(failure)) if text}
             if failures:
                 where = f" on process {min(failures)}" if 0 not in failures else ""
                 refused(f"{path}{where}: {failures[min(failures)]}")
-            elif checkpoint is not None and (data_step is None or _progress_of(checkpoint).data_step <= data_step):
+            elif checkpoint is not None and (data_step is None or progress_of(checkpoint).data_step <= data_step):
                 return checkpoint
         return None
 
@@ -197,7 +190,7 @@ class Run:
         Raises:
             CheckpointError: It is not one: names, types or shapes differ. Nothing was changed.
         """
-        progress = _progress_of(checkpoint)
+        progress = progress_of(checkpoint)
         checkpoint.expect(expected_tensors(self.model, self.optimizer, progress.updates > 0))
         checkpoint.fill(MODEL, dict(self.model.named_parameters()))
         self.compute.refresh()
@@ -241,70 +234,3 @@ class Run:
         self.load_LE.copy_(initial_load(self.config.model))
         self.progress, self.spikes = Progress(), SpikeDetector(self.config.guards)
         self.data_state, self.saved_step = {}, None
-
-
-def initial_load(config: ModelConfig) -> Tensor:
-    """Uniform load [L, E] of a mixture; [0, 1] for a dense model, which balances nothing."""
-    return load_fraction(
-        torch.zeros(config.num_hidden_layers, config.num_experts) if config.is_mixture else torch.zeros(0, 1)
-    )
-
-
-def expected_tensors(model: CausalLM, optimizer: Optimizer, trained: bool) -> dict[str, TensorKind]:
-    """Name, type and shape of every tensor of a checkpoint; before the first update there are no moments."""
-    kinds = {MODEL + name: TensorKind.of(p) for name, p in model.named_parameters()}
-    if trained:
-        kinds |= {OPTIMIZER + name: kind for name, kind in optimizer.state_kinds().items()}
-    return kinds | {LOAD: TensorKind.of(initial_load(model.config))}
-
-
-def check_state(checkpoint: Checkpoint, model: ModelConfig, optimizer: OptimizerConfig) -> None:
-    """Compare a checkpoint with what a run of this configuration saves; nothing is loaded.
-
-    Raises:
-        CheckpointError: Tensors are missing, too many, or of another type or shape, or the progress is unreadable.
-    """
-    progress = _progress_of(checkpoint)
-    if model.num_hidden_layers > len(checkpoint.kinds()):  # before any layer is built
-        raise CheckpointError(f"{checkpoint.path}: has fewer tensors than its configuration has layers")
-    with torch.device("meta"):
-        empty = CausalLM(model)
-    checkpoint.expect(expected_tensors(empty, Optimizer(empty, optimizer), progress.updates > 0))
-
-
-def _progress_of(checkpoint: Checkpoint) -> Progress:
-    """The progress that a checkpoint was made at, if its state is that of a run."""
-    for name, kind in _STATE.items():
-        if not isinstance(checkpoint.state.get(name), kind):
-            raise CheckpointError(f"state.json: has no {name} of a run")
-    try:
-        progress = Progress(**checkpoint.state["progress"])
-    except TypeError as error:
-        raise CheckpointError(f"state.json: says no valid progress of a run ({error})") from error
-    if not are_sizes([progress.step, progress.data_step, progress.updates, *progress.skipped_data_steps]):
-        raise CheckpointError("state.json: the progress of a run is counted in whole numbers")
-    return progress
-
-
-_STATE = {
-    "progress": dict,
-    "losses": list,
-    "environment": dict,
-    "corpus_fingerprint": str,
-    "tokenizer_fingerprint": str,
-    "config": dict,
-    "data": dict,
-}
-"""What a checkpoint's state must say, and its type."""
-
-
-def _environment(runtime: Runtime) -> dict[str, Any]:
-    """What a bit-exact resume depends on besides the configuration."""
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("moe-lm", "torch", "transformers", "accelerate")},
-        "device": runtime.device.type,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "processes": runtime.world_size,
-    }

@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 from moe_lm.data.prepare import said_skipped
+from moe_lm.errors import InputError
 from moe_lm.model.accounting import training_flops_per_token
 from moe_lm.model.balancing import load_violation
 from moe_lm.training.config import to_plain
@@ -33,7 +34,11 @@ class Telemetry:
         self._mark = self._waited = 0.0
 
     def _open_metrics(self) -> None:
-        self._metrics = MetricsFile(self._run.directory / "metrics.jsonl", self._run.progress.step)
+        path = self._run.directory / "metrics.jsonl"
+        try:
+            self._metrics = MetricsFile(path, self._run.progress.step)
+        except OSError as error:
+            raise InputError(f"{path}: can not be written ({error.strerror}); move it away.") from error
 
     def _cut_metrics_back(self) -> None:
         assert self._metrics is not None

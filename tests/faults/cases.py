@@ -133,6 +133,12 @@ def full_disk_save(directory: str, policy: str, first: int, times: int, output: 
     Path(output).write_text(json.dumps({"said": said, "failure": repr(saver.failure), "failed": failed}))
 
 
+def command_line(arguments: list[str], directory: str) -> int:
+    """Any `moe-lm` command."""
+    os.chdir(directory)
+    return cli.main(arguments)
+
+
 def pretrain(arguments: list[str], directory: str, ledger: str | None = None) -> int:
     """A whole `moe-lm pretrain`; what each step consumed is appended to a ledger, line by line."""
     os.chdir(directory)

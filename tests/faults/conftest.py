@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.faults.forks import WarmParent
+from tests.faults.forks import FULL, WarmParent
 
 _FIGURES: list[str] = []
 
@@ -18,6 +18,14 @@ def parent():
     """A warm parent that forks a child for each case."""
     with WarmParent() as parent:
         yield parent
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is marked `full`, unless the whole matrix is asked for."""
+    left_out = [] if FULL else [item for item in items if item.get_closest_marker("full")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_terminal_summary(terminalreporter):

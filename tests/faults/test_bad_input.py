@@ -482,7 +482,7 @@ def test_a_damaged_saved_configuration_is_named(complain, run, content):
 def test_checkpoints_without_a_configuration_are_not_resumed(complain, run):
     """Catches a run whose configuration was lost and that goes on under any other."""
     (run / "config.yaml").unlink()
-    assert "config.yaml: is not a saved configuration" in complain("pretrain", *TEXT)
+    assert "config.yaml: is missing; bring it back" in complain("pretrain", *TEXT)
 
 
 # Other commands

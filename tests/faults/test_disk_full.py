@@ -87,13 +87,7 @@ def small_disk(corpus):
     subprocess.run(["umount", "-l", corpus / "runs"], check=True)
 
 
-def test_a_full_disk_while_training_is_waited_for_and_survived(small_disk):
-    """Catches a run that dies of a full disk, or that goes on as if it were saved: on a real full file system training
-    waits with a clear message until there is room, then ends with the figures of a run that had it all along."""
-    directory = small_disk
-    options = [*OPTIONS, "trainer.max_steps=300", "trainer.eval_interval=0"]
-    moe_lm(*options, "output_dir=roomy", cwd=directory)
-    run, filler = directory / "runs/x", directory / "runs/filler"
+def _start_and_wait_for_a_save(directory, options: list[str]) -> subprocess.Popen:
     process = subprocess.Popen(
         [sys.executable, "-m", "moe_lm", *options],
         cwd=directory,
@@ -102,7 +96,20 @@ def test_a_full_disk_while_training_is_waited_for_and_survived(small_disk):
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for(lambda: (run / "checkpoints/step-00000004").exists())
+    wait_for(lambda: (directory / "runs/x/checkpoints/step-00000004").exists())
+    return process
+
+
+@pytest.mark.full
+def test_a_full_disk_while_training_is_waited_for_and_survived(parent, small_disk):
+    """Catches a run that dies of a full disk, or that goes on as if it were saved: on a real full file system training
+    waits with a clear message until there is room, then ends with the figures of a run that had it all along."""
+    directory = small_disk
+    options = [*OPTIONS, "trainer.max_steps=120", "trainer.eval_interval=0"]
+    log = directory / "roomy.log"
+    assert parent.run("pretrain", [*options[1:], "output_dir=roomy"], directory, log=log) == 0, log.read_text()
+    run, filler = directory / "runs/x", directory / "runs/filler"
+    process = _start_and_wait_for_a_save(directory, options)
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(bytes(2**16)):
             pass
@@ -125,18 +132,11 @@ def test_a_full_disk_ends_the_run_resumable_by_policy(small_disk):
     directory = small_disk
     options = [*OPTIONS, "trainer.max_steps=3000", "checkpoint.on_failure=stop"]
     run, filler = directory / "runs/x", directory / "runs/filler"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moe_lm", *options],
-        cwd=directory,
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for(lambda: (run / "checkpoints/step-00000004").exists())
+    process = _start_and_wait_for_a_save(directory, options)
     # Room for state.json, none for a checkpoint.
     free = os.statvfs(directory / "runs").f_bavail * os.statvfs(directory / "runs").f_bsize
-    filler.write_bytes(bytes(free - 2**16))
+    with contextlib.suppress(OSError):  # a save may have taken it meanwhile
+        filler.write_bytes(bytes(free - 2**16))
     said = process.communicate(timeout=100)[1]
     assert process.returncode == 75 and "the same command goes on from step-" in said, said
     state = json.loads((run / "state.json").read_text())

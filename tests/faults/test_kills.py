@@ -22,7 +22,7 @@ OPTIONS = [
     "trainer.eval_interval=8",
     "finish.export=false",
 ]
-KILLS = 200 if FULL else 8
+KILLS = 200 if FULL else 4
 
 
 @pytest.fixture(scope="module")

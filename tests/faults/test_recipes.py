@@ -20,6 +20,8 @@ OPTIONS = [
     "trainer.micro_batch_size=6",
     "finish.export=false",
 ]
+pytestmark = pytest.mark.full
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 

@@ -25,7 +25,7 @@ OPTIONS = [
     "finish.export=false",
 ]
 PHASES = ("start", "step", "evaluation", "save")
-ROUNDS = 50 if FULL else 8
+ROUNDS = 50 if FULL else 4
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +53,9 @@ def test_signals_in_every_phase_do_as_promised(parent, whole, figure):
     start-up, steps, evaluations and saves; afterwards the run ends with the bytes of the uninterrupted one."""
     generator = random.Random(5)
     done = 0
-    cases = [(phase, kind) for phase in PHASES for kind in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    kinds = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     for number in range(ROUNDS):
-        phase, kind = cases[(number * 5) % len(cases)]
+        phase, kind = PHASES[number % 4], kinds[(number // 4 + number) % 4]  # all pairs within sixteen rounds
         name, log = f"s{number}", whole / f"s{number}.log"
         run = whole / "runs" / name
         options = [*OPTIONS, f"run_name={name}"]
@@ -77,7 +77,7 @@ def test_signals_in_every_phase_do_as_promised(parent, whole, figure):
             assert parent.run("pretrain", options, whole, log=log) == 0, log.read_text()
         _assert_equal(run, whole / "runs/whole")
         done += 1
-    figure(f"SIGTERM/SIGINT/SIGUSR1 in start-up, step, evaluation and save: {done} of {ROUNDS} as promised")
+    figure(f"SIGTERM/SIGINT/SIGUSR1/SIGHUP in start-up, step, evaluation and save: {done} of {ROUNDS} as promised")
 
 
 def test_sigusr1_and_the_save_file_save_and_go_on(parent, whole):
@@ -124,6 +124,7 @@ def test_a_second_sigint_ends_at_once(parent, whole):
     os.kill(pid, signal.SIGINT)
     assert parent.wait(pid) == 75
     assert "interrupted twice" in log.read_text() and "stopped after step" not in log.read_text()
+    assert _state(whole / "runs/twice")["status"] == "stopped" and _state(whole / "runs/twice")["exit_code"] == 75
 
 
 def test_a_stop_that_can_not_be_obeyed_ends_at_its_deadline(parent, whole):

@@ -20,7 +20,12 @@ SCENARIOS = {
 """Steps that are there, how many are kept, the step that is saved, and whether by the saver's thread."""
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+QUICK = ("first save", "rotation", "in the background")
+
+
+@pytest.mark.parametrize(
+    "scenario", [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in SCENARIOS]
+)
 def test_a_kill_at_any_moment_of_a_save_leaves_the_newest_loadable(parent, tmp_path, figure, scenario):
     """Catches any moment at which a name stands for half a checkpoint, or the last good one is gone: killed before,
     after and within each operation, all that stands under a checkpoint's name loads, and the newest is the last or the

@@ -53,7 +53,7 @@ def _child(pid: int, word: str) -> int:
     return found[0]
 
 
-@pytest.mark.parametrize("victim", ["wandb-core", "tracker_process"])
+@pytest.mark.parametrize("victim", ["wandb-core", pytest.param("tracker_process", marks=pytest.mark.full)])
 def test_a_killed_helper_does_not_reach_training(tmp_path, victim):
     """Catches a killed helper process that makes a step, the export or the end of the run raise, or hang."""
     with _run(tmp_path, "tracker.mode=offline") as process:
@@ -63,6 +63,7 @@ def test_a_killed_helper_does_not_reach_training(tmp_path, victim):
     assert said.count(OFF) == 1 and "Traceback" not in said
 
 
+@pytest.mark.full
 def test_no_network_delays_nothing(tmp_path):
     """Catches a start, a step or an end that waits for a server that can not be reached."""
     nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0123456789" * 4}

@@ -2,7 +2,8 @@
 
 import pytest
 
-from moe_lm.config import config_directory, differences, field_names, group_choices, load, load_saved, save
+from moe_lm.commands.changes import differences
+from moe_lm.config import config_directory, field_names, group_choices, load, load_saved, save
 from moe_lm.data.config import DataSource
 from moe_lm.training.config import RunConfig
 

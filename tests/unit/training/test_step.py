@@ -15,7 +15,7 @@ from moe_lm.training.config import OptimizerConfig, Precision
 from moe_lm.training.feed import GlobalBatch
 from moe_lm.training.optimizer import Optimizer
 from moe_lm.training.precision import ComputeModel, compute_dtype
-from moe_lm.training.run import initial_load
+from moe_lm.training.state import initial_load
 from moe_lm.training.step import next_load, train_step
 
 

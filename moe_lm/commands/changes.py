@@ -1,0 +1,63 @@
+"""What of a run's configuration may change when it is resumed."""
+
+import re
+from typing import Any
+
+from moe_lm.config import nearest, written
+from moe_lm.errors import InputError
+from moe_lm.training.config import RunConfig, to_plain
+
+FREE_TO_CHANGE = (
+    "run_name",
+    "output_dir",
+    "resume",
+    "data.workers",
+    "trainer.device",
+    "trainer.micro_batch_size",
+    "trainer.activation_checkpointing",
+    "trainer.log_interval",
+    "trainer.eval_interval",
+    "trainer.eval_sequences",
+    "trainer.step_timeout",
+    "trainer.stop_deadline",
+    "checkpoint",
+    "tracker",
+    "finish",
+)
+"""Fields (or sections) of a run that may differ when it is resumed: they change what is learned by rounding at most."""
+
+NEVER_TO_CHANGE = ("data.streaming", "data.num_streams")
+"""Fields that the data's position in a checkpoint means nothing without."""
+
+
+def differences(old: RunConfig, new: RunConfig) -> dict[str, str]:
+    """Fields that differ between two configurations of a run and may not, by name, as `old → new`.
+
+    What `resume.allow_change` of the new one names may differ as well.
+    """
+    before, after = _flatten(to_plain(old)), _flatten(to_plain(new))
+    free = [f"{name}." for name in (*FREE_TO_CHANGE, *new.resume.allow_change)]
+    return {
+        name: f"{written(before.get(name))} → {written(after.get(name))}"
+        for name in {**before, **after}
+        if before.get(name) != after.get(name)
+        and (name in NEVER_TO_CHANGE or not any(f"{name}.".startswith(prefix) for prefix in free))
+    }
+
+
+def check_allowed(config: RunConfig) -> None:
+    """Refuse a name in `resume.allow_change` that is no option: it would allow nothing, and nobody would notice."""
+    names = list(_flatten(to_plain(config)))
+    sections = {name[: match.start()] for name in names for match in re.finditer(r"\.", name)}
+    for name in config.resume.allow_change:
+        if name not in names and name not in sections:
+            raise InputError(
+                f"resume.allow_change=[{name}]: there is no option {name!r}{nearest(name, [*names, *sections])}"
+            )
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

@@ -1,0 +1,162 @@
+"""The directory of a run: who may write in it, whether the run in it is the one asked for, and how it stands."""
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from moe_lm.checkpoint.store import CheckpointStore
+from moe_lm.commands.changes import NEVER_TO_CHANGE, check_allowed, differences
+from moe_lm.config import load_saved, save
+from moe_lm.errors import InputError, Stopped
+from moe_lm.files import locked, write_json
+from moe_lm.hf.export import check_output
+from moe_lm.interrupts import STOPPED
+from moe_lm.training.config import ResumePolicy, RunConfig
+from moe_lm.training.requests import STOP_FILE
+from moe_lm.training.run import Run
+
+CONFIG_FILE = "config.yaml"
+"""The fully resolved configuration."""
+
+STATE_FILE = "state.json"
+"""How the run stands or ended."""
+
+
+def warn(text: str) -> None:
+    """A sentence on the error output."""
+    print(f"moe-lm: {text}", file=sys.stderr, flush=True)
+
+
+def open_directory(config: RunConfig, directory: Path, held: ExitStack, beginning: ExitStack) -> None:
+    """Create the directory, or check that the run in it is the one asked for; lock it until `held` closes.
+
+    A directory that was created here goes again if bad input is found before `beginning` closes.
+
+    Raises:
+        InputError: It can not be written, is in use, or holds another run, or one whose checkpoints are gone.
+    """
+    if not config.output_dir:
+        raise InputError("output_dir='': give a directory; '.' is the present one.")
+    check_allowed(config)
+    try:
+        created = _create(directory)
+        if not held.enter_context(locked(directory)):
+            raise InputError(f"run_name={config.run_name}: another process is training in {directory}; wait for it.")
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" and (directory / STOP_FILE).is_file():
+            # One that an earlier run obeyed. A launcher that restarts what has stopped shall find it, and stop again.
+            (directory / STOP_FILE).unlink()
+        if created:
+            beginning.push(functools.partial(_remove_after_bad_input, directory))
+        if has_checkpoints(config, directory):
+            _check_same_run(config, directory)
+        else:
+            _check_not_lost(directory)
+        if config.finish.export:
+            check_output(directory / "hf", "give another run_name=, or finish.export=false")
+    except OSError as error:
+        raise InputError(
+            f"output_dir={config.output_dir}: {directory} can not be written ({error.strerror}); give another one."
+        ) from error
+
+
+def has_checkpoints(config: RunConfig, directory: Path) -> bool:
+    """Whether a run in this directory has been saved."""
+    return bool(CheckpointStore(directory / "checkpoints", config.checkpoint).paths())
+
+
+def save_config(config: RunConfig, directory: Path) -> None:
+    """Write the configuration that the run goes on with."""
+    save(config, directory / CONFIG_FILE)
+
+
+def is_finished(directory: Path, step: int) -> bool:
+    """Whether the run ended, at this step."""
+    state = _read_state(directory)
+    return state.get("status") == "finished" and state.get("step") == step
+
+
+def write_state(training: Run, status: str, **details: Any) -> None:
+    """Say how the run stands; the main process alone."""
+    if training.runtime.is_main:
+        state = {"status": status, **details, "checkpoint": next((p.name for p in training.store.paths()[::-1]), None)}
+        try:
+            write_json(training.directory / STATE_FILE, state)
+        except OSError as error:  # a full disk must not change how a run ends
+            warn(f"{training.directory / STATE_FILE}: {error.strerror}")
+
+
+@contextlib.contextmanager
+def end_recorded(training: Run, say: Callable[[str], None]) -> Iterator[None]:
+    """Say in state.json how the run ends, if it does not end well; whoever finishes it says so if it does."""
+    try:
+        write_state(training, "running")
+        yield
+    except Stopped:
+        write_state(training, "stopped", step=training.progress.step, exit_code=STOPPED)
+        raise
+    except KeyboardInterrupt:
+        training.saver.close()
+        write_state(training, "stopped", step=training.progress.step, exit_code=STOPPED)
+        say(f"stopped after step {training.progress.step}; the same command {training.said_next_start()}")
+        raise
+    except Exception as error:
+        code = 2 if isinstance(error, InputError) else 1
+        write_state(training, "failed", step=training.progress.step, exit_code=code, error=str(error))
+        if training.runtime.all_failed:
+            training.runtime.barrier()  # a launcher ends all processes as soon as one has gone
+        raise
+
+
+def _create(directory: Path) -> bool:
+    """Make a directory; false where it stands already."""
+    try:
+        directory.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _remove_after_bad_input(directory: Path, kind: type[BaseException] | None, *_: object) -> None:
+    if kind is not None and issubclass(kind, InputError):
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _check_same_run(config: RunConfig, directory: Path) -> None:
+    if config.resume.policy is ResumePolicy.never:
+        raise InputError(f"resume=never: {directory} holds a run already; give another run_name=, or resume=auto.")
+    if changed := differences(load_saved(RunConfig, directory / CONFIG_FILE), config):
+        fields = "; ".join(f"{name}={change}" for name, change in changed.items())
+        insist = f"[{','.join(changed)}]" if len(changed) <= 4 else "[…], with the name of each"
+        insist = f", or insist with resume.allow_change={insist}"
+        if fixed := [name for name in changed if name in NEVER_TO_CHANGE]:
+            insist = f" ({fixed[0]} can not change)"
+        raise InputError(
+            f"{directory} was started with another configuration: {fields}. Give the old values to go on with it, or "
+            f"another run_name= to start anew{insist}."
+        )
+
+
+def _check_not_lost(directory: Path) -> None:
+    """Refuse to begin anew, in silence, where there were checkpoints."""
+    if not (directory / STATE_FILE).exists():
+        return
+    if (known := _read_state(directory).get("checkpoint")) or not (directory / "checkpoints").exists():
+        raise InputError(
+            f"{directory}: holds a run whose checkpoints are gone ({known or 'checkpoints/'}); bring them back, give "
+            f"another run_name=, or remove {directory / STATE_FILE} to start anew."
+        )
+
+
+def _read_state(directory: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((directory / STATE_FILE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}

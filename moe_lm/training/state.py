@@ -1,0 +1,91 @@
+"""What a checkpoint of a run says: its tensors, its state, and whether they are those of a run at all."""
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_lm.checkpoint.checkpoint import Checkpoint
+from moe_lm.checkpoint.store import named_step
+from moe_lm.checkpoint.tensor_file import CheckpointError, TensorKind, are_sizes
+from moe_lm.model.balancing import load_fraction
+from moe_lm.model.config import ModelConfig
+from moe_lm.model.decoder import CausalLM
+from moe_lm.parallel.runtime import Runtime
+from moe_lm.training.config import OptimizerConfig
+from moe_lm.training.optimizer import Optimizer
+from moe_lm.training.progress import Progress
+
+MODEL, OPTIMIZER, LOAD = "model/", "optimizer/", "balancing/load"
+"""Prefixes and names of a checkpoint's tensors."""
+
+
+_STATE = {
+    "progress": dict,
+    "losses": list,
+    "environment": dict,
+    "corpus_fingerprint": str,
+    "tokenizer_fingerprint": str,
+    "config": dict,
+    "data": dict,
+}
+"""What a checkpoint's state must say, and its type."""
+
+
+def initial_load(config: ModelConfig) -> Tensor:
+    """Uniform load [L, E] of a mixture; [0, 1] for a dense model, which balances nothing."""
+    return load_fraction(
+        torch.zeros(config.num_hidden_layers, config.num_experts) if config.is_mixture else torch.zeros(0, 1)
+    )
+
+
+def expected_tensors(model: CausalLM, optimizer: Optimizer, trained: bool) -> dict[str, TensorKind]:
+    """Name, type and shape of every tensor of a checkpoint; before the first update there are no moments."""
+    kinds = {MODEL + name: TensorKind.of(p) for name, p in model.named_parameters()}
+    if trained:
+        kinds |= {OPTIMIZER + name: kind for name, kind in optimizer.state_kinds().items()}
+    return kinds | {LOAD: TensorKind.of(initial_load(model.config))}
+
+
+def check_state(checkpoint: Checkpoint, model: ModelConfig, optimizer: OptimizerConfig) -> None:
+    """Compare a checkpoint with what a run of this configuration saves; nothing is loaded.
+
+    Raises:
+        CheckpointError: Tensors are missing, too many, or of another type or shape, or the progress is unreadable.
+    """
+    progress = progress_of(checkpoint)
+    if model.num_hidden_layers > len(checkpoint.kinds()):  # before any layer is built
+        raise CheckpointError(f"{checkpoint.path}: has fewer tensors than its configuration has layers")
+    with torch.device("meta"):
+        empty = CausalLM(model)
+    checkpoint.expect(expected_tensors(empty, Optimizer(empty, optimizer), progress.updates > 0))
+
+
+def progress_of(checkpoint: Checkpoint) -> Progress:
+    """The progress that a checkpoint was made at, if its state is that of a run."""
+    for name, kind in _STATE.items():
+        if not isinstance(checkpoint.state.get(name), kind):
+            raise CheckpointError(f"state.json: has no {name} of a run")
+    try:
+        progress = Progress(**checkpoint.state["progress"])
+    except TypeError as error:
+        raise CheckpointError(f"state.json: says no valid progress of a run ({error})") from error
+    if not are_sizes([progress.step, progress.data_step, progress.updates, *progress.skipped_data_steps]):
+        raise CheckpointError("state.json: the progress of a run is counted in whole numbers")
+    if named_step(checkpoint.path) not in (None, progress.step):
+        raise CheckpointError(f"was saved at step {progress.step}, whatever its name says")
+    return progress
+
+
+def environment(runtime: Runtime) -> dict[str, Any]:
+    """What a bit-exact resume depends on besides the configuration."""
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("moe-lm", "torch", "transformers", "accelerate")},
+        "device": runtime.device.type,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "processes": runtime.world_size,
+    }

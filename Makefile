@@ -28,7 +28,7 @@ train: $(READY)  ## train the default experiment, evaluate, sample and export
 test: $(READY)  ## run the test suite
 	@$(BIN)/python -m pytest $(ARGS)
 
-test-faults: $(READY)  ## run the whole fault matrix (about half an hour)
+test-faults: $(READY)  ## run the whole fault matrix (a quarter of an hour)
 	@MOE_LM_FAULTS=full $(BIN)/python -m pytest tests/faults $(ARGS)
 
 lint: $(READY)  ## ruff (lint and format check), mypy, import layering

@@ -94,7 +94,7 @@ def _between_steps(run: Run, feed: Feed, telemetry: Telemetry, pulse: Pulse) -> 
     if asked.failed:
         run.raise_failed_save()
     if asked.save:
-        telemetry.line(f"step {progress.step}: saved, as asked")
+        telemetry.line(f"step {progress.step}: saving, as asked")
     due = last or asked.save or is_due(progress.step, config.checkpoint.interval)
     if due and run.saved_step != progress.step:
         run.save(feed, pulse)

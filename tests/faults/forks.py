@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -73,6 +74,7 @@ def _serve() -> None:
 def _child(case, request: dict) -> None:
     code = 1
     try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
         os.environ.update(request["environment"])
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         with contextlib.closing(open(os.devnull)) as nothing:

@@ -11,6 +11,14 @@ from moe_lm.interrupts import Interrupts
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+@pytest.fixture(autouse=True)
+def _a_terminal():
+    """As a terminal starts a process, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def _until(holds) -> None:
     deadline = time.monotonic() + 10
     while not holds():
@@ -51,15 +59,12 @@ def test_a_request_to_save_is_no_stop():
 
 def test_a_hangup_that_is_ignored_stays_ignored():
     """Catches a run under nohup that the closed terminal ends all the same."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with Interrupts() as interrupts, interrupts.deferred(25, lambda: None):
-            os.kill(os.getpid(), signal.SIGHUP)
-            os.kill(os.getpid(), signal.SIGUSR1)
-            _until(lambda: interrupts.save)
-            assert interrupts.stop is None
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Interrupts() as interrupts, interrupts.deferred(25, lambda: None):
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        _until(lambda: interrupts.save)
+        assert interrupts.stop is None
 
 
 def test_handlers_are_given_back():

@@ -15,7 +15,9 @@ COMMANDS = {
     "export": "write a run's checkpoint as a Hugging Face directory",
     "verify": "check a checkpoint, or all of a run's, by hand",
     "generate": "continue a text with a checkpoint or an export",
+    "plan placement": "find which rank should own which expert, from a run's expert counts",
 }
+"""Some have two words, of which the first names what they have in common."""
 
 USAGE = """usage: moe-lm COMMAND [NAME=VALUE ...]
 
@@ -27,6 +29,8 @@ commands:
 `moe-lm COMMAND --help` shows every option of a command with its value and meaning.
 Exit codes: 0 done, 1 error, 2 bad configuration or input, 75 stopped and resumable."""
 
+
+_HELP = ("-h", "--help")
 
 _SAID_IN_A_SENTENCE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
@@ -93,35 +97,46 @@ def wait_briefly_for_threads() -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        width = max(map(len, COMMANDS))
-        print(USAGE.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())))
+    if not arguments or arguments[0] in (*_HELP, "help"):
+        print(USAGE.format(commands=_listed(list(COMMANDS))))
         return 0
     if arguments[0] == "--version":
         from importlib.metadata import version
 
         print(f"moe-lm {version('moe-lm')}")
         return 0
-    return _run_command(arguments[0], arguments[1:])
+    family = [name for name in COMMANDS if name.startswith(f"{arguments[0]} ")]
+    if not family:
+        return _run_command(arguments[0], arguments[1:], list(COMMANDS))
+    if not arguments[1:] or arguments[1] in (*_HELP, "help"):
+        print(f"usage: moe-lm {arguments[0]} WHAT [NAME=VALUE ...]\n\ncommands:\n{_listed(family)}")
+        return 0
+    return _run_command(" ".join(arguments[:2]), arguments[2:], family)
 
 
-def _run_command(command: str, arguments: list[str]) -> int:
+def _listed(commands: list[str]) -> str:
+    width = max(map(len, commands))
+    return "\n".join(f"  {name:<{width}}  {COMMANDS[name]}" for name in commands)
+
+
+def _run_command(command: str, arguments: list[str], choices: list[str]) -> int:
     if command not in COMMANDS:
         import difflib
 
-        close = difflib.get_close_matches(command, COMMANDS, 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(COMMANDS)}."
+        firsts = {name.split()[0] for name in choices} - {command.partition(" ")[0]}
+        close = difflib.get_close_matches(command, [*choices, *sorted(firsts - set(choices))], 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(choices)}."
         raise InputError(f"{command!r} is not a command; {hint}")
-    if any(a in ("-h", "--help") for a in arguments):
+    if any(a in _HELP for a in arguments):
         from moe_lm.commands.help import print_help
 
-        print_help(command, COMMANDS[command], [a for a in arguments if a not in ("-h", "--help")])
+        print_help(command, COMMANDS[command], [a for a in arguments if a not in _HELP])
         return 0
     wait_briefly_for_threads()
     from moe_lm.config import load
 
     config = load(command, arguments)
-    return importlib.import_module(f"moe_lm.commands.{command}").run(config)
+    return importlib.import_module(f"moe_lm.commands.{command.replace(' ', '_')}").run(config)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationValidationError, OmegaConfBaseException
 
-from moe_lm.commands.config import ExportConfig, GenerateConfig, PrepareConfig, VerifyConfig
+from moe_lm.commands.config import ExportConfig, GenerateConfig, PlanPlacementConfig, PrepareConfig, VerifyConfig
 from moe_lm.errors import InputError
 from moe_lm.files import write_atomically
 from moe_lm.training.config import RunConfig, to_plain
@@ -32,6 +32,7 @@ SCHEMAS: dict[str, type] = {
     "export": ExportConfig,
     "verify": VerifyConfig,
     "generate": GenerateConfig,
+    "plan placement": PlanPlacementConfig,
 }
 
 

@@ -2,7 +2,8 @@
 
 Training stalls for the copy alone. There is one thread and one save at a time, so that a second save never overtakes
 the first, and no more than one copy is held. A save that fails says so and is tried again; what happens when it keeps
-failing is `checkpoint.on_failure`.
+failing is `checkpoint.on_failure`. Where a model is sharded, each process writes its part in this way, and one of them
+completes the checkpoint once all have; threads never talk to other processes, which the training loop does.
 """
 
 import errno
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from moe_lm.checkpoint.config import FailurePolicy
-from moe_lm.checkpoint.store import CheckpointStore, TensorSlice
+from moe_lm.checkpoint.store import CheckpointStore, Part, TensorSlice
 from moe_lm.checkpoint.tensor_file import CheckpointError
 
 PAUSES = (1.0, 4.0)
@@ -38,6 +39,8 @@ class Saver:
         self._hurry = threading.Event()
         self.failure: Exception | None = None
         """What ended the last save for good; null while it goes on, and when it ended well."""
+        self.part = Part({}, {})
+        """What this process has written of a checkpoint that many write."""
 
     @property
     def busy(self) -> bool:
@@ -45,7 +48,7 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, step: int, slices: Iterable[TensorSlice], state: dict[str, Any], copy: bool = True) -> None:
-        """Copy the tensors and begin to write them; the save before must have ended.
+        """Copy the tensors and begin to write a checkpoint of them; the save before must have ended.
 
         Args:
             step: What the checkpoint is named by.
@@ -53,13 +56,34 @@ class Saver:
             state: The same.
             copy: False where the tensors do not change until the save has ended.
         """
+        copies = _copies(slices, copy)
+        self._begin(step, lambda: self._store.save(step, copies, state))
+
+    def start_part(self, step: int, slices: Iterable[TensorSlice], writer: int, copy: bool = True) -> None:
+        """Copy the tensors and begin to write this process's part of a checkpoint, which `part` then is.
+
+        Args:
+            step: What the checkpoint is named by.
+            slices: See `CheckpointStore.write_part`.
+            writer: The same.
+            copy: As in `start`.
+        """
+        copies = _copies(slices, copy)
+
+        def write() -> None:
+            self.part = self._store.write_part(step, writer, copies)
+
+        self._begin(step, write)
+
+    def start_join(self, step: int, parts: list[Part], state: dict[str, Any]) -> None:
+        """Begin to complete a checkpoint of which all processes have written their parts; for one of them to do."""
+        self._begin(step, lambda: self._store.join(step, parts, state))
+
+    def _begin(self, step: int, work: Callable[[], object]) -> None:
         assert not self.busy
         self.failure = None
         self._hurry.clear()
-        copies = [
-            TensorSlice(s.name, s.data.detach().to("cpu", copy=copy).contiguous(), s.shape, s.offsets) for s in slices
-        ]
-        self._thread = threading.Thread(target=self._save, args=(step, copies, state), daemon=True, name="checkpoint")
+        self._thread = threading.Thread(target=self._save, args=(step, work), daemon=True, name="checkpoint")
         self._thread.start()
 
     def hurry(self) -> None:
@@ -72,11 +96,11 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
 
-    def _save(self, step: int, slices: list[TensorSlice], state: dict[str, Any]) -> None:
+    def _save(self, step: int, work: Callable[[], object]) -> None:
         tries = 0
         while True:
             try:
-                self._store.save(step, slices, state)
+                work()
             except (OSError, CheckpointError) as error:
                 tries += 1
                 if not self._try_again(step, tries, error):
@@ -110,6 +134,10 @@ class Saver:
             return True
         self._hurry.wait(PAUSES[tries - 1] if tries <= len(PAUSES) else LATER_PAUSE)
         return True
+
+
+def _copies(slices: Iterable[TensorSlice], copy: bool) -> list[TensorSlice]:
+    return [TensorSlice(s.name, s.data.detach().to("cpu", copy=copy).contiguous(), s.shape, s.offsets) for s in slices]
 
 
 def said(error: Exception) -> str:

@@ -20,13 +20,16 @@ from torch import Tensor
 from moe_lm.checkpoint.checkpoint import TENSORS_SUFFIX, Checkpoint, completion_mark, read_object
 from moe_lm.checkpoint.config import CheckpointConfig
 from moe_lm.checkpoint.tensor_file import DTYPES, CheckpointError, TensorKind, write_tensors
-from moe_lm.files import json_bytes, sync_directory, write_durably
+from moe_lm.files import json_bytes, sha256, sync_directory, write_durably
 
 FILE_BYTES = 2 * 2**30
 """Tensors are spread over files of about this size."""
 
 SCORE = "score"
 """Key of a checkpoint's state: how good it is by validation, lower is better, or null."""
+
+SMALL_FILES = ("index.json", "state.json", "manifest.json", "COMPLETE")
+"""What a checkpoint has besides tensors."""
 
 _NAME = re.compile(r"step-(\d{8,})")
 _WRITING, _DELETING = ".tmp-", ".old-"
@@ -52,6 +55,16 @@ class TensorSlice:
     def key(self) -> str:
         """Its name within a file."""
         return self.name if list(self.data.shape) == self.shape else f"{self.name}@{','.join(map(str, self.offsets))}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What one process has written of a checkpoint."""
+
+    tensors: dict[str, Any]
+    """As in index.json, with the slices of this part alone."""
+    hashes: dict[str, str]
+    """SHA-256 of each of its files."""
 
 
 class CheckpointStore:
@@ -119,14 +132,62 @@ class CheckpointStore:
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         self.sweep()
-        temporary = self.directory / f"{_WRITING}{self.path(step).name}"
+        temporary = self._temporary(step)
         try:
-            _write(temporary, slices, state)
+            temporary.mkdir()
+            _complete(temporary, [_write_part(temporary, "tensors", slices)], state)
             Checkpoint(temporary)
         except BaseException:
             _remove(temporary)  # a full disk gets its room back
             raise
-        final = self.path(step)
+        return self._publish(step)
+
+    def write_part(self, step: int, writer: int, slices: Iterable[TensorSlice]) -> Part:
+        """Write and verify one process's part of a checkpoint, which `join` completes once all have written theirs.
+
+        Leftovers must have been swept before any process begins.
+
+        Args:
+            step: What it is named by.
+            writer: Number of the process.
+            slices: Boxes that those of no other process share a value with.
+
+        Raises:
+            OSError: It can not be written; to be called again.
+            CheckpointError: The disk does not give back what was written; the same.
+        """
+        temporary, prefix = self._temporary(step), f"tensors-{writer:05d}"
+        temporary.mkdir(parents=True, exist_ok=True)
+        for failed in temporary.glob(f"{prefix}-*"):
+            failed.unlink()
+        part = _write_part(temporary, prefix, slices)
+        for name, written in part.hashes.items():
+            if sha256(temporary / name) != written:
+                raise CheckpointError(f"{name} does not have the content it was written with (SHA-256 differs)")
+        sync_directory(temporary)
+        return part
+
+    def join(self, step: int, parts: Iterable[Part], state: dict[str, Any]) -> Path:
+        """Complete a checkpoint whose parts are written, and do as `save` does.
+
+        Args:
+            step: What it is named by.
+            parts: Of all processes; each has verified its own.
+            state: See `save`.
+        """
+        temporary, parts = self._temporary(step), list(parts)
+        for failed in SMALL_FILES:
+            (temporary / failed).unlink(missing_ok=True)
+        _complete(temporary, parts, state)
+        Checkpoint(temporary, verified=[name for part in parts for name in part.hashes])
+        return self._publish(step)
+
+    def _temporary(self, step: int) -> Path:
+        return self.directory / f"{_WRITING}{self.path(step).name}"
+
+    def _publish(self, step: int) -> Path:
+        """Rename a whole, verified checkpoint into place, and delete those that are no longer kept."""
+        temporary, final = self._temporary(step), self.path(step)
         if final.exists():
             # One that failed verification: the run came here from an older one.
             final.rename(final.with_name(_DELETING + final.name))
@@ -230,19 +291,28 @@ def _score(path: Path) -> float | None:
     return score if isinstance(score, float) and math.isfinite(score) else None
 
 
-def _write(directory: Path, slices: Iterable[TensorSlice], state: dict[str, Any]) -> None:
-    """Write a checkpoint's files, the mark last, and make them durable."""
-    directory.mkdir()
+def _write_part(directory: Path, prefix: str, slices: Iterable[TensorSlice]) -> Part:
+    """Write files of tensors."""
+    part = Part({}, {})
+    for number, batch in enumerate(_batches(slices)):
+        name = f"{prefix}-{number:05d}{TENSORS_SUFFIX}"
+        for box in batch:
+            kind = TensorKind.of(box.data)
+            entry = {"dtype": DTYPES[kind.dtype], "shape": box.shape, "slices": []}
+            place = {"file": name, "key": box.key, "offsets": box.offsets, "lengths": kind.shape}
+            part.tensors.setdefault(box.name, entry)["slices"].append(place)
+        part.hashes[name] = write_tensors(directory / name, {box.key: box.data for box in batch})
+    return part
+
+
+def _complete(directory: Path, parts: Iterable[Part], state: dict[str, Any]) -> None:
+    """Write a checkpoint's other files, the mark last, and make all durable."""
     index: dict[str, Any] = {}
     hashes: dict[str, str] = {}
-    for number, batch in enumerate(_batches(slices)):
-        name = f"tensors-{number:05d}{TENSORS_SUFFIX}"
-        for part in batch:
-            kind = TensorKind.of(part.data)
-            entry = {"dtype": DTYPES[kind.dtype], "shape": part.shape, "slices": []}
-            place = {"file": name, "key": part.key, "offsets": part.offsets, "lengths": kind.shape}
-            index.setdefault(part.name, entry)["slices"].append(place)
-        hashes[name] = write_tensors(directory / name, {part.key: part.data for part in batch})
+    for part in parts:
+        hashes |= part.hashes
+        for name, entry in part.tensors.items():
+            index.setdefault(name, {**entry, "slices": []})["slices"].extend(entry["slices"])
     for name, value in (("index.json", {"tensors": index}), ("state.json", state)):
         hashes[name] = write_durably(directory / name, [json_bytes(value)])
     manifest = {name: {"bytes": os.path.getsize(directory / name), "sha256": hashes[name]} for name in sorted(hashes)}

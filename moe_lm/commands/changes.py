@@ -21,6 +21,7 @@ FREE_TO_CHANGE = (
     "trainer.step_timeout",
     "trainer.stop_deadline",
     "checkpoint",
+    "parallel",
     "tracker",
     "finish",
 )
@@ -35,7 +36,7 @@ def differences(old: RunConfig, new: RunConfig) -> dict[str, str]:
 
     What `resume.allow_change` of the new one names may differ as well.
     """
-    before, after = _flatten(to_plain(old)), _flatten(to_plain(new))
+    before, after = flatten(to_plain(old)), flatten(to_plain(new))
     free = [f"{name}." for name in (*FREE_TO_CHANGE, *new.resume.allow_change)]
     return {
         name: f"{written(before.get(name))} → {written(after.get(name))}"
@@ -47,7 +48,7 @@ def differences(old: RunConfig, new: RunConfig) -> dict[str, str]:
 
 def check_allowed(config: RunConfig) -> None:
     """Refuse a name in `resume.allow_change` that is no option: it would allow nothing, and nobody would notice."""
-    names = list(_flatten(to_plain(config)))
+    names = list(flatten(to_plain(config)))
     sections = {name[: match.start()] for name in names for match in re.finditer(r"\.", name)}
     for name in config.resume.allow_change:
         if name not in names and name not in sections:
@@ -56,8 +57,9 @@ def check_allowed(config: RunConfig) -> None:
             )
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested configuration by full names."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat

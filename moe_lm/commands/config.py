@@ -106,6 +106,51 @@ class GenerateConfig:
             raise InputError(f"seed={self.seed}: must not be negative, and must be below 2**63.")
 
 
+@dataclasses.dataclass
+class PlanPlacementConfig:
+    """`moe-lm plan placement`."""
+
+    trace: str | None = None
+    """Run directory, or its metrics.jsonl, whose expert counts say how busy each expert is."""
+    last: int | None = 100
+    """Only so many of its logged steps, the latest; null means all."""
+    ep: int | None = None
+    """Ranks of the expert-parallel group, at most as many as a layer has experts."""
+    ranks_per_node: int | None = None
+    """How many of them are on one node; null means all."""
+    max_experts_per_rank: int | None = None
+    """The most experts of a layer that fit into one rank's memory; null means any number."""
+    seconds_per_row: float = 2.6e-6
+    """Seconds to compute one routed row in one expert, forward and backward; the default is that of Mixtral 8x7B on an
+    H100. Costs count by their ratios, except in the seconds that are foretold."""
+    bytes_per_row: float = 32768.0
+    """Bytes that a routed row is on the wire, dispatch and combine, forward and backward: 8 · hidden_size in bf16."""
+    bandwidth_in_node: float = 450e9
+    """Bytes per second that one rank exchanges with its own node; the default is that of NVLink 4."""
+    bandwidth_between_nodes: float = 400e9
+    """Bytes per second that one node exchanges with the others, for all its ranks together; the default is that of
+    eight links of 400 Gbit/s."""
+    output: str | None = None
+    """File to write the placement into; `pretrain` takes it by parallel.placement=file parallel.placement_file=FILE. An
+    earlier file there is replaced. null only prints."""
+
+    def __post_init__(self) -> None:
+        if not self.trace:
+            raise InputError("trace: is required; give trace=RUN, a run directory.")
+        if self.ep is None:
+            raise InputError("ep: is required; give ep=N, the number of ranks that share the experts.")
+        for name in ("last", "ep", "ranks_per_node", "max_experts_per_rank"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"{name}={value}: must be at least 1.")
+        for name in ("seconds_per_row", "bandwidth_in_node", "bandwidth_between_nodes"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name}={getattr(self, name)}: must be above 0.")
+        if self.bytes_per_row < 0:
+            raise InputError(f"bytes_per_row={self.bytes_per_row}: must not be negative.")
+        if self.output == "":
+            raise InputError("output='': give a file, or null to print only.")
+
+
 def _require_given(name: str, value: str | None) -> None:
     if not value:
         raise InputError(f"{name}: is required; give {name}=DIRECTORY.")

@@ -1,6 +1,7 @@
 """`moe-lm pretrain`: prepare the data, train, evaluate, sample, export, and say where everything is."""
 
 import contextlib
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from moe_lm.checkpoint.checkpoint import Checkpoint
 from moe_lm.checkpoint.saver import said
 from moe_lm.checkpoint.store import most_kept
 from moe_lm.checkpoint.tensor_file import CheckpointError
-from moe_lm.commands.model_source import write_export
+from moe_lm.commands.model_source import open_model, open_native, write_export
 from moe_lm.commands.output import lasting_output
 from moe_lm.commands.prepare import PreparationDisplay
 from moe_lm.commands.run_directory import (
@@ -23,20 +24,22 @@ from moe_lm.commands.run_directory import (
     warn,
     write_state,
 )
+from moe_lm.commands.sharing import PLACEMENT_FILE, check_alike, choose_placement, choose_sharing
 from moe_lm.data.chunks import ChangedSourceError
 from moe_lm.data.config import DataSource
-from moe_lm.data.loader import make_mixture, validate_batch_sizes
+from moe_lm.data.loader import make_mixture
 from moe_lm.data.prepare import prepare
 from moe_lm.data.prepared import PreparedData, load
-from moe_lm.data.streams import check_world_size
 from moe_lm.data.tokenizer import Tokenizer, load_tokenizer
 from moe_lm.errors import InputError
 from moe_lm.evaluation.compressors import document_bytes, gzip_bits_per_byte, xz_bits_per_byte
 from moe_lm.evaluation.generation import generate
 from moe_lm.interrupts import STOPPED, interrupts
-from moe_lm.model.accounting import count_parameters, training_state_bytes
-from moe_lm.parallel.runtime import Runtime, launched_world_size
-from moe_lm.training.config import OptimizerName, RunConfig
+from moe_lm.model.accounting import count_parameters
+from moe_lm.parallel.layout import Layout
+from moe_lm.parallel.placement import Placement, write_placement
+from moe_lm.parallel.runtime import Runtime
+from moe_lm.training.config import RunConfig
 from moe_lm.training.loop import train
 from moe_lm.training.machine import total_memory
 from moe_lm.training.run import Run
@@ -55,9 +58,6 @@ def run(config: RunConfig) -> int:
 def _run(config: RunConfig) -> int:
     start = time.monotonic()
     directory = Path(config.output_dir) / config.run_name
-    validate_batch_sizes(config.trainer.global_batch_size, config.trainer.micro_batch_size, launched_world_size())
-    if config.data.streaming:
-        check_world_size(config.data.num_streams, launched_world_size())
     runtime = Runtime(config.trainer.device.value)
 
     def say(text: str) -> None:
@@ -66,19 +66,26 @@ def _run(config: RunConfig) -> int:
 
     with contextlib.closing(runtime), ExitStack() as held:
         with ExitStack() as beginning:
-            _check_memory(config, runtime)
+            check_alike(config, runtime)
+            layout, why = choose_sharing(config, runtime)
             runtime.on_main(lambda: open_directory(config, directory, held, beginning))
+            placement = _place(config, runtime, layout, directory, say)
             has_data = (directory / "data").exists()
-            training = Run(config, runtime, _prepare(config, directory, runtime, say), directory, warn)
+            data = _prepare(config, directory, runtime, say)
+            training = Run(config, runtime, data, directory, warn, layout, placement)
             runtime.on_main(lambda: _open_store(training))
             held.callback(training.saver.close)
         if _resume(training, has_data, say):
             # Only now: a change that was insisted on, but does not fit the checkpoint, leaves the old one standing.
             runtime.on_main(lambda: save_config(config, directory))
             count, dtype = count_parameters(config.model), str(training.compute.dtype).removeprefix("torch.")
+            if why:
+                say(why)
+            shared = f" ({layout})" if layout.sharded else ""
             say(
                 f"{count.total / 1e6:.1f} M parameters, {count.active / 1e6:.1f} M active per token; computing in "
-                f"{dtype} on {runtime.world_size} x {runtime.device.type}; ready after {time.monotonic() - start:.0f} s"
+                f"{dtype} on {runtime.world_size} x {runtime.device.type}{shared}; ready after "
+                f"{time.monotonic() - start:.0f} s"
             )
             with end_recorded(training, say):
                 final = _train(training)
@@ -87,19 +94,18 @@ def _run(config: RunConfig) -> int:
     return 0
 
 
-def _check_memory(config: RunConfig, runtime: Runtime) -> None:
-    """Refuse a model that can not fit before minutes go into its data, and before the system ends the process."""
-    moments = 1 if config.optimizer.name is OptimizerName.muon else 2
-    needed, there = training_state_bytes(config.model, moments), total_memory(runtime.device)
-    if runtime.device.type == "cpu" and config.checkpoint.background:
-        needed += 4 * (1 + moments) * count_parameters(config.model).total  # the copy that a save writes from
-    if needed > there:
-        billions = count_parameters(config.model).total / 1e9
-        raise InputError(
-            f"model: {billions:.1f} B parameters need {needed / 2**30:,.0f} GiB for weights, gradients, moments "
-            f"and the copy for saving alone, and this {runtime.device.type} has {there / 2**30:,.0f} GiB; choose a "
-            "smaller model."
-        )
+def _place(config: RunConfig, runtime: Runtime, layout: Layout, directory: Path, say: Say) -> Placement | None:
+    """Who owns which expert, by the main process's word; kept in the run's directory."""
+    chosen: list[tuple[Placement | None, str]] = []
+    runtime.on_main(lambda: chosen.append(choose_placement(config, layout, directory)))
+    owners = json.loads(runtime.from_main(json.dumps(chosen[0][0].owners if chosen and chosen[0][0] else None)))
+    if owners is None:
+        return None
+    placement = Placement(tuple(tuple(owners_E) for owners_E in owners), layout.ep)
+    runtime.on_main(lambda: write_placement(directory / PLACEMENT_FILE, placement))
+    if runtime.is_main:
+        say(chosen[0][1])
+    return placement
 
 
 def _prepare(config: RunConfig, directory: Path, runtime: Runtime, say: Say) -> PreparedData:
@@ -222,7 +228,7 @@ def _open_store(training: Run) -> None:
             f"output_dir={config.output_dir}: {training.store.directory} can not be written ({said(error)}); give "
             "another one."
         ) from error
-    kinds = expected_tensors(training.model, training.optimizer, trained=True)
+    kinds = expected_tensors(config.model, training.optimizer, trained=True)
     size = sum(kind.num_bytes for kind in kinds.values())
     kept = most_kept(config.trainer.max_steps, config.trainer.eval_interval, config.checkpoint)
     export = 4 * count_parameters(config.model).total if config.finish.export else 0
@@ -273,8 +279,9 @@ def _finish(training: Run, bits_per_byte: float, say: Say) -> None:
     if finish.sample_prompt is not None:
         say(f"\nsample:\n{_sample(training, finish.sample_prompt, finish.sample_tokens)}\n")
     if finish.export:
-        parameters = training.model.named_parameters()
-        write_export(training.config.model, parameters, data.tokenizer_directory, directory / "hf")
+        # From the checkpoint: a process of a sharded run has only a part of the model.
+        source = open_native(training.store.path(training.progress.step))
+        write_export(source.config, source.parameters(), data.tokenizer_directory, directory / "hf")
     write_state(training, "finished", step=training.progress.step, exit_code=0, validation=figures)
     say(f"run directory:      {directory}")
     if finish.export:
@@ -282,8 +289,14 @@ def _finish(training: Run, bits_per_byte: float, say: Say) -> None:
 
 
 def _sample(training: Run, prompt: str, tokens: int) -> str:
-    tokenizer = training.data.tokenizer
+    tokenizer, device = training.data.tokenizer, training.runtime.device
+    model = training.parallel.module
+    if training.parallel.layout.sharded:
+        size = 4 * count_parameters(training.config.model).total
+        if size > total_memory(device) // 4:
+            return f"(none: {size / 2**30:,.0f} GiB of weights do not fit beside the training state of one process)"
+        model, _ = open_model(training.store.path(training.progress.step), device)
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     choices = tokenizer.generated_ids
-    new_ids = generate(training.model, ids, tokens, tokenizer.eos_id, temperature=0.7, top_k=50, choices=choices)
+    new_ids = generate(model, ids, tokens, tokenizer.eos_id, temperature=0.7, top_k=50, choices=choices)
     return prompt + tokenizer.decode(list(new_ids))

@@ -35,19 +35,17 @@ def bits_per_byte(
         runtime: This process among its peers.
         interrupted: Asked before each batch; once it says yes on any process the result is null on all.
     """
-    sums = torch.zeros(3, dtype=torch.float64, device=runtime.device)  # nats, targets, whether interrupted
+    sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)  # nats, targets
     for batch in batches:
-        if interrupted():
-            sums[2] = 1
-            break
+        # Together, since the forward pass of a sharded model needs every process.
+        if runtime.any([interrupted()])[0]:
+            return None
         batch = batch.to(runtime.device)
         output = model(batch.input_ids, batch.position_ids, batch.document_ids, batch.routing_mask)
         sums[0] += linear_cross_entropy(output.hidden_BSD.flatten(0, 1), model.lm_head.weight, batch.labels.flatten())
         sums[1] += (batch.labels >= 0).sum()
     runtime.sum([sums])
-    nats, targets, stopped = sums.tolist()
-    if stopped:
-        return None
+    nats, targets = sums.tolist()
     num_targets = sum(shard.num_targets for shard in shards)
     num_bytes = sum(shard.header.num_bytes for shard in shards)
     return nats / math.log(2) / targets * num_targets / num_bytes

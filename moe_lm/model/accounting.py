@@ -34,9 +34,16 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     )
 
 
-def training_state_bytes(config: ModelConfig, moments: int) -> int:
-    """Bytes of weights, gradients and `moments` numbers per parameter in fp32: what training holds at least."""
-    return 4 * (2 + moments) * count_parameters(config).total
+def training_state_bytes(config: ModelConfig, moments: int, compute_bytes: int) -> int:
+    """What training holds of a model at least: fp32 weights, gradients and moments, and a compute copy; bytes.
+
+    Args:
+        config: The model.
+        moments: Numbers per parameter that the optimizer keeps.
+        compute_bytes: Size of a number of the compute copy; 4 means that there is none.
+    """
+    copy = compute_bytes if compute_bytes < 4 else 0
+    return (4 * (2 + moments) + copy) * count_parameters(config).total
 
 
 def training_flops_per_token(config: ModelConfig, sequence_length: int) -> int:

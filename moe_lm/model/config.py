@@ -21,6 +21,13 @@ class LoadBalancing(enum.Enum):
     none = "none"
 
 
+class LoadSource(enum.Enum):
+    """Whose load the load-balancing loss works against."""
+
+    previous_step = "previous_step"
+    micro_batch = "micro_batch"
+
+
 @dataclasses.dataclass
 class ModelConfig:
     """Shape of the decoder and of its routing."""
@@ -62,6 +69,10 @@ class ModelConfig:
     load_balancing: LoadBalancing = LoadBalancing.per_layer
     """Load-balancing loss: `per_layer` (Switch, 1 at balance), `pooled` (transformers' Mixtral, top-k at balance),
     `none`."""
+    load_balancing_source: LoadSource = LoadSource.previous_step
+    """Load that the loss works against: `previous_step`, that of the whole batch before, so that gradients do not
+    depend on how a batch is cut up; `micro_batch`, that of all processes' present micro-batch, as other trainers do:
+    the same for any number of processes, but not for any number of micro-batches."""
     router_aux_loss_coef: float = 0.01
     """Weight of the load-balancing loss."""
     router_z_loss_coef: float = 0.001

@@ -70,7 +70,7 @@ class Runtime:
                 work()
             except Exception as error:
                 failure = error
-        said = self._from_main(_as_text(failure))
+        said = self.from_main(_as_text(failure))
         if failure is not None:
             raise failure
         if said:
@@ -117,7 +117,7 @@ class Runtime:
         dist.all_gather(gathered, padded)
         return [bytes(of_rank[:size].tolist()).decode() for of_rank, size in zip(gathered, sizes.tolist())]
 
-    def _from_main(self, text: str) -> str:
+    def from_main(self, text: str) -> str:
         """The main process's text, on every process; as plain bytes, since broadcasting objects would unpickle them."""
         if self.world_size == 1:
             return text

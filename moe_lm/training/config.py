@@ -11,6 +11,7 @@ from moe_lm.checkpoint.config import CheckpointConfig
 from moe_lm.data.config import DataConfig, TokenizerConfig
 from moe_lm.errors import InputError
 from moe_lm.model.config import ModelConfig
+from moe_lm.parallel.config import ParallelConfig
 
 WEEK = 7 * 24 * 3600
 """Seconds; the longest that a limit of time can be."""
@@ -253,6 +254,7 @@ class RunConfig:
     trainer: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     guards: GuardsConfig = dataclasses.field(default_factory=GuardsConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     tracker: TrackerConfig = dataclasses.field(default_factory=TrackerConfig)
     finish: FinishConfig = dataclasses.field(default_factory=FinishConfig)
 

@@ -53,18 +53,23 @@ class SpikeDetector:
 def diagnose(compute: ComputeModel, optimizer: Optimizer, batches: list[Batch], device: torch.device) -> str:
     """Where something that is not finite comes from: weights, else activations, else gradients of the last step.
 
+    Every process must call it; it says what this one has found.
+
     Args:
         compute: The model; its weights are those that the step began with, since it was skipped.
         optimizer: Knows the parameters with their gradients.
         batches: This process's micro-batches of that step.
         device: Where to compute.
     """
-    if weights := [name for name, p in optimizer.parameters.items() if not p.isfinite().all()]:
+    # All of it, whatever is found: forward passes of a sharded model need every process.
+    outputs = [_first_module(compute.module, batch.to(device)) for batch in batches]
+    compute.parallel.release()
+    if weights := [shard.name for shard in optimizer.shards if not shard.value.isfinite().all()]:
         return f"the weights themselves are not finite: {_some(weights)}"
-    for number, batch in enumerate(batches):
-        if (name := _first_module(compute.module, batch.to(device))) is not None:
+    for number, name in enumerate(outputs):
+        if name is not None:
             return f"of micro-batch {number}, the output of {name} is the first that is not finite"
-    gradients = [name for name, p in optimizer.parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
+    gradients = [s.name for s in optimizer.shards if s.gradient is not None and not s.gradient.isfinite().all()]
     if gradients:
         # Backward runs from the last layer to the first: it met the last of them first.
         last = gradients[-1]

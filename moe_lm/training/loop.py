@@ -74,7 +74,7 @@ def _train_until_rewind(run: Run, telemetry: Telemetry, pulse: Pulse) -> float |
         telemetry.close_data()
         final = validate(run, None, pulse)
         run.finish_saving(pulse)
-        if run.requests.agreed(failed=False).stop or final is None:
+        if run.requests.agreed(run.saver).stop or final is None:
             raise Stopped(f"stopped in the last validation ({run.requests.reason}); {_what_next(run)}")
         telemetry.validation(final, complete=True)
     return final
@@ -90,9 +90,10 @@ def _between_steps(run: Run, feed: Feed, telemetry: Telemetry, pulse: Pulse) -> 
         if estimate is not None:
             progress.validated(estimate)
             telemetry.validation(estimate, complete=False)
-    asked = run.requests.agreed(failed=run.saver.failure is not None)
+    asked = run.requests.agreed(run.saver)
     if asked.failed:
         run.raise_failed_save()
+    run.go_on_saving(asked.saving)
     if asked.save:
         telemetry.line(f"step {progress.step}: saving, as asked")
     due = last or asked.save or is_due(progress.step, config.checkpoint.interval)
@@ -110,7 +111,7 @@ def _next(run: Run, feed: Feed, pulse: Pulse) -> GlobalBatch | None:
         return feed.next()
     except (RunError, InputError):
         # A signal to the whole process group has ended the tokenizing workers, too: that is no failure of theirs.
-        if run.requests.agreed(failed=False).stop:
+        if run.requests.agreed(run.saver).stop:
             _stop(run, feed, pulse)
         raise
 
@@ -157,4 +158,6 @@ def validate(run: Run, max_rows: int | None, pulse: Pulse) -> float | None:
         world_size=runtime.world_size,
         max_rows=max_rows,
     )
-    return bits_per_byte(run.compute.module, batches, shards, runtime, interrupted)
+    value = bits_per_byte(run.compute.module, batches, shards, runtime, interrupted)
+    run.parallel.release()
+    return value

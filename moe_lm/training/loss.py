@@ -11,9 +11,10 @@ from torch import Tensor
 
 from moe_lm.data.batch import Batch
 from moe_lm.kernels.loss import linear_cross_entropy
-from moe_lm.model.balancing import load_balancing_loss, router_z_loss
-from moe_lm.model.config import LoadBalancing
+from moe_lm.model.balancing import load_balancing_loss, load_fraction, router_z_loss
+from moe_lm.model.config import LoadBalancing, LoadSource
 from moe_lm.model.decoder import CausalLM
+from moe_lm.parallel.runtime import Runtime
 
 
 class LossShares(NamedTuple):
@@ -31,7 +32,9 @@ class LossShares(NamedTuple):
     """Assignments to each expert of each layer; [0, 0] for a dense model."""
 
 
-def loss_shares(model: CausalLM, batch: Batch, num_targets: int, num_routed_tokens: int, load_LE: Tensor) -> LossShares:
+def loss_shares(
+    model: CausalLM, batch: Batch, num_targets: int, num_routed_tokens: int, load_LE: Tensor, runtime: Runtime
+) -> LossShares:
     """Run the model on a micro-batch.
 
     Args:
@@ -40,6 +43,7 @@ def loss_shares(model: CausalLM, batch: Batch, num_targets: int, num_routed_toke
         num_targets: targets of the global batch.
         num_routed_tokens: tokens of the global batch that count in routing.
         load_LE: each expert's share of its layer's assignments in the step before (see `model/balancing.py`).
+        runtime: this process among its peers.
     """
     config = model.config
     output = model(batch.input_ids, batch.position_ids, batch.document_ids, batch.routing_mask)
@@ -51,6 +55,10 @@ def loss_shares(model: CausalLM, batch: Batch, num_targets: int, num_routed_toke
         return LossShares(cross_entropy, cross_entropy.detach(), zero, zero, load_LE)
     balancing = torch.zeros_like(cross_entropy)
     if config.load_balancing is not LoadBalancing.none:
+        if config.load_balancing_source is LoadSource.micro_batch:
+            count_LE = statistics.count_E.clone()
+            runtime.sum([count_LE])
+            load_LE = load_fraction(count_LE)
         balancing = load_balancing_loss(
             statistics.probability_sum_E, load_LE, num_routed_tokens, config.num_experts_per_tok, config.load_balancing
         )

@@ -4,16 +4,21 @@ Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest orthogonal
 only; here a stacked tensor [E, rows, columns] is so many matrices, each orthogonalised by itself. The update is scaled
 by 0.2·√max(rows, columns) (Liu et al. 2025, "Muon is scalable for LLM training", eq. 4), the size of AdamW's, so that
 both share a learning rate and a decay.
+
+Every process updates the part of each parameter that it has, a plain tensor. Muon needs whole matrices: the processes
+that share one gather its momentum, and each orthogonalises it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_lm.checkpoint.tensor_file import TensorKind
 from moe_lm.kernels.newton_schulz import orthogonalize
+from moe_lm.parallel.runtime import Runtime
+from moe_lm.parallel.shards import ParameterShard
 from moe_lm.training.config import OptimizerConfig, OptimizerName
 
 
@@ -21,44 +26,46 @@ class Muon(torch.optim.Optimizer):
     """Orthogonalised Nesterov momentum with decoupled weight decay, for matrices and stacks of matrices.
 
     A group's `matrices` says how many matrices lie one below the other in each [rows, columns]: 2 for `gate_up_proj`,
-    whose halves would otherwise share one update, the half with the larger gradient taking most of it.
+    whose halves would otherwise share one update, the half with the larger gradient taking most of it. Its `shards`
+    are those that its parameters are the values of.
     """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float, weight_decay: float):
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "matrices": 1})
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "matrices": 1}
+        values = [{**group, "params": [shard.value for shard in group["shards"]]} for group in groups]
+        super().__init__(values, defaults)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Apply one update; every parameter must have a gradient."""
+        """Apply one update; every parameter must have a gradient, and every process must call it."""
         assert closure is None
         for group in self.param_groups:
-            for parameter in group["params"]:
-                state = self.state[parameter]
+            for parameter, shard in zip(group["params"], group["shards"]):
+                state, gradient = self.state[parameter], parameter.grad
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
-                split = (-2, (group["matrices"], -1))
-                gradient = parameter.grad.unflatten(*split)
-                momentum = state["momentum_buffer"].unflatten(*split).lerp_(gradient, 1 - group["momentum"])
-                direction = orthogonalize(gradient.lerp(momentum, group["momentum"]))
+                momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
                 # An expert that got no token is not moved (but by decay). Its momentum only fades, but orthogonalising
                 # would bring it back to full length and walk the expert along a stale direction, step after step.
-                direction = direction * (gradient.abs().amax(dim=(-2, -1), keepdim=True) > 0)
+                moved = (gradient != 0).any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)
+                whole = shard.gather(gradient.lerp(momentum, group["momentum"]) * moved)
+                direction = orthogonalize(whole.unflatten(-2, (group["matrices"], -1)))
                 scale = 0.2 * max(direction.shape[-2:]) ** 0.5
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(direction.flatten(-3, -2), alpha=-group["lr"] * scale)
+                parameter.add_(shard.own(direction.flatten(-3, -2)), alpha=-group["lr"] * scale)
 
 
 class Optimizer:
     """All update rules of a run behind one interface, with their state by parameter name."""
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig):
-        self.parameters = dict(model.named_parameters())
+    def __init__(self, shards: Sequence[ParameterShard], config: OptimizerConfig):
+        self.shards = shards
         self.max_grad_norm = config.max_grad_norm
         self._peak = config.learning_rate
-        muon, halves, decayed, plain = _split(self.parameters, config)
+        muon, halves, decayed, plain = _split(shards, config)
         adamw = [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
+            {"params": [shard.value for shard in decayed], "weight_decay": config.weight_decay},
+            {"params": [shard.value for shard in plain], "weight_decay": 0.0},
         ]
         self._rules: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(
@@ -70,25 +77,39 @@ class Optimizer:
             )
         ]
         if muon:
-            matrices: list[dict[str, Any]] = [{"params": muon}, {"params": halves, "matrices": 2}]
-            rule = Muon([g for g in matrices if g["params"]], self._peak, config.muon_momentum, config.weight_decay)
+            matrices: list[dict[str, Any]] = [{"shards": muon}, {"shards": halves, "matrices": 2}]
+            rule = Muon([g for g in matrices if g["shards"]], self._peak, config.muon_momentum, config.weight_decay)
             self._rules.append(rule)
+        self._orthogonalized = {shard.name for shard in (*muon, *halves)}
 
     def gradients(self) -> list[Tensor]:
-        """The gradients of all parameters, in their order; one without a gradient would be a bug in the model."""
-        found = [p.grad for p in self.parameters.values() if p.grad is not None]
-        assert len(found) == len(self.parameters), "a parameter has no gradient"
+        """The gradients of all parameters here, in their order; one without a gradient would be a bug in the model."""
+        found = [gradient for shard in self.shards if (gradient := shard.gradient) is not None]
+        assert len(found) == len(self.shards), "a parameter has no gradient"
         return found
 
-    def gradient_norm(self) -> Tensor:
-        """Global 2-norm of all gradients, fp32 scalar."""
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self.gradients())))
+    def gradient_norm(self, runtime: Runtime | None = None) -> Tensor:
+        """2-norm of the gradient of the whole model, scalar.
+
+        Args:
+            runtime: Given where each process has only a part of the gradient; all must then call it, and each value
+                counts once.
+        """
+        norms = torch.stack(torch._foreach_norm(self.gradients()))
+        if runtime is None:
+            return torch.linalg.vector_norm(norms)
+        counts = torch.tensor([shard.counts for shard in self.shards], device=norms.device)
+        square = (norms.double().square() * counts).sum()
+        runtime.sum([square])
+        return square.sqrt().to(norms.dtype)
 
     def step(self, gradient_norm: Tensor, factor: float) -> None:
         """Clip by the given norm, then update with `factor` times the peak learning rate."""
         if self.max_grad_norm > 0:
             scale = (self.max_grad_norm / (gradient_norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(self.gradients(), scale)
+        for shard, gradient in zip(self.shards, self.gradients(), strict=True):
+            shard.value.grad = gradient
         for rule in self._rules:
             for group in rule.param_groups:
                 group["lr"] = self._peak * factor
@@ -96,57 +117,63 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
-        for parameter in self.parameters.values():
-            parameter.grad = None
+        for shard in self.shards:
+            shard.parameter.grad = shard.value.grad = None
 
-    def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every state tensor as (`parameter name/state name`, tensor); empty before the first step."""
-        for name, parameter in self.parameters.items():
+    def state_tensors(self) -> Iterator[tuple[ParameterShard, str, Tensor]]:
+        """Every state tensor that is here as (shard, state name, tensor); empty before the first step.
+
+        Scalars are the same on every process that has a part of the parameter; all others are of the part's shape.
+        """
+        for shard in self.shards:
             for rule in self._rules:
-                for key, value in rule.state.get(parameter, {}).items():
-                    yield f"{name}/{key}", value
+                for key, value in rule.state.get(shard.value, {}).items():
+                    yield shard, key, value
 
     def state_kinds(self) -> dict[str, TensorKind]:
-        """Name, type and shape of every state tensor that there is after the first step."""
+        """Type and global shape of every state tensor that there is after the first step, by `parameter/state`."""
         kinds: dict[str, TensorKind] = {}
-        owner = self._owners()
-        for name, parameter in self.parameters.items():
-            kind = TensorKind.of(parameter)
-            if isinstance(owner[id(parameter)], Muon):
-                kinds[f"{name}/momentum_buffer"] = kind
-            else:
-                kinds[f"{name}/step"] = TensorKind(torch.float32, [])
-                kinds |= {f"{name}/exp_avg": kind, f"{name}/exp_avg_sq": kind}
+        for shard in self.shards:
+            kind = TensorKind(shard.value.dtype, shard.shape)
+            for key in self._state_names(shard):
+                kinds[f"{shard.name}/{key}"] = TensorKind(torch.float32, []) if key == "step" else kind
         return kinds
 
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take the state that `state_tensors` gave; every tensor must belong to a parameter."""
-        owner = self._owners()
+    def restore_state(self, read: Callable[[ParameterShard, str], Tensor] | None) -> None:
+        """Take a state for every parameter, or none at all.
+
+        Args:
+            read: Gives a state of a shard by its name; null forgets everything, as before the first step.
+        """
         for rule in self._rules:
             rule.state.clear()
-        for full_name, value in tensors.items():
-            name, key = full_name.rsplit("/", 1)
-            parameter = self.parameters[name]
-            owner[id(parameter)].state[parameter][key] = value.to(parameter.device)
+        if read is not None:
+            for shard in self.shards:
+                state = self._rule_of(shard).state[shard.value]
+                for key in self._state_names(shard):
+                    state[key] = read(shard, key).to(shard.value.device)
 
-    def _owners(self) -> dict[int, torch.optim.Optimizer]:
-        return {id(p): rule for rule in self._rules for group in rule.param_groups for p in group["params"]}
+    def _rule_of(self, shard: ParameterShard) -> torch.optim.Optimizer:
+        return self._rules[-1 if shard.name in self._orthogonalized else 0]
+
+    def _state_names(self, shard: ParameterShard) -> tuple[str, ...]:
+        return ("momentum_buffer",) if shard.name in self._orthogonalized else ("step", "exp_avg", "exp_avg_sq")
 
 
-def _split(parameters: Mapping[str, Tensor], config: OptimizerConfig) -> tuple[list[Tensor], ...]:
+def _split(shards: Sequence[ParameterShard], config: OptimizerConfig) -> tuple[list[ParameterShard], ...]:
     """Parameters for Muon, those of them that hold two matrices, for AdamW with decay, and without (norms)."""
-    muon: list[Tensor] = []
-    halves: list[Tensor] = []
-    decayed: list[Tensor] = []
-    plain: list[Tensor] = []
-    for name, parameter in parameters.items():
-        in_layer_matrix = ".layers." in name and not name.endswith("mlp.gate.weight")
-        if parameter.dim() < 2:
-            plain.append(parameter)
+    muon: list[ParameterShard] = []
+    halves: list[ParameterShard] = []
+    decayed: list[ParameterShard] = []
+    plain: list[ParameterShard] = []
+    for shard in shards:
+        in_layer_matrix = ".layers." in shard.name and not shard.name.endswith("mlp.gate.weight")
+        if len(shard.shape) < 2:
+            plain.append(shard)
         elif config.name is not OptimizerName.muon or not in_layer_matrix:
-            decayed.append(parameter)
-        elif name.endswith("gate_up_proj"):
-            halves.append(parameter)
+            decayed.append(shard)
+        elif shard.name.endswith("gate_up_proj"):
+            halves.append(shard)
         else:
-            muon.append(parameter)
+            muon.append(shard)
     return muon, halves, decayed, plain

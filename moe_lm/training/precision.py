@@ -2,7 +2,7 @@
 
 Autocast casts each weight again at every use, and does not reach grouped matrix products at all. A twin is cast once a
 step, by one multi-tensor copy, and its gradients are added to the master's in fp32 as soon as backward has produced
-them. This is what FSDP2's mixed-precision policy does for sharded models, so a sharded run rounds in the same places.
+them. Sharded models have no twin: FSDP2 casts what it gathers, and rounds in the same places.
 """
 
 import copy
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from moe_lm.kernels.hardware import has_fast_bf16
-from moe_lm.model.decoder import CausalLM
 from moe_lm.model.router import Router
+from moe_lm.parallel.parallelize import ParallelModel
 from moe_lm.training.config import Precision
 
 
@@ -28,12 +28,12 @@ def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 class ComputeModel:
     """The model that forward and backward run on, and its link to the fp32 master weights."""
 
-    def __init__(self, master: CausalLM, dtype: torch.dtype):
+    def __init__(self, parallel: ParallelModel, dtype: torch.dtype):
         self.dtype = dtype
-        self.master = master
-        self.module = master
+        self.parallel = parallel
+        self.module = master = parallel.module
         self._pairs: list[tuple[Tensor, Tensor]] = []
-        if dtype is torch.float32:
+        if parallel.layout.sharded or dtype is master.lm_head.weight.dtype:
             return
         # The gate stays the master's own parameter: rounding its weights would change which experts are chosen.
         shared = {id(m.weight): m.weight for m in master.modules() if isinstance(m, Router)}

@@ -4,6 +4,7 @@ import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
+from moe_lm.checkpoint.saver import Saver
 from moe_lm.interrupts import interrupts
 from moe_lm.parallel.runtime import Runtime
 
@@ -21,6 +22,8 @@ class Asked(NamedTuple):
     save: bool
     failed: bool
     """The last checkpoint can not be written, and the run shall not go on without it."""
+    saving: bool
+    """A process has not written its part of the last checkpoint yet."""
 
 
 class Requests:
@@ -30,7 +33,7 @@ class Requests:
         self._stop_file, self._save_file = directory / STOP_FILE, directory / SAVE_FILE
         self._runtime = runtime
 
-    def agreed(self, failed: bool) -> Asked:
+    def agreed(self, saver: Saver) -> Asked:
         """What stands to be done now, with one collective; a request to save is taken by this."""
         stop, save = self.stopping, interrupts.save
         if save:
@@ -39,7 +42,7 @@ class Requests:
             with contextlib.suppress(OSError):
                 self._save_file.unlink()
                 save = True
-        return Asked(*self._runtime.any([stop, save, failed]))
+        return Asked(*self._runtime.any([stop, save, saver.failure is not None, saver.busy]))
 
     @property
     def stopping(self) -> bool:

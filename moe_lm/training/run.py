@@ -7,22 +7,26 @@ seed, data order from (seed, step).
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moe_lm.checkpoint.checkpoint import Checkpoint
 from moe_lm.checkpoint.saver import Saver, said
-from moe_lm.checkpoint.store import SCORE, CheckpointStore, TensorSlice, step_of
+from moe_lm.checkpoint.store import SCORE, CheckpointStore, Part, step_of
 from moe_lm.checkpoint.tensor_file import CheckpointError
 from moe_lm.data.loader import make_mixture
 from moe_lm.data.prepared import PreparedData
 from moe_lm.errors import Stopped
-from moe_lm.model.decoder import CausalLM
-from moe_lm.model.initialization import initialize
+from moe_lm.model.initialization import initial_value
+from moe_lm.parallel.layout import Layout
+from moe_lm.parallel.parallelize import parallelize
+from moe_lm.parallel.placement import Placement
 from moe_lm.parallel.runtime import Runtime
+from moe_lm.parallel.shards import ParameterShard
 from moe_lm.training.config import RunConfig, SpikePolicy, to_plain
 from moe_lm.training.feed import Feed
 from moe_lm.training.guards import SpikeDetector
@@ -30,7 +34,17 @@ from moe_lm.training.optimizer import Optimizer
 from moe_lm.training.precision import ComputeModel, compute_dtype
 from moe_lm.training.progress import Progress
 from moe_lm.training.requests import Requests
-from moe_lm.training.state import LOAD, MODEL, OPTIMIZER, environment, expected_tensors, initial_load, progress_of
+from moe_lm.training.state import (
+    LOAD,
+    MODEL,
+    OPTIMIZER,
+    environment,
+    expected_tensors,
+    initial_load,
+    load_part,
+    progress_of,
+    saved_slices,
+)
 
 
 class Run:
@@ -43,6 +57,8 @@ class Run:
         data: PreparedData,
         directory: Path,
         report: Callable[[str], None] = lambda text: None,
+        layout: Layout = Layout(),  # noqa: B008 -- frozen
+        placement: Placement | None = None,
     ):
         """Assemble a run at its beginning.
 
@@ -52,16 +68,18 @@ class Run:
             data: Shards, or of streams their tokenizer and how they are split.
             directory: The run's directory.
             report: Is told in a sentence of saves that fail, from another thread.
+            layout: How processes share the model.
+            placement: Who owns which expert; needed under expert parallelism.
         """
         self.config, self.runtime, self.data, self.directory = config, runtime, data, directory
         trainer = config.trainer
-        with torch.device(runtime.device):
-            self.model = CausalLM(config.model)
-        initialize(self.model, config.seed)
-        self.model.model.recompute_layers = trainer.activation_checkpointing
-        self.compute = ComputeModel(self.model, compute_dtype(trainer.precision, runtime.device))
-        self.optimizer = Optimizer(self.model, config.optimizer)
-        self.load_LE = initial_load(self.model.config).to(runtime.device)
+        dtype = compute_dtype(trainer.precision, runtime.device)
+        self.parallel = parallelize(config.model, layout, placement, runtime.rank, runtime.device, dtype)
+        self.parallel.module.model.recompute_layers = trainer.activation_checkpointing
+        self._initialize()
+        self.compute = ComputeModel(self.parallel, dtype)
+        self.optimizer = Optimizer(self.parallel.shards, config.optimizer)
+        self.load_LE = initial_load(config.model).to(runtime.device)
         total_rows = trainer.max_steps * trainer.global_batch_size
         self.mixture = make_mixture(config.data, data.train, total_rows)
         rewinds = config.guards.spike_policy is SpikePolicy.rewind
@@ -75,8 +93,16 @@ class Run:
         self.spikes = SpikeDetector(config.guards)
         self.data_state: dict[str, Any] = {}
         """Where the data stands besides `progress.data_step`: of this process, or in a checkpoint of all."""
+        self._unjoined: dict[str, Any] | None = None
+        """State of a checkpoint whose parts are being written, or wait to be joined."""
         self.saved_step: int | None = None
         """Step of the newest checkpoint, written or being written."""
+
+    def _initialize(self) -> None:
+        """Fill the parameters from the seed: whole ones, one after the other, of which each process takes its part."""
+        model, seed, device = self.config.model, self.config.seed, self.runtime.device
+        for shard in self.parallel.shards:
+            shard.fill(initial_value(model, seed, shard.name, shard.shape, device, shard.value.dtype))
 
     def open_feed(self) -> Feed:
         """The batches from where the run stands on; to be used as a context manager."""
@@ -98,13 +124,34 @@ class Run:
             pulse: Called while this waits.
         """
         self.finish_saving(pulse)
-        data_state = feed.whole_state(self.data_state)
-        if self.runtime.is_main:
-            background = self.config.checkpoint.background
-            self.saver.start(self.progress.step, self._slices(), self._state(data_state), copy=background)
-        self.saved_step = self.progress.step
-        if not self.config.checkpoint.background:
+        state, background = self._state(feed.whole_state(self.data_state)), self.config.checkpoint.background
+        step, is_main = self.progress.step, self.runtime.is_main
+        slices = saved_slices(self.optimizer, self.load_LE, is_main)
+        if self.parallel.layout.sharded:
+            self.runtime.on_main(self.store.sweep)  # before any process begins to write
+            self._unjoined = state
+            self.saver.start_part(step, slices, self.runtime.rank, copy=background)
+        elif is_main:
+            self.saver.start(step, slices, state, copy=background)
+        self.saved_step = step
+        if not background:
             self.finish_saving(pulse)
+
+    def go_on_saving(self, busy: bool) -> None:
+        """Complete a checkpoint of which every process has written its part; every process must call it.
+
+        Args:
+            busy: Whether any process is still writing, the same on every one.
+        """
+        if self._unjoined is None or busy:
+            return
+        parts = [
+            Part(**json.loads(text)) for text in self.runtime.gather(json.dumps(dataclasses.asdict(self.saver.part)))
+        ]
+        if self.runtime.is_main:
+            assert self.saved_step is not None
+            self.saver.start_join(self.saved_step, parts, self._unjoined)
+        self._unjoined = None
 
     def finish_saving(self, pulse: Callable[[], None]) -> None:
         """Wait until the checkpoint that was begun is on disk; every process must call it.
@@ -118,8 +165,9 @@ class Run:
             busy, failed, stop = self.runtime.any([self.saver.busy, self.saver.failure is not None, stop])
             if stop:
                 self.saver.hurry()
-            if not busy:
+            if not busy and (failed or self._unjoined is None):
                 break
+            self.go_on_saving(busy)
             pulse()
             time.sleep(pause)
             pause = min(2 * pause, 0.5)
@@ -155,11 +203,6 @@ class Run:
             "data": data_state,
         }
 
-    def _slices(self) -> Iterator[TensorSlice]:
-        yield from (TensorSlice.whole(MODEL + name, p) for name, p in self.model.named_parameters())
-        yield from (TensorSlice.whole(OPTIMIZER + name, t) for name, t in self.optimizer.state_tensors())
-        yield TensorSlice.whole(LOAD, self.load_LE)
-
     def newest_checkpoint(self, refused: Callable[[str], None], data_step: int | None = None) -> Checkpoint | None:
         """The newest checkpoint that verifies on every process; every process must call it, and gets the same.
 
@@ -191,11 +234,22 @@ class Run:
             CheckpointError: It is not one: names, types or shapes differ. Nothing was changed.
         """
         progress = progress_of(checkpoint)
-        checkpoint.expect(expected_tensors(self.model, self.optimizer, progress.updates > 0))
-        checkpoint.fill(MODEL, dict(self.model.named_parameters()))
+        checkpoint.expect(expected_tensors(self.config.model, self.optimizer, progress.updates > 0))
+        for shard in self.parallel.shards:
+            load_part(checkpoint, MODEL + shard.name, shard, shard.value)
         self.compute.refresh()
-        moments = {name.removeprefix(OPTIMIZER): checkpoint.tensor(name) for name in checkpoint.kinds(OPTIMIZER)}
-        self.optimizer.load_state_tensors(moments)
+
+        kinds = checkpoint.kinds(OPTIMIZER)
+
+        def read(shard: ParameterShard, key: str) -> Tensor:
+            name = f"{OPTIMIZER}{shard.name}/{key}"
+            if not kinds[name].shape:
+                return checkpoint.tensor(name)
+            state = torch.empty_like(shard.value)
+            load_part(checkpoint, name, shard, state)
+            return state
+
+        self.optimizer.restore_state(read if progress.updates else None)
         self.load_LE.copy_(checkpoint.tensor(LOAD))
         self.progress = progress
         self.spikes = SpikeDetector(self.config.guards, checkpoint.state["losses"])
@@ -228,9 +282,9 @@ class Run:
     @torch.no_grad()
     def _begin_anew(self) -> None:
         """Take the state of a run that has not made a step."""
-        initialize(self.model, self.config.seed)
+        self._initialize()
         self.compute.refresh()
-        self.optimizer.load_state_tensors({})
+        self.optimizer.restore_state(None)
         self.load_LE.copy_(initial_load(self.config.model))
         self.progress, self.spikes = Progress(), SpikeDetector(self.config.guards)
         self.data_state, self.saved_step = {}, None

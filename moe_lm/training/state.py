@@ -1,6 +1,7 @@
 """What a checkpoint of a run says: its tensors, its state, and whether they are those of a run at all."""
 
 import platform
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -8,12 +9,13 @@ import torch
 from torch import Tensor
 
 from moe_lm.checkpoint.checkpoint import Checkpoint
-from moe_lm.checkpoint.store import named_step
+from moe_lm.checkpoint.store import TensorSlice, named_step
 from moe_lm.checkpoint.tensor_file import CheckpointError, TensorKind, are_sizes
 from moe_lm.model.balancing import load_fraction
 from moe_lm.model.config import ModelConfig
 from moe_lm.model.decoder import CausalLM
 from moe_lm.parallel.runtime import Runtime
+from moe_lm.parallel.shards import ParameterShard, whole_shards
 from moe_lm.training.config import OptimizerConfig
 from moe_lm.training.optimizer import Optimizer
 from moe_lm.training.progress import Progress
@@ -41,12 +43,38 @@ def initial_load(config: ModelConfig) -> Tensor:
     )
 
 
-def expected_tensors(model: CausalLM, optimizer: Optimizer, trained: bool) -> dict[str, TensorKind]:
-    """Name, type and shape of every tensor of a checkpoint; before the first update there are no moments."""
-    kinds = {MODEL + name: TensorKind.of(p) for name, p in model.named_parameters()}
+def expected_tensors(model: ModelConfig, optimizer: Optimizer, trained: bool) -> dict[str, TensorKind]:
+    """Name, type and global shape of every tensor of a checkpoint; before the first update there are no moments."""
+    kinds = {MODEL + shard.name: TensorKind(shard.value.dtype, shard.shape) for shard in optimizer.shards}
     if trained:
         kinds |= {OPTIMIZER + name: kind for name, kind in optimizer.state_kinds().items()}
-    return kinds | {LOAD: TensorKind.of(initial_load(model.config))}
+    return kinds | {LOAD: TensorKind.of(initial_load(model))}
+
+
+def saved_slices(optimizer: Optimizer, load_LE: Tensor, is_main: bool) -> Iterator[TensorSlice]:
+    """This process's part of a checkpoint; those of all processes hold every value once."""
+    counting = {shard.name for shard in optimizer.shards if shard.counts}
+    for shard in optimizer.shards:
+        if shard.name in counting:
+            yield from _boxes(MODEL + shard.name, shard, shard.value)
+    for shard, key, value in optimizer.state_tensors():
+        name = f"{OPTIMIZER}{shard.name}/{key}"
+        if value.dim() and shard.name in counting:
+            yield from _boxes(name, shard, value)
+        elif not value.dim() and is_main:  # a count of updates, the same everywhere
+            yield TensorSlice.whole(name, value)
+    if is_main:
+        yield TensorSlice.whole(LOAD, load_LE)
+
+
+def _boxes(name: str, shard: ParameterShard, local: Tensor) -> Iterator[TensorSlice]:
+    return (TensorSlice(name, box.of(local), shard.shape, box.offsets) for box in shard.boxes)
+
+
+def load_part(checkpoint: Checkpoint, name: str, shard: ParameterShard, local: Tensor) -> None:
+    """Read into `local`, in place, what a process has of a tensor that is cut as its parameter."""
+    for box in shard.boxes:
+        box.of(local).copy_(checkpoint.box(name, box.offsets, box.lengths))
 
 
 def check_state(checkpoint: Checkpoint, model: ModelConfig, optimizer: OptimizerConfig) -> None:
@@ -60,7 +88,7 @@ def check_state(checkpoint: Checkpoint, model: ModelConfig, optimizer: Optimizer
         raise CheckpointError(f"{checkpoint.path}: has fewer tensors than its configuration has layers")
     with torch.device("meta"):
         empty = CausalLM(model)
-    checkpoint.expect(expected_tensors(empty, Optimizer(empty, optimizer), progress.updates > 0))
+    checkpoint.expect(expected_tensors(model, Optimizer(whole_shards(empty), optimizer), progress.updates > 0))
 
 
 def progress_of(checkpoint: Checkpoint) -> Progress:

@@ -59,14 +59,17 @@ def train_step(
     optimizer.zero_grad()
     losses = torch.zeros(3, device=runtime.device)
     count_LE = torch.zeros_like(load_LE)
-    for micro_batch in batch.micro_batches:
+    for number, micro_batch in enumerate(batch.micro_batches, start=1):
         micro_batch = micro_batch.to(runtime.device)
-        shares = loss_shares(compute.module, micro_batch, batch.num_targets, batch.num_routed_tokens, load_LE)
+        shares = loss_shares(compute.module, micro_batch, batch.num_targets, batch.num_routed_tokens, load_LE, runtime)
+        compute.parallel.begin_backward(last=number == len(batch.micro_batches))
         shares.total.backward()
         losses += torch.stack((shares.cross_entropy, shares.load_balancing, shares.router_z))
         count_LE += shares.count_LE
-    runtime.sum([*optimizer.gradients(), losses, count_LE])
-    norm = optimizer.gradient_norm()
+    sharded = compute.parallel.layout.sharded
+    unsummed = [] if sharded else optimizer.gradients()  # FSDP2 has summed what it shards
+    runtime.sum([*unsummed, losses, count_LE])
+    norm = optimizer.gradient_norm(runtime if sharded else None)
     cross_entropy, load_balancing, router_z, gradient_norm = torch.cat((losses, norm[None])).tolist()
     finite = math.isfinite(gradient_norm) and math.isfinite(cross_entropy)
     applied = finite and cross_entropy <= loss_limit

@@ -202,8 +202,8 @@ def _record_states(path: str) -> None:
     def step(self, result, batch, data_step, learning_rate):
         run, digest = self._run, hashlib.sha256()
         for tensor in (
-            *run.model.parameters(),
-            *(t for _, t in run.optimizer.state_tensors()),
+            *run.parallel.module.parameters(),
+            *(t for *_, t in run.optimizer.state_tensors()),
             run.load_LE,
             *run.compute.module.parameters(),
         ):

@@ -22,7 +22,18 @@ def test_each_choice_composes_and_survives_saving(group, name, tmp_path):
 
 def test_the_groups_are_those_of_the_contract():
     """Catches a group that is lost from the package."""
-    expected = {"model", "data", "optimizer", "schedule", "trainer", "checkpoint", "tracker", "resume", "experiment"}
+    expected = {
+        "model",
+        "data",
+        "optimizer",
+        "schedule",
+        "trainer",
+        "checkpoint",
+        "tracker",
+        "resume",
+        "parallel",
+        "experiment",
+    }
     assert {p.name for p in config_directory().iterdir() if p.is_dir()} == expected == set(group_choices("pretrain"))
 
 

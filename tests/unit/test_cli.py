@@ -40,7 +40,7 @@ def test_help_lists_every_command_with_its_job(arguments, capsys):
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
     for command, job in cli.COMMANDS.items():
-        assert any(command in line.split() and job in line for line in out.splitlines())
+        assert any(line.startswith(f"  {command} ") and job in line for line in out.splitlines())
     assert "75 stopped" in out
 
 

@@ -9,6 +9,7 @@ from moe_lm.kernels.newton_schulz import orthogonalize
 from moe_lm.model.config import ModelConfig
 from moe_lm.model.decoder import CausalLM
 from moe_lm.model.initialization import initialize
+from moe_lm.parallel.shards import whole_shards
 from moe_lm.training.config import OptimizerConfig, OptimizerName
 from moe_lm.training.optimizer import Optimizer
 
@@ -45,7 +46,9 @@ def test_decay_is_decoupled_and_spares_norms(name):
     """Catches decay mixed into the gradient, or applied to norms: with (almost) zero gradients only decay acts."""
     model = _model()
     before = copy.deepcopy(dict(model.named_parameters()))
-    optimizer = Optimizer(model, OptimizerConfig(name, learning_rate=0.1, weight_decay=0.5, max_grad_norm=0))
+    optimizer = Optimizer(
+        whole_shards(model), OptimizerConfig(name, learning_rate=0.1, weight_decay=0.5, max_grad_norm=0)
+    )
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step(optimizer.gradient_norm(), 0.5)
@@ -58,7 +61,7 @@ def test_adamw_is_torchs():
     """Catches a wrong beta, epsilon, rate or clipping: three clipped steps against torch's own AdamW and
     clip_grad_norm_."""
     model, twin = _model(), _model()
-    optimizer = Optimizer(model, OptimizerConfig(learning_rate=0.01, weight_decay=0.0, max_grad_norm=0.7))
+    optimizer = Optimizer(whole_shards(model), OptimizerConfig(learning_rate=0.01, weight_decay=0.0, max_grad_norm=0.7))
     theirs = torch.optim.AdamW(twin.parameters(), lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     for seed in range(3):
         _step(model, optimizer, seed)
@@ -74,7 +77,7 @@ def test_muon_is_nesterov_momentum_orthogonalised_matrix_by_matrix():
     steps against a plain loop over matrices."""
     model = _model()
     options = OptimizerConfig(OptimizerName.muon, learning_rate=0.1, weight_decay=0.0, max_grad_norm=0)
-    optimizer = Optimizer(model, options)
+    optimizer = Optimizer(whole_shards(model), options)
     matrices = {}
     for name, parameter in model.named_parameters():
         if ".layers." in name and "norm" not in name and "gate.weight" not in name:
@@ -92,7 +95,7 @@ def test_muon_is_nesterov_momentum_orthogonalised_matrix_by_matrix():
         ours = model.get_parameter(name).view(len(pairs), -1, pairs[0][0].shape[-1])
         # Newton–Schulz runs in bf16, where a batched product may round otherwise than a single one.
         torch.testing.assert_close(ours, torch.stack([w for w, _ in pairs]), rtol=0, atol=4e-3, msg=name)
-    by_muon = {n.rsplit("/", 1)[0] for n, _ in optimizer.state_tensors() if n.endswith("momentum_buffer")}
+    by_muon = {shard.name for shard, key, _ in optimizer.state_tensors() if key == "momentum_buffer"}
     assert by_muon == set(matrices) and len(by_muon) == 6
 
 
@@ -100,7 +103,7 @@ def test_muon_leaves_idle_experts_where_they_are():
     """Catches an expert without tokens that is walked along a stale direction at full speed, step after step."""
     model = _model()
     options = OptimizerConfig(OptimizerName.muon, learning_rate=0.1, weight_decay=0.0, max_grad_norm=0)
-    optimizer = Optimizer(model, options)
+    optimizer = Optimizer(whole_shards(model), options)
     _step(model, optimizer, 0)
     experts = model.model.layers[0].mlp.experts
     before = experts.gate_up_proj.detach().clone()
@@ -115,23 +118,25 @@ def test_muon_leaves_idle_experts_where_they_are():
 def test_state_round_trip_is_bitwise(name):
     """Catches a moment or step count that is lost, swapped or rounded between saving and loading."""
     model = _model()
-    optimizer = Optimizer(model, OptimizerConfig(name))
+    optimizer = Optimizer(whole_shards(model), OptimizerConfig(name))
     for seed in range(2):
         _step(model, optimizer, seed)
     twin = copy.deepcopy(model)
-    restored = Optimizer(twin, OptimizerConfig(name))
-    restored.load_state_tensors({key: tensor.clone() for key, tensor in optimizer.state_tensors()})
+    restored = Optimizer(whole_shards(twin), OptimizerConfig(name))
+    saved = {(shard.name, key): tensor.clone() for shard, key, tensor in optimizer.state_tensors()}
+    restored.restore_state(lambda shard, key: saved[shard.name, key])
     for seed in range(2, 4):
         _step(model, optimizer, seed)
         _step(twin, restored, seed)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
-    assert dict(restored.state_tensors()).keys() == dict(optimizer.state_tensors()).keys()
+    assert {(shard.name, key) for shard, key, _ in restored.state_tensors()} == saved.keys()
+    assert {f"{name}/{key}" for name, key in saved} == restored.state_kinds().keys()
 
 
 def test_a_parameter_without_gradient_is_a_bug():
     """Catches a parameter that silently never trains."""
     model = _model()
-    optimizer = Optimizer(model, OptimizerConfig())
+    optimizer = Optimizer(whole_shards(model), OptimizerConfig())
     _set_gradients(model, 0)
     model.model.norm.weight.grad = None
     with pytest.raises(AssertionError, match="no gradient"):

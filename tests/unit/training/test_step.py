@@ -10,7 +10,9 @@ from moe_lm.data.batch import Batch
 from moe_lm.model.config import LoadBalancing, ModelConfig, ModelFamily
 from moe_lm.model.decoder import CausalLM
 from moe_lm.model.initialization import initialize
+from moe_lm.parallel.parallelize import ParallelModel
 from moe_lm.parallel.runtime import Runtime
+from moe_lm.parallel.shards import whole_shards
 from moe_lm.training.config import OptimizerConfig, Precision
 from moe_lm.training.feed import GlobalBatch
 from moe_lm.training.optimizer import Optimizer
@@ -63,8 +65,9 @@ class _Trained:
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
         self.model = CausalLM(config)
         initialize(self.model, 2)
-        self.compute = ComputeModel(self.model, dtype)
-        self.optimizer = Optimizer(self.model, OptimizerConfig(learning_rate=1e-2))
+        parallel = ParallelModel(self.model, whole_shards(self.model))
+        self.compute = ComputeModel(parallel, dtype)
+        self.optimizer = Optimizer(parallel.shards, OptimizerConfig(learning_rate=1e-2))
         self.load = initial_load(self.model.config)
 
     def step(self, batch: GlobalBatch):
@@ -164,7 +167,7 @@ def test_a_step_that_is_not_finite_changes_nothing(dtype):
     rows = _rows(4)
     trained.step(_global_batch(rows, 2))
     before = copy.deepcopy(
-        (dict(trained.model.named_parameters()), dict(trained.optimizer.state_tensors()), trained.load)
+        (dict(trained.model.named_parameters()), [t for *_, t in trained.optimizer.state_tensors()], trained.load)
     )
     parameter = trained.compute.module.model.layers[0].self_attn.o_proj.weight
     hook = parameter.register_hook(lambda gradient: gradient * float("nan"))
@@ -173,7 +176,8 @@ def test_a_step_that_is_not_finite_changes_nothing(dtype):
     assert not result.applied
     weights, moments, load = before
     assert all(torch.equal(p, weights[n]) for n, p in trained.model.named_parameters())
-    assert all(torch.equal(t, moments[n]) for n, t in trained.optimizer.state_tensors())
+    states = [state for *_, state in trained.optimizer.state_tensors()]
+    assert all(torch.equal(t, before) for t, before in zip(states, moments, strict=True))
     assert torch.equal(trained.load, load)
     assert trained.step(_global_batch(rows, 2)).applied
 

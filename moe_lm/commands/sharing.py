@@ -1,0 +1,125 @@
+"""How the processes of a run share it: checks that all started alike, the layout, and the placement of experts."""
+
+import hashlib
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+from moe_lm.commands.changes import flatten
+from moe_lm.config import written
+from moe_lm.data.loader import validate_batch_sizes
+from moe_lm.data.streams import check_world_size
+from moe_lm.errors import InputError
+from moe_lm.model.accounting import count_parameters, training_state_bytes
+from moe_lm.parallel.config import PlacementPolicy
+from moe_lm.parallel.layout import Layout, Machine, choose_layout
+from moe_lm.parallel.placement import Cluster, Placement, contiguous, read_placement
+from moe_lm.parallel.placement_search import balanced
+from moe_lm.parallel.runtime import Runtime
+from moe_lm.parallel.trace import read_steps, summed
+from moe_lm.training.config import OptimizerName, RunConfig, to_plain
+from moe_lm.training.machine import total_memory
+from moe_lm.training.precision import compute_dtype
+
+PLACEMENT_FILE = "placement.json"
+"""In the run's directory: who owns which expert, as the run last started."""
+
+TRACE_STEPS = 50
+"""Logged steps that a balanced placement looks back on."""
+
+
+def check_alike(config: RunConfig, runtime: Runtime) -> None:
+    """Refuse processes that were started with different options, or run different code."""
+    mine = {
+        **{name: written(value) for name, value in flatten(to_plain(config)).items()},
+        "python": platform.python_version(),
+        **{f"version of {name}": version(name) for name in ("torch", "transformers", "accelerate")},
+        "code of moe_lm": _code_fingerprint()[:12],
+    }
+    everyone = [json.loads(text) for text in runtime.gather(json.dumps(mine))]
+
+    def compare() -> None:
+        for rank, theirs in enumerate(everyone):
+            for name in {**everyone[0], **theirs}:
+                ours, other = everyone[0].get(name), theirs.get(name)
+                if ours != other:
+                    raise InputError(
+                        f"{name}: is {ours} on process 0 and {other} on process {rank}; start all processes with the "
+                        "same options and the same code."
+                    )
+
+    runtime.on_main(compare)
+
+
+def _code_fingerprint() -> str:
+    """SHA-256 of this package's source."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def choose_sharing(config: RunConfig, runtime: Runtime) -> tuple[Layout, str]:
+    """The layout of a run and why it was chosen; the same on every process.
+
+    Raises:
+        InputError: Batch, streams, axes or memory do not fit the number of processes.
+    """
+    world = runtime.world_size
+    validate_batch_sizes(config.trainer.global_batch_size, config.trainer.micro_batch_size, world)
+    if config.data.streaming:
+        check_world_size(config.data.num_streams, world)
+    node_size, memory = _node_size(world), total_memory(runtime.device)
+    if runtime.device.type == "cpu":
+        memory //= node_size
+    moments = 1 if config.optimizer.name is OptimizerName.muon else 2
+    dtype = compute_dtype(config.trainer.precision, runtime.device)
+    whole = training_state_bytes(config.model, moments, dtype.itemsize)
+    if runtime.device.type == "cpu" and config.checkpoint.background:
+        whole += 4 * (1 + moments) * count_parameters(config.model).total  # the copy that a save writes from
+    layout, why = choose_layout(config.parallel, config.model, Machine(world, node_size, memory), whole)
+    if whole // layout.dp_shard > memory:
+        count, device = count_parameters(config.model).total, runtime.device.type
+        among = f" shared by {layout.dp_shard} processes" if layout.sharded else ""
+        raise InputError(
+            f"model: {count / 1e9:.1f} B parameters{among} need {whole / layout.dp_shard / 2**30:,.0f} GiB for "
+            f"weights, gradients, moments and the copy for saving alone, and this {device} has {memory / 2**30:,.0f} "
+            "GiB for each process; choose a smaller model, or share it among more processes (parallel=fsdp_ep)."
+        )
+    return layout, why
+
+
+def _node_size(world_size: int) -> int:
+    """Processes that the launcher has started on this node."""
+    return max(1, min(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def choose_placement(config: RunConfig, layout: Layout, directory: Path) -> tuple[Placement | None, str]:
+    """Who owns which expert, and a word about it; null without expert parallelism. Read on the main process alone.
+
+    Raises:
+        InputError: The placement's file is wrong.
+    """
+    if layout.ep == 1:
+        if config.parallel.placement is PlacementPolicy.file:
+            raise InputError(f"parallel.placement=file: there is nothing to place with {layout}; leave it out.")
+        return None, ""
+    layers, experts, policy = config.model.num_hidden_layers, config.model.num_experts, config.parallel.placement
+    if policy is PlacementPolicy.file:
+        assert config.parallel.placement_file is not None
+        path = Path(config.parallel.placement_file).expanduser()
+        return read_placement(path, layers, experts, layout.ep), f"experts placed as {path} says"
+    in_order = contiguous(layers, experts, layout.ep)
+    if policy is PlacementPolicy.contiguous:
+        return in_order, "experts placed in order"
+    try:
+        steps = read_steps(directory / "metrics.jsonl", TRACE_STEPS)
+    except InputError:
+        return in_order, "experts placed in order, for the run has logged no expert counts yet"
+    # No process gets more experts than in order: that is what its memory was reckoned with.
+    cluster = Cluster(layout.ep, min(layout.ep, _node_size(layout.world_size)), -(-experts // layout.ep))
+    placement = balanced(summed(steps), cluster).placement
+    return placement, f"experts placed by the counts of the last {len(steps)} logged steps"

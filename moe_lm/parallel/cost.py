@@ -1,0 +1,183 @@
+"""What a training step puts on the wire, as formulas: bytes that one process sends, by kind of collective.
+
+Counted as ring algorithms send them: an all-gather or reduce-scatter of parts of n bytes over W processes (W − 1)·n, an
+all-reduce of n bytes 2·(W − 1)/W·n, an all-to-all what the process does not keep. A test compares them with the bytes
+of every collective that a step really asks for, for each layout it tries.
+
+For each micro-batch, of every parameter that is cut over W processes into parts of ⌈rows/W⌉ rows:
+
+    all-gather        forward, and again backward; once for embedding, final norm and head, which stay in between
+    reduce-scatter    its gradient, in fp32
+    all-to-all        of each layer: E numbers of rows, then the rows themselves, there and back, forward and backward:
+                      2·(S + Q)·D values for S rows sent to other processes and Q received from them
+
+and once a step: the all-reduce of gradient parts over replicas, of losses, expert counts and the norm, and Muon's
+all-gathers of the matrices it orthogonalises.
+
+Letters: L layers, E experts, D hidden, F intermediate, N and G heads and key/value heads, H head size, V vocabulary.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+from moe_lm.model.config import LoadSource, ModelConfig
+from moe_lm.parallel.layout import Layout
+from moe_lm.parallel.parallelize import expert_dim
+from moe_lm.parallel.placement import Placement
+
+MASTER_BYTES = 4
+"""Size of a number of weights and gradients between processes: fp32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Bytes that one process sends."""
+
+    all_gather: Fraction = Fraction()
+    reduce_scatter: Fraction = Fraction()
+    all_reduce: Fraction = Fraction()
+    all_to_all: Fraction = Fraction()
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other))))
+
+    @property
+    def total(self) -> Fraction:
+        """Of all kinds."""
+        return self.all_gather + self.reduce_scatter + self.all_reduce + self.all_to_all
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a step does besides the model's shape."""
+
+    micro_batches: int = 1
+    compute_bytes: int = 2
+    """Size of a number that is computed with."""
+    master_bytes: int = MASTER_BYTES
+    muon: bool = False
+    """Whether matrices of layers are orthogonalised."""
+    rows_sent: int = 0
+    """Rows that this process sends to other owners of experts in a whole step, over all layers and micro-batches."""
+    rows_received: int = 0
+    """Rows that it receives from them."""
+
+
+def step_traffic(
+    model: ModelConfig, layout: Layout, work: Work, placement: Placement | None = None, ep_rank: int = 0
+) -> Traffic:
+    """What one process sends in a step.
+
+    Args:
+        model: The model.
+        layout: The axes.
+        work: What the step does.
+        placement: Who owns which expert, under expert parallelism.
+        ep_rank: Which of the owners the process is.
+    """
+    if layout.world_size == 1:
+        return Traffic()
+    counted = 3 + (model.num_hidden_layers * model.num_experts if model.is_mixture else 0)  # losses and expert counts
+    sums = _all_reduce(layout.world_size, counted * work.master_bytes)
+    if model.is_mixture and model.load_balancing_source is LoadSource.micro_batch:
+        loads = model.num_hidden_layers * model.num_experts * work.micro_batches
+        sums += _all_reduce(layout.world_size, loads * work.master_bytes)
+    if not layout.sharded:
+        parameters = sum(map(math.prod, _dense(model))) + sum(map(math.prod, _all_experts(model)))
+        return sums + _all_reduce(layout.world_size, parameters * work.master_bytes)
+    traffic = sums + _all_reduce(layout.world_size, 8)  # the norm's square, fp64
+    gate_bytes = max(work.compute_bytes, work.master_bytes)
+    for shapes, gathers, size in (
+        (_root(model), 1, work.compute_bytes),
+        (_attention_and_norms(model) * model.num_hidden_layers, 2, work.compute_bytes),
+        (_gates(model), 2, gate_bytes),
+    ):
+        values = sum(_part(shape, 0, layout.dp_shard) for shape in shapes)
+        traffic += _sharded(values, gathers, layout.dp_shard, layout, work, size)
+    if work.muon:
+        matrices = [shape for shape in _attention_and_norms(model) if len(shape) == 2] * model.num_hidden_layers
+        matrices += [] if model.is_mixture else _feed_forward(model) * model.num_hidden_layers
+        traffic += _muon(sum(_part(shape, 0, layout.dp_shard) for shape in matrices), layout.dp_shard, work)
+    if not model.is_mixture:
+        values = model.num_hidden_layers * sum(_part(shape, 0, layout.dp_shard) for shape in _feed_forward(model))
+        return traffic + _sharded(values, 2, layout.dp_shard, layout, work, work.compute_bytes)
+    return traffic + _expert_traffic(model, layout, work, placement, ep_rank)
+
+
+def _expert_traffic(
+    model: ModelConfig, layout: Layout, work: Work, placement: Placement | None, ep_rank: int
+) -> Traffic:
+    """Of experts: cut over the processes that share them, and the rows that travel to their owners."""
+    traffic, parts = Traffic(), layout.expert_shards
+    for layer in range(model.num_hidden_layers):
+        owned = model.num_experts if placement is None else len(placement.experts_of(layer, ep_rank))
+        dim = expert_dim(owned, layout)
+        values = sum(_part(shape, dim, parts) for shape in _experts(model, owned))
+        traffic += _sharded(values, 2, parts, layout, work, work.compute_bytes)
+        if work.muon and dim == 1:
+            traffic += _muon(values, parts, work)
+        if layout.ep > 1:
+            sizes = 8 * (model.num_experts - owned) * work.micro_batches
+            traffic += Traffic(all_to_all=Fraction(sizes))
+    rows = work.rows_sent + work.rows_received
+    return traffic + Traffic(all_to_all=Fraction(2 * rows * model.hidden_size * work.compute_bytes))
+
+
+def _sharded(values: int, gathers: int, parts: int, layout: Layout, work: Work, size: int) -> Traffic:
+    """Of parameters of which a process has so many values, cut over so many processes."""
+    each = (parts - 1) * values * work.micro_batches
+    gradients = _all_reduce(layout.dp_replicate, values * work.master_bytes)
+    return gradients + Traffic(Fraction(gathers * each * size), Fraction(each * work.master_bytes))
+
+
+def _muon(values: int, parts: int, work: Work) -> Traffic:
+    return Traffic(all_gather=Fraction((parts - 1) * values * work.master_bytes))
+
+
+def _all_reduce(processes: int, num_bytes: int) -> Traffic:
+    return Traffic(all_reduce=Fraction(2 * (processes - 1) * num_bytes, processes))
+
+
+def _part(shape: Sequence[int], dim: int, parts: int) -> int:
+    """Values of the largest part; smaller ones are filled up to it on the wire."""
+    return -(-shape[dim] // parts) * math.prod(shape) // shape[dim]
+
+
+def _root(model: ModelConfig) -> list[list[int]]:
+    table = [[model.vocab_size, model.hidden_size]]
+    return table * (1 if model.tie_word_embeddings else 2) + [[model.hidden_size]]
+
+
+def _attention_and_norms(model: ModelConfig) -> list[list[int]]:
+    """Of one layer."""
+    hidden = model.hidden_size
+    queries, keys = (n * model.width_of_head for n in (model.num_attention_heads, model.num_key_value_heads))
+    return [[queries, hidden], [keys, hidden], [keys, hidden], [hidden, queries], [hidden], [hidden]]
+
+
+def _gates(model: ModelConfig) -> list[list[int]]:
+    return [[model.num_experts, model.hidden_size]] * model.num_hidden_layers if model.is_mixture else []
+
+
+def _feed_forward(model: ModelConfig) -> list[list[int]]:
+    """Of one layer of a dense model."""
+    hidden, inner = model.hidden_size, model.intermediate_size
+    return [[inner, hidden], [inner, hidden], [hidden, inner]]
+
+
+def _experts(model: ModelConfig, owned: int) -> list[list[int]]:
+    """Of one layer and owner."""
+    hidden, inner = model.hidden_size, model.intermediate_size
+    return [[owned, 2 * inner, hidden], [owned, hidden, inner]]
+
+
+def _dense(model: ModelConfig) -> list[list[int]]:
+    """Everything but experts."""
+    return _root(model) + _attention_and_norms(model) * model.num_hidden_layers + _gates(model)
+
+
+def _all_experts(model: ModelConfig) -> list[list[int]]:
+    one = _experts(model, model.num_experts) if model.is_mixture else _feed_forward(model)
+    return one * model.num_hidden_layers

@@ -1,0 +1,141 @@
+"""Expert parallelism: token rows travel to the processes that own their experts, and the results back.
+
+One layer's exchange, forward: each process sorts its rows by owner and expert, tells every owner how many rows of each
+expert it will send, reads all these numbers at once (the layer's only wait for the device), sends the rows, and puts
+what it received into the order of its experts. The results go the same way back and are weighted and summed where the
+tokens are. Backward exchanges gradients with the same numbers reversed, and waits for nothing.
+
+Every process must take part in every exchange, forward and backward, whatever it has to send: a backward that is missed
+on one process is answered by the next collective of its peers, which ends in an abort. So the exchange is an autograd
+function of its own, and its result is always part of the loss.
+
+Letters: T tokens, D hidden, R assignments (rows sent), Q rows received, P placed rows (Q and the rows that fill groups
+up), E experts in the whole model, N experts owned here.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_lm.kernels.experts import row_alignment
+from moe_lm.model.router import Assignments
+
+
+class ExchangeHandle(NamedTuple):
+    """What `combine` needs to know of a dispatch."""
+
+    token_R: Tensor
+    """Token of each row sent, in the order of sending."""
+    weight_R: Tensor
+    """Its weight."""
+    place_Q: Tensor
+    """Where each received row was placed among the rows of this process's experts."""
+    sent: list[int]
+    """Rows sent to each owner."""
+    received: list[int]
+    """Rows received from each process."""
+    num_tokens: int
+
+
+class AllToAllDispatcher:
+    """Experts live on the processes of a group, each layer's by a placement of its own."""
+
+    def __init__(self, owners_E: Sequence[int], group: dist.ProcessGroup, device: torch.device):
+        """Know the owners.
+
+        Args:
+            owners_E: Rank in the group of each expert's owner.
+            group: The processes that share the experts.
+            device: Where tokens are.
+        """
+        self._group = group
+        self._size = dist.get_world_size(group)
+        self._owned = [list(owners_E).count(owner) for owner in range(self._size)]
+        self._num_owned = self._owned[dist.get_rank(group)]
+        # The order of sending, by owner and expert: rows sorted by this are runs, one for each owner.
+        by_owner = sorted(range(len(owners_E)), key=lambda expert: (owners_E[expert], expert))
+        slots = sorted(range(len(owners_E)), key=by_owner.__getitem__)
+        self._slot_E = torch.tensor(slots, device=device)
+
+    def dispatch(self, x_TD: Tensor, assignments: Assignments) -> tuple[Tensor, Tensor, ExchangeHandle]:
+        """See `TokenDispatcher`; every process of the group must call it."""
+        token_R, expert_R, weight_R = assignments
+        sorted_slot_R, order_R = torch.sort(self._slot_E.index_select(0, expert_R), stable=True)
+        token_R, weight_R = token_R.index_select(0, order_R), weight_R.index_select(0, order_R)
+        size_E = torch.bincount(sorted_slot_R, minlength=len(self._slot_E))
+        size_SN, sent, received = self._exchange_sizes(size_E)
+        rows_QD = _Exchange.apply(x_TD.index_select(0, token_R), received, sent, self._group)
+        num_received = rows_QD.shape[0]
+        align = row_alignment(x_TD.device, x_TD.dtype, num_received, self._num_owned)
+        place_Q, end_N = _places(size_SN, align, num_received)
+        # As in the local dispatcher, CUDA takes an upper bound instead of being waited for.
+        on_cpu = x_TD.device.type == "cpu"
+        num_placed = int(end_N[-1]) if on_cpu else num_received + self._num_owned * (align - 1)
+        rows_PD = rows_QD.new_zeros(num_placed, rows_QD.shape[1]).index_copy(0, place_Q, rows_QD)
+        handle = ExchangeHandle(token_R, weight_R, place_Q, sent, received, x_TD.shape[0])
+        return rows_PD, end_N.to(torch.int32), handle
+
+    def combine(self, y_PD: Tensor, handle: ExchangeHandle) -> Tensor:
+        """See `TokenDispatcher`; every process of the group must call it."""
+        rows_QD = y_PD.index_select(0, handle.place_Q)
+        rows_RD = _Exchange.apply(rows_QD, handle.sent, handle.received, self._group)
+        y_TD = rows_RD.new_zeros(handle.num_tokens, rows_RD.shape[1])
+        return y_TD.index_add(0, handle.token_R, rows_RD * handle.weight_R[:, None])
+
+    def _exchange_sizes(self, size_E: Tensor) -> tuple[Tensor, list[int], list[int]]:
+        """From the rows that this process has for each expert, in the order of owners: the rows that come from each
+        process for each expert owned here [sources, N], and how many go to and come from each process.
+        """
+        size_SN = size_E.new_empty(self._size, self._num_owned)
+        dist.all_to_all_single(size_SN.view(-1), size_E, [self._num_owned] * self._size, self._owned, group=self._group)
+        # One copy to the host for both: the layer's only wait for the device.
+        on_host = torch.cat((size_E, size_SN.flatten())).tolist()
+        starts = [sum(self._owned[:owner]) for owner in range(self._size)]
+        sent = [sum(on_host[start : start + owned]) for start, owned in zip(starts, self._owned)]
+        coming = on_host[len(size_E) :]
+        width = self._num_owned
+        received = [sum(coming[source * width : (source + 1) * width]) for source in range(self._size)]
+        return size_SN, sent, received
+
+
+def _places(size_SN: Tensor, align: int, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Where each received row belongs, and where each expert's group ends, filling included.
+
+    Rows come by source and, within a source, by expert; they are placed by expert and, within it, by source.
+
+    Args:
+        size_SN: Rows from each source for each expert owned here.
+        align: Multiple that groups are rounded up to.
+        num_rows: Their sum, Q.
+    """
+    end_N = ((size_SN.sum(dim=0) + align - 1) // align * align).cumsum(0)
+    start_N = torch.cat((end_N.new_zeros(1), end_N[:-1]))
+    start_SN = start_N + size_SN.cumsum(dim=0) - size_SN
+    size_B = size_SN.flatten()
+    arrived_B = size_B.cumsum(0) - size_B
+    shift_B = start_SN.flatten() - arrived_B
+    shift_Q = torch.repeat_interleave(shift_B, size_B, output_size=num_rows)
+    return torch.arange(num_rows, device=size_SN.device) + shift_Q, end_N
+
+
+class _Exchange(torch.autograd.Function):
+    """All-to-all of rows with splits of any size; backward is the same with the splits reversed."""
+
+    @staticmethod
+    def forward(ctx, rows_RD, received, sent, group):  # type: ignore[no-untyped-def]
+        ctx.splits = received, sent, group
+        return _all_to_all(rows_RD, received, sent, group)
+
+    @staticmethod
+    def backward(ctx, grad_QD):  # type: ignore[no-untyped-def]
+        received, sent, group = ctx.splits
+        return _all_to_all(grad_QD, sent, received, group), None, None, None
+
+
+def _all_to_all(rows: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
+    result = rows.new_empty(sum(received), rows.shape[1])
+    dist.all_to_all_single(result, rows.contiguous(), received, sent, group=group)
+    return result

@@ -4,6 +4,7 @@ import errno
 import importlib
 import os
 import sys
+import time
 from typing import NoReturn
 
 from moe_lm.errors import InputError, RunError, Stopped
@@ -47,10 +48,13 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except (InputError, RunError) as error:
-        rank = os.environ.get("RANK", "0")  # under a launcher every process meets the mistake
+        if error.told:
+            time.sleep(1)  # a launcher ends all processes as soon as one has gone: first the one that speaks
+            return error.code
+        rank = os.environ.get("RANK", "0")
         name = "moe-lm:" if rank == "0" else f"moe-lm (rank {rank}):"
         print(name, *str(error).splitlines(), file=sys.stderr)  # one line, whatever the user's values hold
-        return 2 if isinstance(error, InputError) else 1
+        return error.code
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(f"moe-lm: {stopped}", file=sys.stderr)

@@ -4,8 +4,13 @@
 class InputError(ValueError):
     """A mistake in what the user gave: one sentence that names the field, its value and the remedy.
 
-    The command line prints it without a traceback and exits with code 2. Every other exception is a bug.
+    The command line prints it without a traceback. Every other exception is a bug.
     """
+
+    code = 2
+    """Exit code of the process."""
+    told = False
+    """Whether another process of the job tells the user."""
 
 
 class Stopped(Exception):  # noqa: N818 - nothing went wrong
@@ -13,6 +18,9 @@ class Stopped(Exception):  # noqa: N818 - nothing went wrong
 
 
 class RunError(RuntimeError):
-    """A run that can not go on, through no mistake in its input: one sentence that says why and what to try. Exit code
-    1.
-    """
+    """A run that can not go on, through no mistake in its input: one sentence that says why and what to try."""
+
+    code = 1
+    """Exit code of the process."""
+    told = False
+    """Whether another process of the job tells the user."""

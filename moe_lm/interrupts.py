@@ -45,7 +45,7 @@ class Interrupts:
         """Name of the signal that asked to stop."""
         self.save = False
         """Whether a checkpoint was asked for; whoever makes one sets it back."""
-        self._deferred = False
+        self._deferred = self._ignored = False
         self._interrupted: float | None = None
         self._deadline_seconds = DEADLINE
         self._deadline: float | None = None
@@ -91,8 +91,12 @@ class Interrupts:
         finally:
             self._deferred, self._last_words = False, None
 
+    def ignore(self) -> None:
+        """Take no more stops: the process ends for another reason, and a launcher's SIGTERM to it is no stop."""
+        self._ignored = True
+
     def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
-        if not self._deferred and number != signal.SIGUSR1:
+        if not self._deferred and not self._ignored and number != signal.SIGUSR1:
             raise KeyboardInterrupt
 
     def _watch(self) -> None:
@@ -110,7 +114,7 @@ class Interrupts:
         if number == signal.SIGUSR1:
             self.save = True
             return
-        if number not in _STOPPING:
+        if number not in _STOPPING or self._ignored:
             return
         now = time.monotonic()
         if number == signal.SIGINT:

@@ -1,7 +1,5 @@
 """`moe-lm pretrain`: prepare the data, train, evaluate, sample, export, and say where everything is."""
 
-import contextlib
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -24,7 +22,7 @@ from moe_lm.commands.run_directory import (
     warn,
     write_state,
 )
-from moe_lm.commands.sharing import PLACEMENT_FILE, check_alike, choose_placement, choose_sharing
+from moe_lm.commands.sharing import PLACEMENT_FILE, check_alike, share
 from moe_lm.data.chunks import ChangedSourceError
 from moe_lm.data.config import DataSource
 from moe_lm.data.loader import make_mixture
@@ -36,8 +34,8 @@ from moe_lm.evaluation.compressors import document_bytes, gzip_bits_per_byte, xz
 from moe_lm.evaluation.generation import generate
 from moe_lm.interrupts import STOPPED, interrupts
 from moe_lm.model.accounting import count_parameters
-from moe_lm.parallel.layout import Layout
-from moe_lm.parallel.placement import Placement, write_placement
+from moe_lm.parallel.peers import BEAT
+from moe_lm.parallel.placement import write_placement
 from moe_lm.parallel.runtime import Runtime
 from moe_lm.training.config import RunConfig
 from moe_lm.training.loop import train
@@ -64,12 +62,11 @@ def _run(config: RunConfig) -> int:
         if runtime.is_main:
             print(text, flush=True)
 
-    with contextlib.closing(runtime), ExitStack() as held:
+    with runtime, ExitStack() as held:
         with ExitStack() as beginning:
             check_alike(config, runtime)
-            layout, why = choose_sharing(config, runtime)
+            layout, placement, said_of_sharing = share(config, runtime, directory)
             runtime.on_main(lambda: open_directory(config, directory, held, beginning))
-            placement = _place(config, runtime, layout, directory, say)
             has_data = (directory / "data").exists()
             data = _prepare(config, directory, runtime, say)
             training = Run(config, runtime, data, directory, warn, layout, placement)
@@ -79,8 +76,10 @@ def _run(config: RunConfig) -> int:
             # Only now: a change that was insisted on, but does not fit the checkpoint, leaves the old one standing.
             runtime.on_main(lambda: save_config(config, directory))
             count, dtype = count_parameters(config.model), str(training.compute.dtype).removeprefix("torch.")
-            if why:
-                say(why)
+            if placement is not None:
+                runtime.on_main(lambda: write_placement(directory / PLACEMENT_FILE, placement))
+            for text in said_of_sharing:
+                say(text)
             shared = f" ({layout})" if layout.sharded else ""
             say(
                 f"{count.total / 1e6:.1f} M parameters, {count.active / 1e6:.1f} M active per token; computing in "
@@ -92,20 +91,6 @@ def _run(config: RunConfig) -> int:
                 runtime.on_main(lambda: _finish(training, final, say))
         runtime.barrier()  # nobody takes the process group down while a peer still listens
     return 0
-
-
-def _place(config: RunConfig, runtime: Runtime, layout: Layout, directory: Path, say: Say) -> Placement | None:
-    """Who owns which expert, by the main process's word; kept in the run's directory."""
-    chosen: list[tuple[Placement | None, str]] = []
-    runtime.on_main(lambda: chosen.append(choose_placement(config, layout, directory)))
-    owners = json.loads(runtime.from_main(json.dumps(chosen[0][0].owners if chosen and chosen[0][0] else None)))
-    if owners is None:
-        return None
-    placement = Placement(tuple(tuple(owners_E) for owners_E in owners), layout.ep)
-    runtime.on_main(lambda: write_placement(directory / PLACEMENT_FILE, placement))
-    if runtime.is_main:
-        say(chosen[0][1])
-    return placement
 
 
 def _prepare(config: RunConfig, directory: Path, runtime: Runtime, say: Say) -> PreparedData:
@@ -203,16 +188,22 @@ def _resume(training: Run, has_data: bool, say: Say) -> bool:
 
 def _train(training: Run) -> float:
     """Train under a watchdog, with signals obeyed between steps."""
+    peers = training.runtime.peers
 
     def last_words() -> None:
+        peers.fail(f"not over in time after {interrupts.stop}", STOPPED)
         write_state(training, "stopped", step=training.progress.step, exit_code=STOPPED)
 
     def at_timeout(why: str) -> None:
+        peers.fail(why)
         write_state(training, "failed", step=training.progress.step, exit_code=1, error=why)
+
+    def silent() -> str:
+        return "".join(f"; {sentence}" for sentence in peers.silent(5 * BEAT))
 
     trainer = training.config.trainer
     with (
-        Watchdog(trainer.step_timeout, at_timeout) as watchdog,
+        Watchdog(trainer.step_timeout, at_timeout, silent) as watchdog,
         interrupts.deferred(trainer.stop_deadline, last_words),
     ):
         return train(training, watchdog.beat)

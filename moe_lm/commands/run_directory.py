@@ -14,7 +14,7 @@ from typing import Any
 from moe_lm.checkpoint.store import CheckpointStore
 from moe_lm.commands.changes import NEVER_TO_CHANGE, check_allowed, differences
 from moe_lm.config import load_saved, save
-from moe_lm.errors import InputError, Stopped
+from moe_lm.errors import InputError, RunError, Stopped
 from moe_lm.files import locked, write_json
 from moe_lm.hf.export import check_output
 from moe_lm.interrupts import STOPPED
@@ -95,23 +95,30 @@ def write_state(training: Run, status: str, **details: Any) -> None:
 @contextlib.contextmanager
 def end_recorded(training: Run, say: Callable[[str], None]) -> Iterator[None]:
     """Say in state.json how the run ends, if it does not end well; whoever finishes it says so if it does."""
+    peers = training.runtime.peers
+    peers.last_words = lambda sentence: _record_failure(training, RunError(sentence))
     try:
         write_state(training, "running")
         yield
     except Stopped:
         write_state(training, "stopped", step=training.progress.step, exit_code=STOPPED)
         raise
-    except KeyboardInterrupt:
-        training.saver.close()
-        write_state(training, "stopped", step=training.progress.step, exit_code=STOPPED)
-        say(f"stopped after step {training.progress.step}; the same command {training.said_next_start()}")
-        raise
-    except Exception as error:
-        code = 2 if isinstance(error, InputError) else 1
-        write_state(training, "failed", step=training.progress.step, exit_code=code, error=str(error))
+    except (Exception, KeyboardInterrupt) as raised:
+        error = peers.named(raised)
+        if isinstance(error, KeyboardInterrupt):
+            training.saver.close()
+            write_state(training, "stopped", step=training.progress.step, exit_code=STOPPED)
+            say(f"stopped after step {training.progress.step}; the same command {training.said_next_start()}")
+        else:
+            _record_failure(training, error)
         if training.runtime.all_failed:
             training.runtime.barrier()  # a launcher ends all processes as soon as one has gone
-        raise
+        raise error from (None if error is raised else raised)
+
+
+def _record_failure(training: Run, error: BaseException) -> None:
+    code = error.code if isinstance(error, (InputError, RunError)) else 1
+    write_state(training, "failed", step=training.progress.step, exit_code=code, error=str(error))
 
 
 def _create(directory: Path) -> bool:

@@ -1,11 +1,13 @@
 """How the processes of a run share it: checks that all started alike, the layout, and the placement of experts."""
 
+import dataclasses
 import hashlib
 import json
 import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from moe_lm.commands.changes import flatten
 from moe_lm.config import written
@@ -62,12 +64,25 @@ def _code_fingerprint() -> str:
     return digest.hexdigest()
 
 
-def choose_sharing(config: RunConfig, runtime: Runtime) -> tuple[Layout, str]:
-    """The layout of a run and why it was chosen; the same on every process.
+def share(config: RunConfig, runtime: Runtime, directory: Path) -> tuple[Layout, Placement | None, list[str]]:
+    """The layout of a run, who owns which expert, and what to tell the user of them; by the main process's word.
 
     Raises:
-        InputError: Batch, streams, axes or memory do not fit the number of processes.
+        InputError: Batch, streams, axes or memory do not fit the number of processes, or the placement's file is wrong.
     """
+
+    def choose() -> list[Any]:
+        layout, why = _choose_layout(config, runtime)
+        placement, who = _choose_placement(config, layout, directory)
+        return [dataclasses.astuple(layout), placement and placement.owners, [text for text in (why, who) if text]]
+
+    axes, owners, said = runtime.decide(choose)
+    layout = Layout(*axes)
+    return layout, owners and Placement(tuple(map(tuple, owners)), layout.ep), said
+
+
+def _choose_layout(config: RunConfig, runtime: Runtime) -> tuple[Layout, str]:
+    """The layout of a run and why it was chosen."""
     world = runtime.world_size
     validate_batch_sizes(config.trainer.global_batch_size, config.trainer.micro_batch_size, world)
     if config.data.streaming:
@@ -97,12 +112,8 @@ def _node_size(world_size: int) -> int:
     return max(1, min(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def choose_placement(config: RunConfig, layout: Layout, directory: Path) -> tuple[Placement | None, str]:
-    """Who owns which expert, and a word about it; null without expert parallelism. Read on the main process alone.
-
-    Raises:
-        InputError: The placement's file is wrong.
-    """
+def _choose_placement(config: RunConfig, layout: Layout, directory: Path) -> tuple[Placement | None, str]:
+    """Who owns which expert, and a word about it; null without expert parallelism."""
     if layout.ep == 1:
         if config.parallel.placement is PlacementPolicy.file:
             raise InputError(f"parallel.placement=file: there is nothing to place with {layout}; leave it out.")

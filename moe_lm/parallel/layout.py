@@ -109,7 +109,7 @@ def _choose_mode(model: ModelConfig, machine: Machine, state_bytes: int) -> tupl
     world, memory = machine.world_size, machine.memory
     if world == 1:
         return ParallelMode.single, ""
-    needs = f"a whole model's training state takes {state_bytes / 2**30:,.1f} of {memory / 2**30:,.1f} GiB"
+    needs = f"the training state of a whole model takes {state_bytes / 1e9:,.2f} of {memory / 1e9:,.0f} GB"
     if state_bytes <= REPLICATED_SHARE * memory:
         return ParallelMode.replicated, f"parallel=replicated, for {needs}"
     if not model.is_mixture:

@@ -5,16 +5,20 @@ end here. It does not wrap the model: experts that are sharded over processes ne
 not know.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
-from moe_lm.errors import InputError, RunError
+from moe_lm.errors import InputError, RunError, Stopped
+from moe_lm.interrupts import interrupts
 from moe_lm.kernels.allocator import keep_freed_memory
+from moe_lm.parallel.peers import PeerWatch
 
 
 class Runtime:
@@ -36,6 +40,25 @@ class Runtime:
         self.world_size: int = self.accelerator.num_processes
         self.all_failed = False
         """Whether every process knows of the failure that ends it, and so may still wait for its peers."""
+        self.peers = PeerWatch(
+            self.rank,
+            self.world_size,
+            self.from_main,
+            agreed=lambda: self.all_failed,
+            at_loss=lambda sentence: interrupts.ignore(),
+        )
+        """Ends this process soon after another one has gone; watches while the runtime's context is open."""
+
+    def __enter__(self) -> "Runtime":
+        self.peers.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.peers.__exit__(kind, error, trace)
+        # After a failure the group is left as it is: to take it down can wait for a peer that has gone.
+        orderly = error is None or isinstance(error, Stopped)
+        if orderly and self.peers.lost is None and dist.is_initialized():
+            dist.destroy_process_group()
 
     @property
     def is_main(self) -> bool:
@@ -71,10 +94,23 @@ class Runtime:
             except Exception as error:
                 failure = error
         said = self.from_main(_as_text(failure))
+        self.all_failed = bool(said)
         if failure is not None:
             raise failure
         if said:
-            raise _from_text(said, "the main process")
+            theirs = _from_text(said, "the main process")
+            theirs.told = True
+            raise theirs
+
+    def decide(self, work: Callable[[], Any]) -> Any:
+        """What `work`, run on the main process alone, gives there, on every process; JSON. Raises as `on_main` does."""
+        decided: list[Any] = [None]
+
+        def run() -> None:
+            decided[0] = work()
+
+        self.on_main(run)
+        return json.loads(self.from_main(json.dumps(decided[0])))
 
     def agree(self, failure: Exception | None) -> None:
         """Raise on every process what any of them met: none goes on into a collective that a peer will never reach.
@@ -129,11 +165,6 @@ class Runtime:
             dist.broadcast(content, 0)
         return bytes(content.tolist()).decode()
 
-    def close(self) -> None:
-        """Leave the process group."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
 
 def _as_text(failure: Exception | None) -> str:
     if failure is None:
@@ -141,7 +172,7 @@ def _as_text(failure: Exception | None) -> str:
     return f"{'input' if isinstance(failure, InputError) else 'run'}:{failure}"
 
 
-def _from_text(said: str, who: str) -> Exception:
+def _from_text(said: str, who: str) -> InputError | RunError:
     """What another process said, as the exception that it was."""
     kind, _, sentence = said.partition(":")
     return InputError(sentence) if kind == "input" else RunError(f"{who} failed: {sentence}")

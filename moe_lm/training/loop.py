@@ -33,6 +33,7 @@ def train(run: Run, pulse: Pulse) -> float:
             step = run.progress.step
             rewinds[step] += 1
             if rewinds[step] > most:
+                run.runtime.all_failed = True
                 raise RunError(
                     f"the loss leapt again after {most} rewinds to step {step}: lower optimizer.learning_rate, or look "
                     "at the data there."
@@ -132,6 +133,7 @@ def _give_up(run: Run, batch: GlobalBatch, result: StepResult) -> None:
     cause = diagnose(run.compute, run.optimizer, batch.micro_batches, run.runtime.device)
     causes = run.runtime.gather(cause)
     where = f"; {cause}" if len(set(causes)) == 1 else "".join(f"; process {r}: {c}" for r, c in enumerate(causes))
+    run.runtime.all_failed = True
     raise RunError(
         f"{run.progress.skipped_in_a_row} updates in a row were skipped, the last at step {run.progress.step}, with "
         f"loss {result.cross_entropy:.4g} and gradient norm {result.gradient_norm:.4g}{where}. Lower "

@@ -15,14 +15,15 @@ the interpreter's lock."""
 class Watchdog:
     """A thread that wants a sign of life (`beat`) every so often; a context manager."""
 
-    def __init__(self, limit: float, at_end: Callable[[str], object]):
+    def __init__(self, limit: float, at_end: Callable[[str], object], about: Callable[[], str] = lambda: ""):
         """Begin to watch when the context is entered.
 
         Args:
             limit: Seconds without a sign of life; 0 never ends anything.
             at_end: Told why, before the process ends.
+            about: Gives what else is known then, to be put after it.
         """
-        self._limit, self._at_end = limit, at_end
+        self._limit, self._at_end, self._about = limit, at_end, about
         self._last = time.monotonic()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
@@ -50,7 +51,7 @@ class Watchdog:
             if self._over.wait(rest):
                 return
             rest = self._last + self._limit - time.monotonic()
-        text = f"no step has ended for {self._limit:g} s (trainer.step_timeout)"
+        text = f"no step has ended for {self._limit:g} s (trainer.step_timeout){self._about()}"
         rank = os.environ.get("RANK", "0")
         with contextlib.suppress(OSError):  # whoever read it may have gone
             os.write(2, f"\nmoe-lm: {text}; stacks of process {rank} at this moment:\n".encode())

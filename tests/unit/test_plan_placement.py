@@ -77,8 +77,8 @@ def test_the_file_that_it_writes_is_the_balanced_placement(run, capsys):
 
 def test_a_gap_is_said_where_there_is_no_proof(run, capsys, monkeypatch):
     """Catches a table that claims the best where the search gave up."""
-    monkeypatch.setattr("moe_lm.parallel.placement.SEARCH_BUDGET", 0)
-    monkeypatch.setattr("moe_lm.parallel.placement.lower_bound", lambda count_E, cluster: 1e-9)
+    monkeypatch.setattr("moe_lm.parallel.placement_search.SEARCH_BUDGET", 0)
+    monkeypatch.setattr("moe_lm.parallel.placement_search.lower_bound", lambda count_E, cluster: 1e-9)
     assert cli.main(["plan", "placement", f"trace={run}", "ep=3"]) == 0
     table, _ = _table(capsys.readouterr().out)
     assert all(cells[-2] == "within" and cells[-1].endswith("%") for cells in table)

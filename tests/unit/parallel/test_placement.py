@@ -205,7 +205,8 @@ def test_slow_links_between_nodes_are_spared():
 def test_every_process_computes_the_same():
     """Catches an order that hangs on a hash: processes that disagree on owners wait for each other for ever."""
     code = (
-        "import random; from moe_lm.parallel.placement import *; from moe_lm.parallel.placement_search import *; r = random.Random(1); "
+        "import random; from moe_lm.parallel.placement import *; from moe_lm.parallel.placement_search import *; "
+        "r = random.Random(1); "
         "c = [[r.randrange(9) for _ in range(12)] for _ in range(2)]; "
         "print(balanced(c, Cluster(5, 2)).placement.owners)"
     )

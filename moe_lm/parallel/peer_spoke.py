@@ -1,0 +1,111 @@
+"""The end of every rank but 0 of the connections between the processes of a job."""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+from moe_lm.errors import RunError
+from moe_lm.parallel.peer_connections import (
+    Connection,
+    EndedError,
+    Loss,
+    Station,
+    answers,
+    decode,
+    encode,
+    identity,
+    listen,
+    silent_since,
+)
+
+_CONNECT_SECONDS = 30.0
+
+_ASK_SECONDS = 3.0
+"""Within which a process has found out whether one of a lower rank is left."""
+
+
+class Spoke(Station):
+    """The end of every other rank: hears of the others through rank 0."""
+
+    def __init__(self, rank: int, world_size: int, from_main: Callable[[str], str], lose: Callable[[Loss], None]):
+        super().__init__(lose)
+        self._rank = rank
+        main = json.loads(from_main(""))
+        self._main, self._host, port = main["who"], os.environ.get("MASTER_ADDR", "localhost"), main["port"]
+        try:
+            connection = socket.create_connection((self._host, port), _CONNECT_SECONDS)
+        except OSError as error:
+            raise RunError(
+                f"process {rank} can not reach {self._main} at {self._host}:{port} ({error.strerror or error}); the "
+                "processes of a job must reach each other on any port."
+            ) from error
+        self._connection, self._is_open, self._has_left = Connection(connection), True, False
+        # Nobody ever accepts there: that the port is open tells the others that this process lives.
+        self._ear = listen(world_size)
+        self._ears: list[tuple[int, str, int]] = []
+        hello = {"rank": rank, "ear": self._ear.getsockname()[1], **identity()}
+        self._connection.send(main["token"].encode() + b" " + encode("hello", **hello))
+        self.on_input(self._connection, self._hear)
+
+    @property
+    def done(self) -> bool:
+        """Whether rank 0 has heard the farewell."""
+        return self.leaving and not self._is_open
+
+    def speaks(self, loss: Loss) -> bool:
+        """Whether this process is the one to tell the user: rank 0 does, or the lowest rank that is left."""
+        if not loss.of_main:
+            return False
+        deadline = time.monotonic() + _ASK_SECONDS
+        for rank, host, port in self._ears:
+            if rank >= self._rank:
+                return True
+            if (left := deadline - time.monotonic()) > 0 and answers(host or self._host, port, min(1.0, left)):
+                return False
+        return bool(self._ears) or self._rank == 1
+
+    def silent(self, after: float) -> list[str]:
+        """Rank 0, if it has given no sign of life for so many seconds."""
+        return silent_since({self._main: self._connection.heard} if self._is_open else {}, after)
+
+    def beat(self) -> None:
+        """Give a sign of life."""
+        if self._is_open:
+            self._connection.beat()
+
+    def farewell(self, loss: Loss | None) -> None:
+        """Tell rank 0 that this process ends, orderly or by a failure (its sentence without the subject)."""
+        self.leaving = True
+        if loss is not None:
+            self._connection.send(loss.message())
+        self._connection.send(encode("bye"))
+        self._connection.finish()
+
+    def close(self) -> None:
+        """Close every socket."""
+        super().close()
+        self._ear.close()
+
+    def _hear(self) -> None:
+        try:
+            for line in self._connection.lines():
+                self._obey(decode(line))
+        except EndedError as end:
+            self._leave()
+            if not self._has_left and not self.leaving:
+                self.lose(Loss(f"{self._main} {end}", of_main=True))
+
+    def _obey(self, message: dict[str, Any]) -> None:
+        if message["kind"] == "lost":
+            self.lose(Loss.of(message))
+        elif message["kind"] == "ears":
+            self._ears = message["ears"]
+        elif message["kind"] == "bye":
+            self._has_left = True
+
+    def _leave(self) -> None:
+        self._is_open = False
+        self.part(self._connection)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moe_lm.checkpoint.checkpoint import Checkpoint
 from moe_lm.checkpoint.saver import Saver, said
@@ -26,7 +25,6 @@ from moe_lm.parallel.layout import Layout
 from moe_lm.parallel.parallelize import parallelize
 from moe_lm.parallel.placement import Placement
 from moe_lm.parallel.runtime import Runtime
-from moe_lm.parallel.shards import ParameterShard
 from moe_lm.training.config import RunConfig, SpikePolicy, to_plain
 from moe_lm.training.feed import Feed
 from moe_lm.training.guards import SpikeDetector
@@ -35,13 +33,10 @@ from moe_lm.training.precision import ComputeModel, compute_dtype
 from moe_lm.training.progress import Progress
 from moe_lm.training.requests import Requests
 from moe_lm.training.state import (
-    LOAD,
-    MODEL,
-    OPTIMIZER,
     environment,
     expected_tensors,
     initial_load,
-    load_part,
+    load_tensors,
     progress_of,
     saved_slices,
 )
@@ -235,22 +230,8 @@ class Run:
         """
         progress = progress_of(checkpoint)
         checkpoint.expect(expected_tensors(self.config.model, self.optimizer, progress.updates > 0))
-        for shard in self.parallel.shards:
-            load_part(checkpoint, MODEL + shard.name, shard, shard.value)
+        load_tensors(checkpoint, self.optimizer, self.load_LE, trained=progress.updates > 0)
         self.compute.refresh()
-
-        kinds = checkpoint.kinds(OPTIMIZER)
-
-        def read(shard: ParameterShard, key: str) -> Tensor:
-            name = f"{OPTIMIZER}{shard.name}/{key}"
-            if not kinds[name].shape:
-                return checkpoint.tensor(name)
-            state = torch.empty_like(shard.value)
-            load_part(checkpoint, name, shard, state)
-            return state
-
-        self.optimizer.restore_state(read if progress.updates else None)
-        self.load_LE.copy_(checkpoint.tensor(LOAD))
         self.progress = progress
         self.spikes = SpikeDetector(self.config.guards, checkpoint.state["losses"])
         self.data_state = checkpoint.state["data"]

@@ -71,8 +71,33 @@ def _boxes(name: str, shard: ParameterShard, local: Tensor) -> Iterator[TensorSl
     return (TensorSlice(name, box.of(local), shard.shape, box.offsets) for box in shard.boxes)
 
 
-def load_part(checkpoint: Checkpoint, name: str, shard: ParameterShard, local: Tensor) -> None:
-    """Read into `local`, in place, what a process has of a tensor that is cut as its parameter."""
+@torch.no_grad()
+def load_tensors(checkpoint: Checkpoint, optimizer: Optimizer, load_LE: Tensor, trained: bool) -> None:
+    """Read this process's part of a checkpoint, whoever wrote which part of it, in place.
+
+    Args:
+        checkpoint: Has the `expected_tensors`.
+        optimizer: Its shards' values are weights.
+        load_LE: The load that balances the next step.
+        trained: Whether there are moments.
+    """
+    for shard in optimizer.shards:
+        _read(checkpoint, MODEL + shard.name, shard, shard.value)
+    kinds = checkpoint.kinds(OPTIMIZER)
+
+    def state(shard: ParameterShard, key: str) -> Tensor:
+        name = f"{OPTIMIZER}{shard.name}/{key}"
+        if not kinds[name].shape:
+            return checkpoint.tensor(name)
+        local = torch.empty_like(shard.value)
+        _read(checkpoint, name, shard, local)
+        return local
+
+    optimizer.restore_state(state if trained else None)
+    load_LE.copy_(checkpoint.tensor(LOAD))
+
+
+def _read(checkpoint: Checkpoint, name: str, shard: ParameterShard, local: Tensor) -> None:
     for box in shard.boxes:
         box.of(local).copy_(checkpoint.box(name, box.offsets, box.lengths))
 

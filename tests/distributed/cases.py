@@ -1,13 +1,16 @@
 """One case of the invariance contract: a model, a global batch, and how processes share them.
 
-    torchrun … -m tests.distributed.cases CASES.json OUTPUT      runs those of as many processes; called by the tests
+    torchrun … -m tests.distributed.cases JOBS.json DIRECTORY       what `run_jobs` starts
 
 Every process runs its part of the case; results are whole tensors, written as a checkpoint that all processes write.
+A job may also load the training state that other processes saved, and save it again.
 """
 
 import contextlib
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -29,9 +32,10 @@ from moe_lm.training.config import OptimizerConfig, OptimizerName
 from moe_lm.training.feed import GlobalBatch
 from moe_lm.training.optimizer import Optimizer
 from moe_lm.training.precision import ComputeModel
-from moe_lm.training.state import initial_load
+from moe_lm.training.state import expected_tensors, initial_load, load_tensors, saved_slices
 from moe_lm.training.step import next_load, train_step
 from tests.distributed.traffic import CountTraffic, said
+from tests.runs import ENVIRONMENT
 
 ROWS, LENGTH, VOCABULARY, STEPS = 12, 24, 61, 3
 
@@ -117,6 +121,25 @@ class Case:
         return Placement(tuple(map(tuple, owners)), self.ep)
 
 
+def job(case: Case, output: str, source: str = "", keep_state: bool = False) -> dict:
+    """What to run, the directories of what is read and written, and whether the training state shall be."""
+    return {"case": dataclasses.asdict(case), "output": output, "source": source, "keep_state": keep_state}
+
+
+def run_jobs(jobs: list[dict], directory: Path) -> None:
+    """Run jobs of one number of processes, one after the other, in processes started once."""
+    (world,) = {job["case"]["world"] for job in jobs}
+    file = directory / f"jobs-{world}-{len(list(directory.glob('jobs-*')))}.json"
+    file.write_text(json.dumps(jobs))
+    launcher = [sys.executable]
+    if world > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    command = [*launcher, "-m", "tests.distributed.cases", file, directory]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
 def rows_of(step: int, packed: bool) -> list[Batch]:
     """A global batch, row by row."""
     rows = []
@@ -152,7 +175,7 @@ def global_batch(step: int, case: Case, rank: int) -> GlobalBatch:
     return GlobalBatch(micro, int((whole.labels != IGNORED).sum()), routed, [routed], {})
 
 
-def run_case(case: Case, runtime: Runtime, directory: Path) -> None:
+def run_case(case: Case, runtime: Runtime, directory: Path, keep_state: bool) -> None:
     """Run the steps and write a checkpoint of everything that must not depend on the case."""
     dtype = getattr(torch, case.dtype)
     torch.set_default_dtype(torch.float64 if dtype is torch.float64 else torch.float32)
@@ -198,6 +221,8 @@ def run_case(case: Case, runtime: Runtime, directory: Path) -> None:
         figures.append({"losses": losses, "counts": result.count_LE.tolist(), "applied": result.applied})
     add("weight", [shard.value for shard in parallel.shards])
     write(directory, slices, {"figures": figures, "traffic": traffic}, runtime)
+    if keep_state:
+        write_state(directory / "state", optimizer, load_LE, runtime)
 
 
 @torch.no_grad()
@@ -241,6 +266,23 @@ def write(directory: Path, slices: list[TensorSlice], figures: dict, runtime: Ru
     runtime.barrier()
 
 
+def write_state(directory: Path, optimizer: Optimizer, load_LE: torch.Tensor, runtime: Runtime) -> None:
+    """Save all of a training state, as a run does."""
+    write(directory, list(saved_slices(optimizer, load_LE, runtime.is_main)), {}, runtime)
+
+
+def reshard(source: Path, case: Case, runtime: Runtime, directory: Path) -> None:
+    """Load a training state that other processes saved, and save it again."""
+    torch.set_default_dtype(torch.float32)
+    config = case.model_config()
+    parallel = parallelize(config, case.layout, case.placement(), runtime.rank, runtime.device, torch.float32)
+    optimizer = Optimizer(parallel.shards, OptimizerConfig(OptimizerName[case.optimizer]))
+    load_LE, checkpoint = initial_load(config), result_of(source)
+    checkpoint.expect(expected_tensors(config, optimizer, trained=True))
+    load_tensors(checkpoint, optimizer, load_LE, trained=True)
+    write_state(directory, optimizer, load_LE, runtime)
+
+
 def result_of(directory: Path) -> Checkpoint:
     return Checkpoint(CheckpointStore(directory, CheckpointConfig()).path(1))
 
@@ -248,12 +290,16 @@ def result_of(directory: Path) -> Checkpoint:
 def main() -> None:
     torch.set_num_threads(1)
     runtime = Runtime("cpu")
-    specifications, output = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    for specification in specifications:
-        specification["model"] = tuple(map(tuple, specification["model"]))
-        case = Case(**specification)
-        run_case(case, runtime, output / case.name)
-    runtime.close()
+    jobs, directory = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    for job in jobs:
+        job["case"]["model"] = tuple(map(tuple, job["case"]["model"]))
+        case = Case(**job["case"])
+        if job["source"]:
+            reshard(directory / job["source"], case, runtime, directory / job["output"])
+        else:
+            run_case(case, runtime, directory / job["output"], job["keep_state"])
+    runtime.barrier()
+    os._exit(0)  # as the command line does under a launcher, see cli.run_and_exit
 
 
 if __name__ == "__main__":

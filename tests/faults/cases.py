@@ -17,6 +17,7 @@ import torch
 
 import moe_lm.checkpoint.saver as saving
 import moe_lm.commands.pretrain as command
+import moe_lm.commands.sharing as sharing
 import moe_lm.training.loop as loop
 import moe_lm.training.run as run
 import moe_lm.training.step as step_module
@@ -302,3 +303,29 @@ def random_state_kept(arguments: list[str], directory: str) -> int:
     command.train = watched
     code = pretrain(arguments, directory)
     return code if same == [True] else 3
+
+
+def failing_on_rank_one(arguments: list[str], directory: str) -> int:
+    """A run in which the third step of the second process fails."""
+    original, calls = loop.train_step, [0]
+
+    def train_step(*positional, **named):
+        calls[0] += 1
+        if calls[0] == 3 and os.environ["RANK"] == "1":
+            raise ValueError("a fault of this process alone")
+        return original(*positional, **named)
+
+    loop.train_step = train_step
+    return pretrain(arguments, directory)
+
+
+def other_options(arguments: list[str], directory: str) -> int:
+    """A run whose second process is given another seed."""
+    return pretrain([*arguments, *(["seed=7"] if os.environ["RANK"] == "1" else [])], directory)
+
+
+def other_code(arguments: list[str], directory: str) -> int:
+    """A run whose second process runs code of another version."""
+    if os.environ["RANK"] == "1":
+        sharing._code_fingerprint = lambda: "0" * 64
+    return pretrain(arguments, directory)

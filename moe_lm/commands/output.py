@@ -1,9 +1,12 @@
-"""Output that may end before the run does: a closed terminal, `| head`, a full disk under a log."""
+"""Output that may end before the run does (a closed terminal, `| head`, a full disk under a log), and that of processes
+which nobody watches.
+"""
 
 import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TextIO
 
 
@@ -47,3 +50,22 @@ def lasting_output() -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         sys.stdout, sys.stderr = out, err
+
+
+@contextlib.contextmanager
+def output_to_file(directory: Path, rank: int) -> Iterator[None]:
+    """While the block runs, what a process other than the main one prints goes to a file of its own.
+
+    On the terminal it would cut through the main process's progress bar. What ends the process is said there all the
+    same: exceptions leave the block, and stacks of a watchdog go to the file descriptor.
+    """
+    if rank == 0:
+        yield
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    with (
+        open(directory / f"process-{rank:05d}.txt", "a", buffering=1) as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        yield

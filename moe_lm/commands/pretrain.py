@@ -11,7 +11,7 @@ from moe_lm.checkpoint.saver import said
 from moe_lm.checkpoint.store import most_kept
 from moe_lm.checkpoint.tensor_file import CheckpointError
 from moe_lm.commands.model_source import open_model, open_native, write_export
-from moe_lm.commands.output import lasting_output
+from moe_lm.commands.output import lasting_output, output_to_file
 from moe_lm.commands.prepare import PreparationDisplay
 from moe_lm.commands.run_directory import (
     end_recorded,
@@ -67,6 +67,7 @@ def _run(config: RunConfig) -> int:
             check_alike(config, runtime)
             layout, placement, said_of_sharing = share(config, runtime, directory)
             runtime.on_main(lambda: open_directory(config, directory, held, beginning))
+            held.enter_context(output_to_file(directory / "output", runtime.rank))
             has_data = (directory / "data").exists()
             data = _prepare(config, directory, runtime, say)
             training = Run(config, runtime, data, directory, warn, layout, placement)

@@ -30,8 +30,12 @@ STATE_FILE = "state.json"
 
 
 def warn(text: str) -> None:
-    """A sentence on the error output."""
-    print(f"moe-lm: {text}", file=sys.stderr, flush=True)
+    """A sentence on the error output; of another process than the main one, past the file that its output goes to."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(f"moe-lm: {text}", file=sys.stderr, flush=True)
+    elif sys.__stderr__ is not None:
+        print(f"moe-lm (rank {rank}): {text}", file=sys.__stderr__, flush=True)
 
 
 def open_directory(config: RunConfig, directory: Path, held: ExitStack, beginning: ExitStack) -> None:

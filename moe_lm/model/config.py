@@ -66,6 +66,10 @@ class ModelConfig:
     process)."""
     num_experts_per_tok: int = 2
     """Experts that each token is sent to (top-k)."""
+    capacity_factor: float | None = None
+    """Most rows that an expert takes of one process's micro-batch, in even shares of them; the assignments beyond,
+    those of least weight, are dropped. Shapes then do not depend on routing, but what is dropped does on how a batch is
+    cut up. null drops nothing."""
     load_balancing: LoadBalancing = LoadBalancing.per_layer
     """Load-balancing loss: `per_layer` (Switch, 1 at balance), `pooled` (transformers' Mixtral, top-k at balance),
     `none`."""
@@ -95,6 +99,8 @@ class ModelConfig:
             _require(self, name, getattr(self, name) >= 0, "must not be negative")
         for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
             _require(self, name, getattr(self, name) > 0, "must be greater than 0")
+        factor = self.capacity_factor
+        _require(self, "capacity_factor", factor is None or factor > 0, "must be greater than 0, or null")
         _require(self, "sliding_window", self.sliding_window is None or self.sliding_window >= 1, "must be at least 1")
         _require(
             self,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moe_lm.kernels.experts import expert_swiglu
 from moe_lm.model.config import ModelConfig
-from moe_lm.model.dispatch import LocalDispatcher, TokenDispatcher
+from moe_lm.model.dispatch import CapacityDispatcher, LocalDispatcher, TokenDispatcher
 from moe_lm.model.router import Router, RoutingStatistics
 
 
@@ -34,6 +34,8 @@ class MixtureOfExperts(nn.Module):
         self.gate = Router(config)
         self.experts = Experts(config)
         self.dispatcher: TokenDispatcher = LocalDispatcher(config.num_experts)
+        if config.capacity_factor is not None:
+            self.dispatcher = CapacityDispatcher(config.num_experts, config.capacity_factor)
 
     def forward(self, x_BSD: Tensor, routing_mask_BS: Tensor | None) -> tuple[Tensor, RoutingStatistics]:
         """X [B, S, D] to [B, S, D], with the layer's routing statistics over the tokens of the mask (null: all)."""

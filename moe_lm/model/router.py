@@ -7,6 +7,7 @@ a layer.
 Letters: T tokens, D hidden, E experts, K experts per token, R assignments (T·K here).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,15 @@ class RoutingStatistics(NamedTuple):
     """Number of assignments to each expert."""
     z_sum: Tensor
     """Σ logsumexp(logits)², scalar; differentiable."""
+    dropped: Tensor
+    """Number of assignments beyond the experts' capacity, those of uncounted tokens included; scalar."""
+
+
+def expert_capacity(factor: float, num_assignments: int, num_experts: int) -> int:
+    """C: the most rows that one expert takes, `factor` even shares of the assignments, rounded up (GShard, Lepikhin et
+    al. 2020, section 2.2).
+    """
+    return math.ceil(factor * num_assignments / num_experts)
 
 
 class Router(nn.Module):
@@ -44,6 +54,7 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.top_k = config.num_experts_per_tok
+        self.capacity_factor = config.capacity_factor
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
 
     def forward(self, x_TD: Tensor, routing_mask_T: Tensor | None) -> tuple[Assignments, RoutingStatistics]:
@@ -57,7 +68,19 @@ class Router(nn.Module):
         weight_TK = top_TK / top_TK.sum(dim=-1, keepdim=True)
         token_TK = torch.arange(x_TD.shape[0], device=x_TD.device)[:, None].expand(-1, self.top_k)
         assignments = Assignments(token_TK.flatten(), expert_TK.flatten(), weight_TK.flatten().to(x_TD.dtype))
-        return assignments, _statistics(logits_TE, probability_TE, expert_TK, routing_mask_T)
+        statistics = _statistics(logits_TE, probability_TE, expert_TK, routing_mask_T)
+        if self.capacity_factor is not None:
+            statistics = statistics._replace(dropped=_dropped(expert_TK, statistics.count_E, self.capacity_factor))
+        return assignments, statistics
+
+
+def _dropped(expert_TK: Tensor, count_E: Tensor, factor: float) -> Tensor:
+    """How many assignments are beyond the experts' capacity, padding included."""
+    capacity = expert_capacity(factor, expert_TK.numel(), len(count_E))
+    every_E = torch.zeros_like(count_E).scatter_add(
+        0, expert_TK.flatten(), torch.ones_like(expert_TK, dtype=count_E.dtype).flatten()
+    )
+    return (every_E - capacity).clamp(min=0).sum()
 
 
 def _statistics(
@@ -71,4 +94,4 @@ def _statistics(
         z_T = z_T * counted_T
         ones_TK = ones_TK * counted_T[:, None]
     count_E = torch.zeros_like(logits_TE[0]).scatter_add(0, expert_TK.flatten(), ones_TK.flatten())
-    return RoutingStatistics(probability_TE.sum(dim=0), count_E.detach(), z_T.sum())
+    return RoutingStatistics(probability_TE.sum(dim=0), count_E.detach(), z_T.sum(), count_E.new_zeros(()))

@@ -9,7 +9,8 @@ For each micro-batch, of every parameter that is cut over W processes into parts
     all-gather        forward, and again backward; once for embedding, final norm and head, which stay in between
     reduce-scatter    its gradient, in fp32
     all-to-all        of each layer: E numbers of rows, then the rows themselves, there and back, forward and backward:
-                      2·(S + Q)·D values for S rows sent to other processes and Q received from them
+                      2·(S + Q)·D values for S rows sent to other processes and Q received from them (with a capacity
+                      C there are no numbers, and C rows to and from every expert)
 
 and once a step: the all-reduce of gradient parts over replicas, of losses, expert counts and the norm, and Muon's
 all-gathers of the matrices it orthogonalises.
@@ -23,6 +24,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from moe_lm.model.config import LoadSource, ModelConfig
+from moe_lm.model.router import expert_capacity
 from moe_lm.parallel.layout import Layout
 from moe_lm.parallel.parallelize import expert_dim
 from moe_lm.parallel.placement import Placement
@@ -63,6 +65,8 @@ class Work:
     """Rows that this process sends to other owners of experts in a whole step, over all layers and micro-batches."""
     rows_received: int = 0
     """Rows that it receives from them."""
+    tokens: int = 0
+    """Of a micro-batch of one process; asked for where experts have a capacity, which then sets the rows."""
 
 
 def step_traffic(
@@ -79,7 +83,7 @@ def step_traffic(
     """
     if layout.world_size == 1:
         return Traffic()
-    counted = 3 + (model.num_hidden_layers * model.num_experts if model.is_mixture else 0)  # losses and expert counts
+    counted = 4 + (model.num_hidden_layers * model.num_experts if model.is_mixture else 0)  # losses and expert counts
     sums = _all_reduce(layout.world_size, counted * work.master_bytes)
     if model.is_mixture and model.load_balancing_source is LoadSource.micro_batch:
         loads = model.num_hidden_layers * model.num_experts * work.micro_batches
@@ -110,7 +114,7 @@ def _expert_traffic(
     model: ModelConfig, layout: Layout, work: Work, placement: Placement | None, ep_rank: int
 ) -> Traffic:
     """Of experts: cut over the processes that share them, and the rows that travel to their owners."""
-    traffic, parts = Traffic(), layout.expert_shards
+    traffic, parts, rows = Traffic(), layout.expert_shards, 0
     for layer in range(model.num_hidden_layers):
         owned = model.num_experts if placement is None else len(placement.experts_of(layer, ep_rank))
         dim = expert_dim(owned, layout)
@@ -118,10 +122,16 @@ def _expert_traffic(
         traffic += _sharded(values, 2, parts, layout, work, work.compute_bytes)
         if work.muon and dim == 1:
             traffic += _muon(values, parts, work)
-        if layout.ep > 1:
+        if layout.ep == 1:
+            continue
+        if (factor := model.capacity_factor) is None:
             sizes = 8 * (model.num_experts - owned) * work.micro_batches
             traffic += Traffic(all_to_all=Fraction(sizes))
-    rows = work.rows_sent + work.rows_received
+        else:
+            capacity = expert_capacity(factor, work.tokens * model.num_experts_per_tok, model.num_experts)
+            others = model.num_experts - owned + owned * (layout.ep - 1)
+            rows += others * capacity * work.micro_batches
+    rows += work.rows_sent + work.rows_received
     return traffic + Traffic(all_to_all=Fraction(2 * rows * model.hidden_size * work.compute_bytes))
 
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_lm.kernels.experts import row_alignment
+from moe_lm.model.dispatch import CapacityDispatcher, LocalHandle
 from moe_lm.model.router import Assignments
 
 
@@ -53,12 +54,9 @@ class AllToAllDispatcher:
         """
         self._group = group
         self._size = dist.get_world_size(group)
-        self._owned = [list(owners_E).count(owner) for owner in range(self._size)]
+        self._owned = _owned(owners_E, self._size)
         self._num_owned = self._owned[dist.get_rank(group)]
-        # The order of sending, by owner and expert: rows sorted by this are runs, one for each owner.
-        by_owner = sorted(range(len(owners_E)), key=lambda expert: (owners_E[expert], expert))
-        slots = sorted(range(len(owners_E)), key=by_owner.__getitem__)
-        self._slot_E = torch.tensor(slots, device=device)
+        self._slot_E = _slots(owners_E, device)
 
     def dispatch(self, x_TD: Tensor, assignments: Assignments) -> tuple[Tensor, Tensor, ExchangeHandle]:
         """See `TokenDispatcher`; every process of the group must call it."""
@@ -99,6 +97,52 @@ class AllToAllDispatcher:
         width = self._num_owned
         received = [sum(coming[source * width : (source + 1) * width]) for source in range(self._size)]
         return size_SN, sent, received
+
+
+class CapacityAllToAllDispatcher:
+    """The same with static shapes: every process sends every expert its capacity, and nothing waits for the device."""
+
+    def __init__(self, owners_E: Sequence[int], group: dist.ProcessGroup, device: torch.device, factor: float):
+        """Know the owners; arguments as of `AllToAllDispatcher` and `CapacityDispatcher`."""
+        self._group = group
+        self._size = dist.get_world_size(group)
+        self._owned = _owned(owners_E, self._size)
+        self._num_owned = self._owned[dist.get_rank(group)]
+        self._slot_E = _slots(owners_E, device)
+        self._local = CapacityDispatcher(len(owners_E), factor)
+
+    def dispatch(self, x_TD: Tensor, assignments: Assignments) -> tuple[Tensor, Tensor, LocalHandle]:
+        """See `TokenDispatcher`; every process of the group must call it, with as many tokens."""
+        by_slot = assignments._replace(expert_R=self._slot_E.index_select(0, assignments.expert_R))
+        rows_PD, end_E, handle = self._local.dispatch(x_TD, by_slot)
+        capacity = rows_PD.shape[0] // len(end_E)
+        sent, received = self._splits(capacity)
+        arrived_QD = _Exchange.apply(rows_PD, received, sent, self._group)
+        # By source and expert, as they came, to by expert and source.
+        placed_QD = arrived_QD.unflatten(0, (self._size, self._num_owned, capacity)).transpose(0, 1).flatten(0, 2)
+        return placed_QD, end_E[: self._num_owned] * self._size, handle
+
+    def combine(self, y_QD: Tensor, handle: LocalHandle) -> Tensor:
+        """See `TokenDispatcher`; every process of the group must call it."""
+        capacity = y_QD.shape[0] // (self._size * self._num_owned)
+        sent, received = self._splits(capacity)
+        rows_QD = y_QD.unflatten(0, (self._num_owned, self._size, capacity)).transpose(0, 1).flatten(0, 2)
+        return self._local.combine(_Exchange.apply(rows_QD, sent, received, self._group), handle)
+
+    def _splits(self, capacity: int) -> tuple[list[int], list[int]]:
+        """Rows to each owner, and from each process."""
+        return [owned * capacity for owned in self._owned], [self._num_owned * capacity] * self._size
+
+
+def _owned(owners_E: Sequence[int], size: int) -> list[int]:
+    """Number of experts of each owner."""
+    return [list(owners_E).count(owner) for owner in range(size)]
+
+
+def _slots(owners_E: Sequence[int], device: torch.device) -> Tensor:
+    """Each expert's place in the order of sending, by owner and expert: rows sorted by it are runs, one per owner."""
+    by_owner = sorted(range(len(owners_E)), key=lambda expert: (owners_E[expert], expert))
+    return torch.tensor(sorted(range(len(owners_E)), key=by_owner.__getitem__), device=device)
 
 
 def _places(size_SN: Tensor, align: int, num_rows: int) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import Shard
 from moe_lm.model.config import ModelConfig
 from moe_lm.model.decoder import CausalLM
 from moe_lm.model.moe import MixtureOfExperts
-from moe_lm.parallel.dispatch import AllToAllDispatcher
+from moe_lm.parallel.dispatch import AllToAllDispatcher, CapacityAllToAllDispatcher
 from moe_lm.parallel.layout import Layout
 from moe_lm.parallel.placement import Placement
 from moe_lm.parallel.shards import ParameterShard, dense_shard, expert_shard, whole_shards
@@ -110,7 +110,11 @@ def _distribute_experts(
         owned = len(placement.experts_of(layer, ep_rank))
         for name, parameter in mixture.experts.named_parameters():
             setattr(mixture.experts, name, nn.Parameter(parameter.new_empty(owned, *parameter.shape[1:])))
-        mixture.dispatcher = AllToAllDispatcher(placement.owners[layer], group, device)
+        factor = model.config.capacity_factor
+        if factor is None:
+            mixture.dispatcher = AllToAllDispatcher(placement.owners[layer], group, device)
+        else:
+            mixture.dispatcher = CapacityAllToAllDispatcher(placement.owners[layer], group, device, factor)
 
 
 def _shard(

@@ -28,6 +28,8 @@ class LossShares(NamedTuple):
     """Load-balancing loss, before its coefficient."""
     router_z: Tensor
     """Router z-loss, before its coefficient."""
+    dropped: Tensor
+    """Assignments beyond the experts' capacity, over all layers."""
     count_LE: Tensor
     """Assignments to each expert of each layer; [0, 0] for a dense model."""
 
@@ -52,7 +54,7 @@ def loss_shares(
     statistics = output.statistics
     if statistics is None:
         zero = torch.zeros_like(cross_entropy)
-        return LossShares(cross_entropy, cross_entropy.detach(), zero, zero, load_LE)
+        return LossShares(cross_entropy, cross_entropy.detach(), zero, zero, zero, load_LE)
     balancing = torch.zeros_like(cross_entropy)
     if config.load_balancing is not LoadBalancing.none:
         if config.load_balancing_source is LoadSource.micro_batch:
@@ -64,4 +66,5 @@ def loss_shares(
         )
     z = router_z_loss(statistics.z_sum, num_routed_tokens)
     total = cross_entropy + config.router_aux_loss_coef * balancing + config.router_z_loss_coef * z
-    return LossShares(total, cross_entropy.detach(), balancing.detach(), z.detach(), statistics.count_E)
+    dropped = statistics.dropped.sum()
+    return LossShares(total, cross_entropy.detach(), balancing.detach(), z.detach(), dropped, statistics.count_E)

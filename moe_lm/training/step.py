@@ -28,6 +28,8 @@ class StepResult:
     router_z: float
     gradient_norm: float
     """Before clipping."""
+    dropped: int
+    """Assignments beyond the experts' capacity, over all layers and processes."""
     count_LE: Tensor
     """Assignments of the global batch to each expert of each layer, on the CPU."""
     finite: bool
@@ -57,26 +59,27 @@ def train_step(
         loss_limit: a cross-entropy above it is not learned from.
     """
     optimizer.zero_grad()
-    losses = torch.zeros(3, device=runtime.device)
+    figures = torch.zeros(4, device=runtime.device)
     count_LE = torch.zeros_like(load_LE)
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
         micro_batch = micro_batch.to(runtime.device)
         shares = loss_shares(compute.module, micro_batch, batch.num_targets, batch.num_routed_tokens, load_LE, runtime)
         compute.parallel.begin_backward(last=number == len(batch.micro_batches))
         shares.total.backward()
-        losses += torch.stack((shares.cross_entropy, shares.load_balancing, shares.router_z))
+        figures += torch.stack((shares.cross_entropy, shares.load_balancing, shares.router_z, shares.dropped))
         count_LE += shares.count_LE
     sharded = compute.parallel.layout.sharded
     unsummed = [] if sharded else optimizer.gradients()  # FSDP2 has summed what it shards
-    runtime.sum([*unsummed, losses, count_LE])
+    runtime.sum([*unsummed, figures, count_LE])
     norm = optimizer.gradient_norm(runtime if sharded else None)
-    cross_entropy, load_balancing, router_z, gradient_norm = torch.cat((losses, norm[None])).tolist()
+    cross_entropy, load_balancing, router_z, dropped, gradient_norm = torch.cat((figures, norm[None])).tolist()
     finite = math.isfinite(gradient_norm) and math.isfinite(cross_entropy)
     applied = finite and cross_entropy <= loss_limit
     if applied:
         optimizer.step(norm, factor)
         compute.refresh()
-    return StepResult(cross_entropy, load_balancing, router_z, gradient_norm, count_LE.cpu(), finite, applied)
+    losses = cross_entropy, load_balancing, router_z
+    return StepResult(*losses, gradient_norm, int(dropped), count_LE.cpu(), finite, applied)
 
 
 def next_load(result: StepResult, load_LE: Tensor) -> Tensor:

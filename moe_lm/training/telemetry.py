@@ -96,6 +96,8 @@ class Telemetry:
             }
             if skipped := self._feed.skipped:
                 detail["skipped_rows"] = skipped
+            if self._run.config.model.capacity_factor is not None:
+                detail["dropped_assignments"] = result.dropped
             self._write({**values, **detail})
         self._display.step(step, _figures(values))
         if not result.applied:

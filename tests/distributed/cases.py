@@ -105,7 +105,8 @@ class Case:
     def work(self, rows_sent: int, rows_received: int) -> Work:
         size = getattr(torch, self.dtype).itemsize
         micro_batches = ROWS // self.world // self.micro
-        return Work(micro_batches, size, max(size, 4), self.optimizer == "muon", rows_sent, rows_received)
+        muon, tokens = self.optimizer == "muon", self.micro * LENGTH
+        return Work(micro_batches, size, max(size, 4), muon, rows_sent, rows_received, tokens)
 
     def placement(self) -> Placement | None:
         if self.ep == 1:
@@ -209,7 +210,7 @@ def run_case(case: Case, runtime: Runtime, directory: Path, keep_state: bool) ->
         update(norm, factor)
 
     optimizer.step = recorded  # type: ignore[method-assign]
-    figures, traffic = [], []
+    figures, traffic, dropped = [], [], []
     for step in range(STEPS):
         batch = global_batch(step, case, runtime.rank)
         with CountTraffic() as counted, count_rows(runtime.rank % case.ep) as rows:
@@ -218,9 +219,10 @@ def run_case(case: Case, runtime: Runtime, directory: Path, keep_state: bool) ->
         predicted = step_traffic(config, case.layout, case.work(*rows), parallel.placement, runtime.rank % case.ep)
         traffic.append({"calls": counted.calls, "bytes": counted.said(), "predicted": said(predicted)})
         losses = [result.cross_entropy, result.load_balancing, result.router_z, result.gradient_norm]
+        dropped.append(result.dropped)
         figures.append({"losses": losses, "counts": result.count_LE.tolist(), "applied": result.applied})
     add("weight", [shard.value for shard in parallel.shards])
-    write(directory, slices, {"figures": figures, "traffic": traffic}, runtime)
+    write(directory, slices, {"figures": figures, "traffic": traffic, "dropped": dropped}, runtime)
     if keep_state:
         write_state(directory / "state", optimizer, load_LE, runtime)
 

@@ -19,6 +19,8 @@ from tests.distributed.cases import Case, job, result_of, run_jobs
 WIDE = (("hidden_size", 48),)
 """Three processes can cut its experts' rows."""
 
+ROOMY = (("capacity_factor", 8.0),)
+
 CASES = [
     # One process: accumulation alone.
     *(Case(micro=micro, packed=packed) for micro, packed in product((6, 3, 1), (False, True))),
@@ -51,6 +53,12 @@ CASES = [
     Case(4, ep=4, micro=3, model=(("load_balancing_source", "micro_batch"),)),
     Case(2, replicas=2, micro=6, packed=True, model=(("load_balancing_source", "micro_batch"),)),
     Case(2, ep=2, micro=3, model=(("load_balancing", "pooled"),)),
+    # A capacity that nothing exceeds: static shapes. With the reference's own there would be other drops.
+    *(
+        Case(w, 1, ep, 12 // w, packed, model=ROOMY)
+        for w, ep, packed in ((2, 2, True), (3, 3, False), (4, 4, True), (4, 2, False))
+    ),
+    Case(3, 1, 3, 4, scattered=True, model=ROOMY),
     # The types that training runs in, and the other optimizer.
     *(
         Case(4, r, ep, 3, packed, "float32")

@@ -2,23 +2,17 @@
 
 import socket
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 
-from tests.runs import ENVIRONMENT, TINY, final_tensors, metrics, moe_lm, write_corpus
+from tests.runs import TINY, final_tensors, metrics, moe_lm, write_corpus
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ACCELERATE = [
-    sys.executable,
-    "-m",
-    "accelerate.commands.launch",
-    "--multi_gpu",
-    "--num_processes",
-    "2",
-    "--main_process_port",
-    "0",
-]
+CONFIGURATIONS = Path(__file__).parents[2] / "scripts/accelerate"
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGURATIONS / "cpu2.yaml")]
 
 
 @pytest.fixture(scope="module")
@@ -73,18 +67,26 @@ def test_a_run_goes_on_with_another_number_of_processes(single):
     assert metrics(directory / "runs/elastic") == pytest.approx(whole, rel=1e-5)
 
 
-def test_accelerate_launch_gives_the_same_run(single, monkeypatch):
-    """Catches a launcher under which every rank takes itself for the main one (its figures come out twice, or
-    differ)."""
+@pytest.mark.parametrize("mode", ["replicated", "fsdp_ep"])
+def test_accelerate_launch_gives_the_same_run(single, mode):
+    """Catches a launcher under which every rank takes itself for the main one (its figures come out twice, or differ),
+    and a checked-in configuration that starts one process."""
     directory, options = single
-    monkeypatch.setitem(ENVIRONMENT, "ACCELERATE_USE_CPU", "true")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launcher = [*ACCELERATE, "--main_process_port", str(port)]
-    done = moe_lm(*options, "run_name=launched", "trainer.micro_batch_size=6", cwd=directory, launcher=launcher)
+    sizes = [f"run_name=launched-{mode}", f"parallel={mode}", "trainer.micro_batch_size=6"]
+    done = moe_lm(*options, *sizes, cwd=directory, launcher=launcher)
     assert done.stdout.count("parameters,") == 1 and "2 x cpu" in done.stdout
-    assert metrics(directory / "runs/launched") == pytest.approx(metrics(directory / "runs/single"), rel=2e-6)
+    assert metrics(directory / f"runs/launched-{mode}") == pytest.approx(metrics(directory / "runs/single"), rel=2e-6)
+
+
+@pytest.mark.parametrize(("name", "machines", "processes"), [("cpu2", 1, 2), ("gpu8", 1, 8), ("gpu4x8", 4, 32)])
+def test_the_configurations_of_accelerate_can_be_read(name, machines, processes):
+    """Catches a key that accelerate does not know: it refuses the file then, on a cluster, at night."""
+    config = load_config_from_file(str(CONFIGURATIONS / f"{name}.yaml"))
+    assert (config.num_machines, config.num_processes) == (machines, processes)
 
 
 def test_bad_input_ends_on_every_process(single):

@@ -8,6 +8,7 @@ import random
 import select
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -328,4 +329,17 @@ def other_code(arguments: list[str], directory: str) -> int:
     """A run whose second process runs code of another version."""
     if os.environ["RANK"] == "1":
         sharing._code_fingerprint = lambda: "0" * 64
+    return pretrain(arguments, directory)
+
+
+def talkative(arguments: list[str], directory: str) -> int:
+    """A run in which every process warns and prints while it trains."""
+    original, rank = loop.train_step, os.environ["RANK"]
+
+    def train_step(*positional, **named):
+        warnings.warn(f"a warning of process {rank}", stacklevel=1)
+        print(f"printed by process {rank}")
+        return original(*positional, **named)
+
+    loop.train_step = train_step
     return pretrain(arguments, directory)

@@ -168,3 +168,13 @@ def test_processes_that_were_started_otherwise_are_refused(start, case, words):
     (sentence,) = job.sentences(0)
     assert all(word in sentence for word in words), sentence
     assert not job.sentences(1) and not job.run.exists()
+
+
+def test_only_the_main_process_speaks(start):
+    """Catches output of other processes that cuts through the progress bar of the first, or is lost."""
+    job = start(3, "speaking", "parallel=fsdp_ep", "trainer.max_steps=4", case="talkative")
+    assert job.wait() == [0, 0, 0]
+    assert not job.said(1) and not job.said(2) and "a warning of process 0" in job.said(0)
+    for rank in (1, 2):
+        said = (job.run / f"output/process-{rank:05d}.txt").read_text()
+        assert f"a warning of process {rank}" in said and f"printed by process {rank}" in said

@@ -63,7 +63,7 @@ def test_the_slurm_job_is_requeued_until_its_run_is_finished(whole):
     bin_directory, calls = whole / "bin", whole / "calls"
     bin_directory.mkdir()
     stand_ins = {
-        "srun": 'exec "$@"',
+        "srun": '[ "$1" = --kill-on-bad-exit=1 ] && shift && exec "$@"',
         "scontrol": f'[ "$1" = requeue ] && echo "$@" >> {calls} || echo localhost',
         "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
     }
@@ -71,9 +71,12 @@ def test_the_slurm_job_is_requeued_until_its_run_is_finished(whole):
         (bin_directory / name).write_text(f"#!/bin/sh\n{line}\n")
         (bin_directory / name).chmod(0o755)
     path = f"{bin_directory}:{os.environ['PATH']}"
-    environment = {**ENVIRONMENT, "PATH": path, "SLURM_JOB_ID": "42", "SLURM_GPUS_ON_NODE": "2"}
-    script = Path(__file__).parents[2] / "scripts/slurm.sh"
-    command, run = ["bash", script, *OPTIONS, "run_name=job"], whole / "runs/job"
+    environment = {**ENVIRONMENT, "PATH": path, "SLURM_JOB_ID": "42"}
+    render = [sys.executable, Path(__file__).parents[2] / "scripts/render_slurm.py"]
+    resources = ["--gpus-per-node", "0", "--processes-per-node", "2"]
+    script = whole / "job.sh"
+    script.write_text(subprocess.check_output([*render, *resources, *OPTIONS, "run_name=job"], text=True))
+    command, run = ["bash", script], whole / "runs/job"
     log = (whole / "job.log").open("w")
     process = subprocess.Popen(command, cwd=whole, env=environment, stdout=log, stderr=log)
     _wait_for_steps(run, 9)

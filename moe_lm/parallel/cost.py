@@ -71,8 +71,8 @@ class Work:
 
 def step_traffic(
     model: ModelConfig, layout: Layout, work: Work, placement: Placement | None = None, ep_rank: int = 0
-) -> Traffic:
-    """What one process sends in a step.
+) -> dict[str, Traffic]:
+    """What one process sends in a step, by the group of processes that it goes to.
 
     Args:
         model: The model.
@@ -80,66 +80,75 @@ def step_traffic(
         work: What the step does.
         placement: Who owns which expert, under expert parallelism.
         ep_rank: Which of the owners the process is.
+
+    Returns:
+        Traffic of "all" (sums, and gradients where each process has a whole model), "dense shards", "dense replicas",
+        "expert shards", "expert replicas" and "expert parallel"; groups of one process send nothing.
     """
     if layout.world_size == 1:
-        return Traffic()
-    counted = 4 + (model.num_hidden_layers * model.num_experts if model.is_mixture else 0)  # losses and expert counts
-    sums = _all_reduce(layout.world_size, counted * work.master_bytes)
-    if model.is_mixture and model.load_balancing_source is LoadSource.micro_batch:
-        loads = model.num_hidden_layers * model.num_experts * work.micro_batches
-        sums += _all_reduce(layout.world_size, loads * work.master_bytes)
+        return {}
+    groups = {"all": _sums(model, layout, work)}
     if not layout.sharded:
         parameters = sum(map(math.prod, _dense(model))) + sum(map(math.prod, _all_experts(model)))
-        return sums + _all_reduce(layout.world_size, parameters * work.master_bytes)
-    traffic = sums + _all_reduce(layout.world_size, 8)  # the norm's square, fp64
-    gate_bytes = max(work.compute_bytes, work.master_bytes)
+        groups["all"] += _all_reduce(layout.world_size, parameters * work.master_bytes)
+        return groups
+    parts, layers = layout.dp_shard, model.num_hidden_layers
+    of_layers = (_attention_and_norms(model) + ([] if model.is_mixture else _feed_forward(model))) * layers
+    dense = Traffic()
     for shapes, gathers, size in (
         (_root(model), 1, work.compute_bytes),
-        (_attention_and_norms(model) * model.num_hidden_layers, 2, work.compute_bytes),
-        (_gates(model), 2, gate_bytes),
+        (of_layers, 2, work.compute_bytes),
+        (_gates(model), 2, max(work.compute_bytes, work.master_bytes)),
     ):
-        values = sum(_part(shape, 0, layout.dp_shard) for shape in shapes)
-        traffic += _sharded(values, gathers, layout.dp_shard, layout, work, size)
+        dense += _shards(sum(_part(shape, 0, parts) for shape in shapes), gathers, parts, work, size)
     if work.muon:
-        matrices = [shape for shape in _attention_and_norms(model) if len(shape) == 2] * model.num_hidden_layers
-        matrices += [] if model.is_mixture else _feed_forward(model) * model.num_hidden_layers
-        traffic += _muon(sum(_part(shape, 0, layout.dp_shard) for shape in matrices), layout.dp_shard, work)
-    if not model.is_mixture:
-        values = model.num_hidden_layers * sum(_part(shape, 0, layout.dp_shard) for shape in _feed_forward(model))
-        return traffic + _sharded(values, 2, layout.dp_shard, layout, work, work.compute_bytes)
-    return traffic + _expert_traffic(model, layout, work, placement, ep_rank)
+        dense += _muon(sum(_part(shape, 0, parts) for shape in of_layers if len(shape) == 2), parts, work)
+    values = sum(_part(shape, 0, parts) for shape in _root(model) + of_layers + _gates(model))
+    groups |= {"dense shards": dense, "dense replicas": _all_reduce(layout.dp_replicate, values * work.master_bytes)}
+    return groups | (_expert_traffic(model, layout, work, placement, ep_rank) if model.is_mixture else {})
+
+
+def _sums(model: ModelConfig, layout: Layout, work: Work) -> Traffic:
+    """Losses, expert counts and the norm."""
+    counts = model.num_hidden_layers * model.num_experts if model.is_mixture else 0
+    values = 4 + counts
+    if model.load_balancing_source is LoadSource.micro_batch:
+        values += counts * work.micro_batches
+    squared_norm = 8 if layout.sharded else 0  # fp64
+    return _all_reduce(layout.world_size, values * work.master_bytes + squared_norm)
 
 
 def _expert_traffic(
     model: ModelConfig, layout: Layout, work: Work, placement: Placement | None, ep_rank: int
-) -> Traffic:
-    """Of experts: cut over the processes that share them, and the rows that travel to their owners."""
-    traffic, parts, rows = Traffic(), layout.expert_shards, 0
+) -> dict[str, Traffic]:
+    """Of experts, cut over the processes that share them, and of the rows that travel to their owners."""
+    parts, shards, replicas, numbers, rows = layout.expert_shards, Traffic(), Traffic(), 0, 0
     for layer in range(model.num_hidden_layers):
         owned = model.num_experts if placement is None else len(placement.experts_of(layer, ep_rank))
         dim = expert_dim(owned, layout)
         values = sum(_part(shape, dim, parts) for shape in _experts(model, owned))
-        traffic += _sharded(values, 2, parts, layout, work, work.compute_bytes)
+        shards += _shards(values, 2, parts, work, work.compute_bytes)
         if work.muon and dim == 1:
-            traffic += _muon(values, parts, work)
+            shards += _muon(values, parts, work)
+        replicas += _all_reduce(layout.dp_replicate, values * work.master_bytes)
         if layout.ep == 1:
             continue
         if (factor := model.capacity_factor) is None:
-            sizes = 8 * (model.num_experts - owned) * work.micro_batches
-            traffic += Traffic(all_to_all=Fraction(sizes))
+            numbers += (model.num_experts - owned) * work.micro_batches
         else:
             capacity = expert_capacity(factor, work.tokens * model.num_experts_per_tok, model.num_experts)
             others = model.num_experts - owned + owned * (layout.ep - 1)
             rows += others * capacity * work.micro_batches
     rows += work.rows_sent + work.rows_received
-    return traffic + Traffic(all_to_all=Fraction(2 * rows * model.hidden_size * work.compute_bytes))
+    travel = 8 * numbers + 2 * rows * model.hidden_size * work.compute_bytes
+    exchange = Traffic(all_to_all=Fraction(travel))
+    return {"expert shards": shards, "expert replicas": replicas, "expert parallel": exchange}
 
 
-def _sharded(values: int, gathers: int, parts: int, layout: Layout, work: Work, size: int) -> Traffic:
-    """Of parameters of which a process has so many values, cut over so many processes."""
+def _shards(values: int, gathers: int, parts: int, work: Work, size: int) -> Traffic:
+    """Of parameters cut over so many processes, of which each has so many values."""
     each = (parts - 1) * values * work.micro_batches
-    gradients = _all_reduce(layout.dp_replicate, values * work.master_bytes)
-    return gradients + Traffic(Fraction(gathers * each * size), Fraction(each * work.master_bytes))
+    return Traffic(Fraction(gathers * each * size), Fraction(each * work.master_bytes))
 
 
 def _muon(values: int, parts: int, work: Work) -> Traffic:

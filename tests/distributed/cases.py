@@ -22,7 +22,7 @@ from moe_lm.checkpoint.store import CheckpointStore, Part, TensorSlice
 from moe_lm.data.batch import IGNORED, Batch
 from moe_lm.model.config import LoadBalancing, LoadSource, ModelConfig, ModelFamily
 from moe_lm.model.initialization import initial_value
-from moe_lm.parallel.cost import Work, step_traffic
+from moe_lm.parallel.cost import Traffic, Work, step_traffic
 from moe_lm.parallel.dispatch import AllToAllDispatcher
 from moe_lm.parallel.layout import Layout
 from moe_lm.parallel.parallelize import parallelize
@@ -217,7 +217,9 @@ def run_case(case: Case, runtime: Runtime, directory: Path, keep_state: bool) ->
             result = train_step(compute, optimizer, runtime, batch, load_LE, 1.0)
         load_LE = next_load(result, load_LE)
         predicted = step_traffic(config, case.layout, case.work(*rows), parallel.placement, runtime.rank % case.ep)
-        traffic.append({"calls": counted.calls, "bytes": counted.said(), "predicted": said(predicted)})
+        traffic.append(
+            {"calls": counted.calls, "bytes": counted.said(), "predicted": said(sum(predicted.values(), Traffic()))}
+        )
         losses = [result.cross_entropy, result.load_balancing, result.router_z, result.gradient_norm]
         dropped.append(result.dropped)
         figures.append({"losses": losses, "counts": result.count_LE.tolist(), "applied": result.applied})

@@ -34,6 +34,8 @@ TRACE_STEPS = 50
 
 def check_alike(config: RunConfig, runtime: Runtime) -> None:
     """Refuse processes that were started with different options, or run different code."""
+    if runtime.world_size == 1:
+        return
     mine = {
         **{name: written(value) for name, value in flatten(to_plain(config)).items()},
         "python": platform.python_version(),

@@ -41,8 +41,8 @@ class ExchangeHandle(NamedTuple):
     num_tokens: int
 
 
-class AllToAllDispatcher:
-    """Experts live on the processes of a group, each layer's by a placement of its own."""
+class _Owners:
+    """Who owns which expert of a layer."""
 
     def __init__(self, owners_E: Sequence[int], group: dist.ProcessGroup, device: torch.device):
         """Know the owners.
@@ -54,9 +54,15 @@ class AllToAllDispatcher:
         """
         self._group = group
         self._size = dist.get_world_size(group)
-        self._owned = _owned(owners_E, self._size)
+        self._owned = [list(owners_E).count(owner) for owner in range(self._size)]
         self._num_owned = self._owned[dist.get_rank(group)]
-        self._slot_E = _slots(owners_E, device)
+        # The order of sending, by owner and expert: rows sorted by it are runs, one for each owner.
+        by_owner = sorted(range(len(owners_E)), key=lambda expert: (owners_E[expert], expert))
+        self._slot_E = torch.tensor(sorted(range(len(owners_E)), key=by_owner.__getitem__), device=device)
+
+
+class AllToAllDispatcher(_Owners):
+    """Experts live on the processes of a group, each layer's by a placement of its own."""
 
     def dispatch(self, x_TD: Tensor, assignments: Assignments) -> tuple[Tensor, Tensor, ExchangeHandle]:
         """See `TokenDispatcher`; every process of the group must call it."""
@@ -99,16 +105,12 @@ class AllToAllDispatcher:
         return size_SN, sent, received
 
 
-class CapacityAllToAllDispatcher:
+class CapacityAllToAllDispatcher(_Owners):
     """The same with static shapes: every process sends every expert its capacity, and nothing waits for the device."""
 
     def __init__(self, owners_E: Sequence[int], group: dist.ProcessGroup, device: torch.device, factor: float):
-        """Know the owners; arguments as of `AllToAllDispatcher` and `CapacityDispatcher`."""
-        self._group = group
-        self._size = dist.get_world_size(group)
-        self._owned = _owned(owners_E, self._size)
-        self._num_owned = self._owned[dist.get_rank(group)]
-        self._slot_E = _slots(owners_E, device)
+        """Know the owners and the capacity; `factor` as of `CapacityDispatcher`."""
+        super().__init__(owners_E, group, device)
         self._local = CapacityDispatcher(len(owners_E), factor)
 
     def dispatch(self, x_TD: Tensor, assignments: Assignments) -> tuple[Tensor, Tensor, LocalHandle]:
@@ -132,17 +134,6 @@ class CapacityAllToAllDispatcher:
     def _splits(self, capacity: int) -> tuple[list[int], list[int]]:
         """Rows to each owner, and from each process."""
         return [owned * capacity for owned in self._owned], [self._num_owned * capacity] * self._size
-
-
-def _owned(owners_E: Sequence[int], size: int) -> list[int]:
-    """Number of experts of each owner."""
-    return [list(owners_E).count(owner) for owner in range(size)]
-
-
-def _slots(owners_E: Sequence[int], device: torch.device) -> Tensor:
-    """Each expert's place in the order of sending, by owner and expert: rows sorted by it are runs, one per owner."""
-    by_owner = sorted(range(len(owners_E)), key=lambda expert: (owners_E[expert], expert))
-    return torch.tensor(sorted(range(len(owners_E)), key=by_owner.__getitem__), device=device)
 
 
 def _places(size_SN: Tensor, align: int, num_rows: int) -> tuple[Tensor, Tensor]:

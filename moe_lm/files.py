@@ -45,6 +45,11 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
+def compact_json_bytes(value: Any) -> bytes:
+    """JSON of which there is much."""
+    return (json.dumps(value, separators=(",", ":")) + "\n").encode()
+
+
 def write_durably(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
     """Writes a new file and makes its content durable; for directories that are renamed as a whole.
 

@@ -35,6 +35,9 @@ MIB = 2**20
 LIMITS = {"COMPLETE": 100, "manifest.json": 4 * MIB, "state.json": 16 * MIB, "index.json": 32 * MIB}
 """Largest files of each name that are read, in bytes: JSON takes up to some fifty times its size in memory."""
 
+INDEX_OF_FILE = MIB // 2
+"""What index.json may have besides for each file of tensors: many processes cut a model into many slices."""
+
 SLICES = 4096
 """Most slices of one tensor: more processes than that do not share one."""
 
@@ -83,7 +86,8 @@ class Checkpoint:
         try:
             self.files = _verify(path, verified)
             self.state: dict[str, Any] = read_object(path / "state.json")
-            tensors = read_object(path / "index.json")["tensors"]
+            files = sum(name.endswith(TENSORS_SUFFIX) for name in self.files)
+            tensors = read_object(path / "index.json", files * INDEX_OF_FILE)["tensors"]
             self._tensors = {name: _parse_entry(name, entry, self.files) for name, entry in tensors.items()}
             _compare_with_files(path, self.files, self._tensors)
         except FileNotFoundError as error:
@@ -157,7 +161,7 @@ def _verify(path: Path, verified: Collection[str]) -> dict[str, int]:
     for name, expected in manifest.items():
         if not _FILE_NAME.fullmatch(name):
             raise CheckpointError(f"manifest.json: {name!r} is not a file name of a checkpoint")
-        size = _check_plain(path / name)
+        size = _check_plain(path / name, len(manifest) * INDEX_OF_FILE if name == "index.json" else 0)
         if size != expected["bytes"]:
             raise CheckpointError(f"{name} has {size} bytes instead of {expected['bytes']}")
         if name not in verified and sha256(path / name) != expected["sha256"]:
@@ -167,24 +171,28 @@ def _verify(path: Path, verified: Collection[str]) -> dict[str, int]:
     return {name: expected["bytes"] for name, expected in manifest.items()}
 
 
-def _check_plain(path: Path) -> int:
-    """Size of a file that must be a file: no link that leads elsewhere, nothing that blocks its reader."""
+def _check_plain(path: Path, more: int = 0) -> int:
+    """Size of a file that must be one: no link that leads elsewhere, nothing that blocks its reader.
+
+    It is within its limit, and so many bytes more.
+    """
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path.name} is not a plain file")
-    if status.st_size > LIMITS.get(path.name, status.st_size):
-        raise CheckpointError(f"{path.name} has {status.st_size:,} bytes, more than {LIMITS[path.name]:,}")
+    limit = LIMITS.get(path.name, status.st_size) + more
+    if status.st_size > limit:
+        raise CheckpointError(f"{path.name} has {status.st_size:,} bytes, more than {limit:,}")
     return status.st_size
 
 
-def _read_small(path: Path) -> bytes:
-    _check_plain(path)
+def _read_small(path: Path, more: int = 0) -> bytes:
+    _check_plain(path, more)
     return path.read_bytes()
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file of a checkpoint, within its limits."""
-    return parse_object(_read_small(path), path.name)
+def read_object(path: Path, more: int = 0) -> dict[str, Any]:
+    """A JSON file of a checkpoint, within its limit and so many bytes more."""
+    return parse_object(_read_small(path, more), path.name)
 
 
 def _parse_entry(name: str, entry: dict[str, Any], files: Mapping[str, int]) -> _Entry:

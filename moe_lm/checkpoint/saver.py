@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from moe_lm.checkpoint.config import FailurePolicy
-from moe_lm.checkpoint.store import CheckpointStore, Part, TensorSlice
+from moe_lm.checkpoint.store import CheckpointStore, TensorSlice
 from moe_lm.checkpoint.tensor_file import CheckpointError
 
 PAUSES = (1.0, 4.0)
@@ -39,8 +39,6 @@ class Saver:
         self._hurry = threading.Event()
         self.failure: Exception | None = None
         """What ended the last save for good; null while it goes on, and when it ended well."""
-        self.part = Part({}, {})
-        """What this process has written of a checkpoint that many write."""
 
     @property
     def busy(self) -> bool:
@@ -60,7 +58,7 @@ class Saver:
         self._begin(step, lambda: self._store.save(step, copies, state))
 
     def start_part(self, step: int, slices: Iterable[TensorSlice], writer: int, copy: bool = True) -> None:
-        """Copy the tensors and begin to write this process's part of a checkpoint, which `part` then is.
+        """Copy the tensors and begin to write this process's part of a checkpoint.
 
         Args:
             step: What the checkpoint is named by.
@@ -69,15 +67,11 @@ class Saver:
             copy: As in `start`.
         """
         copies = _copies(slices, copy)
+        self._begin(step, lambda: self._store.write_part(step, writer, copies))
 
-        def write() -> None:
-            self.part = self._store.write_part(step, writer, copies)
-
-        self._begin(step, write)
-
-    def start_join(self, step: int, parts: list[Part], state: dict[str, Any]) -> None:
+    def start_join(self, step: int, writers: int, state: dict[str, Any]) -> None:
         """Begin to complete a checkpoint of which all processes have written their parts; for one of them to do."""
-        self._begin(step, lambda: self._store.join(step, parts, state))
+        self._begin(step, lambda: self._store.join(step, writers, state))
 
     def _begin(self, step: int, work: Callable[[], object]) -> None:
         assert not self.busy

@@ -7,6 +7,7 @@ whole checkpoints under their names, and beside them at most leftovers, which th
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import re
@@ -20,7 +21,7 @@ from torch import Tensor
 from moe_lm.checkpoint.checkpoint import TENSORS_SUFFIX, Checkpoint, completion_mark, read_object
 from moe_lm.checkpoint.config import CheckpointConfig
 from moe_lm.checkpoint.tensor_file import DTYPES, CheckpointError, TensorKind, write_tensors
-from moe_lm.files import json_bytes, sha256, sync_directory, write_durably
+from moe_lm.files import compact_json_bytes, json_bytes, sha256, sync_directory, write_durably
 
 FILE_BYTES = 2 * 2**30
 """Tensors are spread over files of about this size."""
@@ -33,6 +34,7 @@ SMALL_FILES = ("index.json", "state.json", "manifest.json", "COMPLETE")
 
 _NAME = re.compile(r"step-(\d{8,})")
 _WRITING, _DELETING = ".tmp-", ".old-"
+_PART = "part-{:05d}.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +144,7 @@ class CheckpointStore:
             raise
         return self._publish(step)
 
-    def write_part(self, step: int, writer: int, slices: Iterable[TensorSlice]) -> Part:
+    def write_part(self, step: int, writer: int, slices: Iterable[TensorSlice]) -> None:
         """Write and verify one process's part of a checkpoint, which `join` completes once all have written theirs.
 
         Leftovers must have been swept before any process begins.
@@ -158,29 +160,37 @@ class CheckpointStore:
         """
         temporary, prefix = self._temporary(step), f"tensors-{writer:05d}"
         temporary.mkdir(parents=True, exist_ok=True)
-        for failed in temporary.glob(f"{prefix}-*"):
-            failed.unlink()
-        part = _write_part(temporary, prefix, slices)
-        for name, written in part.hashes.items():
-            if sha256(temporary / name) != written:
-                raise CheckpointError(f"{name} does not have the content it was written with (SHA-256 differs)")
-        sync_directory(temporary)
-        return part
+        try:
+            part = _write_part(temporary, prefix, slices)
+            for name, written in part.hashes.items():
+                if sha256(temporary / name) != written:
+                    raise CheckpointError(f"{name} does not have the content it was written with (SHA-256 differs)")
+            write_durably(temporary / _PART.format(writer), [compact_json_bytes(dataclasses.asdict(part))])
+            sync_directory(temporary)
+        except BaseException:
+            for failed in [*temporary.glob(f"{prefix}-*"), temporary / _PART.format(writer)]:
+                _remove(failed)  # a full disk gets its room back
+            raise
 
-    def join(self, step: int, parts: Iterable[Part], state: dict[str, Any]) -> Path:
-        """Complete a checkpoint whose parts are written, and do as `save` does.
+    def join(self, step: int, writers: int, state: dict[str, Any]) -> Path:
+        """Complete a checkpoint whose parts are written and verified, and do as `save` does.
 
         Args:
             step: What it is named by.
-            parts: Of all processes; each has verified its own.
+            writers: Number of processes.
             state: See `save`.
         """
-        temporary, parts = self._temporary(step), list(parts)
+        temporary = self._temporary(step)
         for failed in SMALL_FILES:
             (temporary / failed).unlink(missing_ok=True)
+        files = [temporary / _PART.format(writer) for writer in range(writers)]
+        parts = [Part(**json.loads(file.read_bytes())) for file in files]
         _complete(temporary, parts, state)
-        Checkpoint(temporary, verified=[name for part in parts for name in part.hashes])
-        return self._publish(step)
+        Checkpoint(temporary, verified={name for part in parts for name in part.hashes})
+        final = self._publish(step)
+        for file in files:  # what is left of them is named by no manifest
+            _remove(final / file.name)
+        return final
 
     def _temporary(self, step: int) -> Path:
         return self.directory / f"{_WRITING}{self.path(step).name}"
@@ -313,8 +323,8 @@ def _complete(directory: Path, parts: Iterable[Part], state: dict[str, Any]) -> 
         hashes |= part.hashes
         for name, entry in part.tensors.items():
             index.setdefault(name, {**entry, "slices": []})["slices"].extend(entry["slices"])
-    for name, value in (("index.json", {"tensors": index}), ("state.json", state)):
-        hashes[name] = write_durably(directory / name, [json_bytes(value)])
+    for name, content in (("index.json", compact_json_bytes({"tensors": index})), ("state.json", json_bytes(state))):
+        hashes[name] = write_durably(directory / name, [content])
     manifest = {name: {"bytes": os.path.getsize(directory / name), "sha256": hashes[name]} for name in sorted(hashes)}
     write_durably(directory / "manifest.json", [json_bytes(manifest)])
     sync_directory(directory)

@@ -62,13 +62,13 @@ def _cluster(config: PlanPlacementConfig, experts: int) -> Cluster:
 def _table(in_order: Placement, found: Balanced, count_LE: Sequence[Sequence[int]], cluster: Cluster) -> Iterator[str]:
     """A heading, and a line for each layer."""
     yield f"{'layer':>5}  {'busiest':>7}  {'contiguous':>10}  {'balanced':>8}  best possible"
-    for layer, (count_E, gap) in enumerate(zip(count_LE, found.gap_L)):
+    for layer, (count_E, gap, optimal) in enumerate(zip(count_LE, found.gap_L, found.optimal)):
         share = max(count_E) / max(sum(count_E), 1)
         before, after = (
             straggler(Placement((placement.owners[layer],), cluster.ep), [count_E], cluster).ratio
             for placement in (in_order, found.placement)
         )
-        proof = "yes" if gap == 0 else f"within {gap:.2%}"
+        proof = "yes" if optimal else f"within {gap:.2%}"
         yield f"{layer:>5}  {share:>7.1%}  {before:>10.3f}  {after:>8.3f}  {proof}"
 
 

@@ -130,8 +130,10 @@ def _choose_placement(config: RunConfig, layout: Layout, directory: Path) -> tup
         return in_order, "experts placed in order"
     try:
         steps = read_steps(directory / "metrics.jsonl", TRACE_STEPS)
-    except InputError:
-        return in_order, "experts placed in order, for the run has logged no expert counts yet"
+    except InputError as error:
+        return in_order, f"experts placed in order ({error})"
+    if any(len(count_LE) != layers or len(count_LE[0]) != experts for count_LE in steps):
+        return in_order, "experts placed in order, for the run in the directory is of another model"
     # No process gets more experts than in order: that is what its memory was reckoned with.
     cluster = Cluster(layout.ep, min(layout.ep, _node_size(layout.world_size)), -(-experts // layout.ep))
     placement = balanced(summed(steps), cluster).placement

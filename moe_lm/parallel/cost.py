@@ -102,7 +102,8 @@ def step_traffic(
     ):
         dense += _shards(sum(_part(shape, 0, parts) for shape in shapes), gathers, parts, work, size)
     if work.muon:
-        dense += _muon(sum(_part(shape, 0, parts) for shape in of_layers if len(shape) == 2), parts, work)
+        matrices = [shape for shape in of_layers if len(shape) == 2]
+        dense += _muon(sum(_part(shape, 0, parts) for shape in matrices), len(matrices), parts, work)
     values = sum(_part(shape, 0, parts) for shape in _root(model) + of_layers + _gates(model))
     groups |= {"dense shards": dense, "dense replicas": _all_reduce(layout.dp_replicate, values * work.master_bytes)}
     return groups | (_expert_traffic(model, layout, work, placement, ep_rank) if model.is_mixture else {})
@@ -129,7 +130,7 @@ def _expert_traffic(
         values = sum(_part(shape, dim, parts) for shape in _experts(model, owned))
         shards += _shards(values, 2, parts, work, work.compute_bytes)
         if work.muon and dim == 1:
-            shards += _muon(values, parts, work)
+            shards += _muon(values, 2 * owned, parts, work)
         replicas += _all_reduce(layout.dp_replicate, values * work.master_bytes)
         if layout.ep == 1:
             continue
@@ -151,8 +152,9 @@ def _shards(values: int, gathers: int, parts: int, work: Work, size: int) -> Tra
     return Traffic(Fraction(gathers * each * size), Fraction(each * work.master_bytes))
 
 
-def _muon(values: int, parts: int, work: Work) -> Traffic:
-    return Traffic(all_gather=Fraction((parts - 1) * values * work.master_bytes))
+def _muon(values: int, matrices: int, parts: int, work: Work) -> Traffic:
+    """Of the momentum of matrices, of which a process has so many values, and whether each has a gradient at all."""
+    return Traffic(Fraction((parts - 1) * values * work.master_bytes)) + _all_reduce(parts, 4 * matrices)
 
 
 def _all_reduce(processes: int, num_bytes: int) -> Traffic:

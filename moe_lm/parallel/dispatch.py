@@ -69,7 +69,8 @@ class AllToAllDispatcher(_Owners):
         token_R, expert_R, weight_R = assignments
         sorted_slot_R, order_R = torch.sort(self._slot_E.index_select(0, expert_R), stable=True)
         token_R, weight_R = token_R.index_select(0, order_R), weight_R.index_select(0, order_R)
-        size_E = torch.bincount(sorted_slot_R, minlength=len(self._slot_E))
+        # Not bincount, which waits for the device to find out the largest number.
+        size_E = torch.zeros_like(self._slot_E).scatter_add(0, sorted_slot_R, torch.ones_like(sorted_slot_R))
         size_SN, sent, received = self._exchange_sizes(size_E)
         rows_QD = _Exchange.apply(x_TD.index_select(0, token_R), received, sent, self._group)
         num_received = rows_QD.shape[0]

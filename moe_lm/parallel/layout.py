@@ -153,8 +153,10 @@ def _expert_parallel(
         raise InputError(f"parallel={mode.name}: a dense model has no experts to place; choose parallel=fsdp.")
     experts = model.num_experts
     if config.ep is None:
-        fits = [ep for ep in _divisors(dp_shard) if ep <= min(experts, max(machine.node_size, 1))]
-        return min(fits, key=lambda ep: (-(-experts // ep), ep))
+        divisors = [ep for ep in _divisors(dp_shard) if ep <= experts]
+        near = [ep for ep in divisors if ep <= machine.node_size]
+        even = [ep for ep in near if _fits(model, dp_shard, ep)] or [e for e in divisors if _fits(model, dp_shard, e)]
+        return min(even or near, key=lambda ep: (-(-experts // ep), ep))
     if config.ep > experts:
         raise InputError(
             f"parallel.ep={config.ep}: must be at most model.num_experts={experts}, or a process has no expert."
@@ -167,17 +169,30 @@ def _expert_parallel(
     return config.ep
 
 
+def _uncut(model: ModelConfig, dp_shard: int, ep: int) -> str | None:
+    """A field whose size keeps each expert from being cut evenly over the processes that share it; null where none
+    does, or whole experts can be dealt out.
+    """
+    parts = dp_shard // ep
+    if not model.is_mixture or (ep == 1 and model.num_experts % parts == 0):
+        return None
+    rows = {"intermediate_size": 2 * model.intermediate_size, "hidden_size": model.hidden_size}
+    return next((name for name, size in rows.items() if size % parts), None)
+
+
 def _check_divisible(layout: Layout, model: ModelConfig) -> None:
     """Each expert's matrices are cut by rows into equal parts, unless whole experts can be dealt out."""
-    parts = layout.expert_shards
-    if not model.is_mixture or parts == 1:
-        return
-    for name, rows in (("intermediate_size", 2 * model.intermediate_size), ("hidden_size", model.hidden_size)):
-        if rows % parts:
-            raise InputError(
-                f"model.{name}={getattr(model, name)}: each expert is cut over dp_shard / ep = {parts} processes, "
-                f"which must divide it; choose another parallel.ep."
-            )
+    if (name := _uncut(model, layout.dp_shard, layout.ep)) is not None:
+        fits = [ep for ep in _divisors(layout.dp_shard) if _fits(model, layout.dp_shard, ep)]
+        remedy = f"parallel.ep={' or '.join(map(str, fits))} does" if fits else "choose another number of processes"
+        raise InputError(
+            f"model.{name}={getattr(model, name)}: each expert is cut over dp_shard / ep = {layout.expert_shards} "
+            f"processes, which does not divide it evenly; {remedy}."
+        )
+
+
+def _fits(model: ModelConfig, dp_shard: int, ep: int) -> bool:
+    return ep <= model.num_experts and _uncut(model, dp_shard, ep) is None
 
 
 def _refuse_unused(config: ParallelConfig, mode: ParallelMode, *names: str) -> None:

@@ -126,6 +126,12 @@ class PeerWatch:
         """Tell the others that this process ends; for whoever ends it past the context (a watchdog, a deadline)."""
         self._leave(Loss(f"ended: {why}", code, died=False))
 
+    def tell(self, error: BaseException) -> None:
+        """Tell the others at once that this process ends by an error which they do not know of."""
+        if not isinstance(error, LostPeerError) and not self._agreed():
+            self._has_own_word = True
+            self._leave(_failure(error))
+
     def __enter__(self) -> "PeerWatch":
         if self._world_size == 1:
             return self
@@ -153,7 +159,7 @@ class PeerWatch:
 
     def _end_orderly(self, error: BaseException | None) -> BaseException | None:
         """Say farewell, and wait a little until it is heard; gives the error by its name."""
-        error = error and self.named(error)
+        error = error if error is None or self._ends.is_set() else self.named(error)
         is_loss = isinstance(error, LostPeerError)
         self._has_own_word = error is not None and not is_loss
         self._has_left.set()

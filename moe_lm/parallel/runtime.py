@@ -8,17 +8,24 @@ not know.
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
 from moe_lm.errors import InputError, RunError, Stopped
 from moe_lm.interrupts import interrupts
 from moe_lm.kernels.allocator import keep_freed_memory
 from moe_lm.parallel.peers import PeerWatch
+
+PATIENCE = timedelta(days=1)
+"""How long a process waits for another one in a collective. The backends' 10 or 30 minutes are less than an export or
+the preparation of much text by the main process takes; processes that have gone are found by `PeerWatch`, those that
+hang by the watchdog."""
 
 
 class Runtime:
@@ -34,7 +41,8 @@ class Runtime:
             _meet_again("gloo" if on_cpu else "nccl")
         # Said outright, because Accelerate guesses otherwise: under torchrun on a CPU every rank takes itself for the
         # main one. Its own mixed precision stays off, whatever the launcher's environment says.
-        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
+        patience = InitProcessGroupKwargs(timeout=PATIENCE)
+        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[patience])
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
@@ -125,7 +133,9 @@ class Runtime:
             if failure is None and self.all_failed:
                 texts = self.gather("")
                 rank = next(rank for rank, text in enumerate(texts) if text)
-                raise _from_text(texts[rank], f"process {rank}")
+                theirs = _from_text(texts[rank], f"process {rank}")
+                theirs.told = True
+                raise theirs
             if failure is not None:
                 self.gather(_as_text(failure))
         if failure is not None:
@@ -192,7 +202,7 @@ def _meet_again(backend: str) -> None:
     store = dist.TCPStore(address, port, world_size, is_master=is_master)  # type: ignore[attr-defined]
     name = f"attempt-{environment['TORCHELASTIC_RESTART_COUNT']}"
     attempt = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
-    dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size)
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=PATIENCE)
 
 
 def launched_world_size() -> int:

@@ -80,6 +80,14 @@ class ParameterShard:
         dist.all_gather(parts, padded, group=self.group)
         return torch.cat(parts, dim=self.dim).narrow(self.dim, 0, self.extent)
 
+    def any(self, flags: Tensor) -> Tensor:
+        """Of each flag, whether it is set on any process that shares the matrices; all must call it."""
+        if self.group is None:
+            return flags
+        counts = flags.to(torch.int32)
+        dist.all_reduce(counts, group=self.group)
+        return counts > 0
+
     def own(self, gathered: Tensor) -> Tensor:
         """This process's part of what `gather` gave."""
         if self.group is None:

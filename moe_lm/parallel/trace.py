@@ -13,11 +13,6 @@ from typing import Any
 from moe_lm.errors import InputError
 
 
-def read_trace(path: Path, last: int | None = None, field: str = "trace") -> list[list[int]]:
-    """Rows routed to each expert in a run's logged steps together, [L][E]; arguments and errors as of `read_steps`."""
-    return summed(read_steps(path, last, field))
-
-
 def summed(steps: Sequence[list[list[int]]]) -> list[list[int]]:
     """Counts of several steps together, [L][E]."""
     return [[sum(counts) for counts in zip(*layers)] for layers in zip(*steps)]

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from moe_lm.data.loader import validation_batches
-from moe_lm.errors import InputError, RunError, Stopped
+from moe_lm.errors import RunError, Stopped
 from moe_lm.evaluation.bits_per_byte import bits_per_byte
 from moe_lm.training.config import SpikePolicy
 from moe_lm.training.feed import Feed, GlobalBatch
@@ -73,6 +73,8 @@ def _train_until_rewind(run: Run, telemetry: Telemetry, pulse: Pulse) -> float |
         if run.saved_step != progress.step:
             run.save(feed, pulse)  # a stream has ended
         telemetry.close_data()
+        if run.parallel.layout.sharded:
+            run.finish_saving(pulse)  # parts that lie there for the length of a validation are no checkpoint yet
         final = validate(run, None, pulse)
         run.finish_saving(pulse)
         if run.requests.agreed(run.saver).stop or final is None:
@@ -110,7 +112,7 @@ def _next(run: Run, feed: Feed, pulse: Pulse) -> GlobalBatch | None:
     """The next batch; null where the data has ended."""
     try:
         return feed.next()
-    except (RunError, InputError):
+    except Exception:
         # A signal to the whole process group has ended the tokenizing workers, too: that is no failure of theirs.
         if run.requests.agreed(run.saver).stop:
             _stop(run, feed, pulse)

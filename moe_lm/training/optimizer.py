@@ -47,7 +47,7 @@ class Muon(torch.optim.Optimizer):
                 momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
                 # An expert that got no token is not moved (but by decay). Its momentum only fades, but orthogonalising
                 # would bring it back to full length and walk the expert along a stale direction, step after step.
-                moved = (gradient != 0).any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)
+                moved = shard.any((gradient != 0).any(dim=-1, keepdim=True).any(dim=-2, keepdim=True))
                 whole = shard.gather(gradient.lerp(momentum, group["momentum"]) * moved)
                 direction = orthogonalize(whole.unflatten(-2, (group["matrices"], -1)))
                 scale = 0.2 * max(direction.shape[-2:]) ** 0.5

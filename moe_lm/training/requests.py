@@ -42,7 +42,8 @@ class Requests:
             with contextlib.suppress(OSError):
                 self._save_file.unlink()
                 save = True
-        return Asked(*self._runtime.any([stop, save, saver.failure is not None, saver.busy]))
+        busy = saver.busy  # before its failure, which it may only now meet
+        return Asked(*self._runtime.any([stop, save, saver.failure is not None, busy]))
 
     @property
     def stopping(self) -> bool:

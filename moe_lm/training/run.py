@@ -4,6 +4,7 @@ There is no random state among it: nothing draws from a global generator while t
 seed, data order from (seed, step).
 """
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -15,7 +16,7 @@ import torch
 
 from moe_lm.checkpoint.checkpoint import Checkpoint
 from moe_lm.checkpoint.saver import Saver, said
-from moe_lm.checkpoint.store import SCORE, CheckpointStore, Part, step_of
+from moe_lm.checkpoint.store import SCORE, CheckpointStore, step_of
 from moe_lm.checkpoint.tensor_file import CheckpointError
 from moe_lm.data.loader import make_mixture
 from moe_lm.data.prepared import PreparedData
@@ -83,7 +84,7 @@ class Run:
         self.saver = Saver(self.store, report)
         self.requests = Requests(directory, runtime)
         # Made once: training stands still while a save begins.
-        self.environment, self._plain_config = environment(runtime), to_plain(config)
+        self.environment, self._plain_config = environment(runtime, self.parallel), to_plain(config)
         self.progress = Progress()
         self.spikes = SpikeDetector(config.guards)
         self.data_state: dict[str, Any] = {}
@@ -123,7 +124,7 @@ class Run:
         step, is_main = self.progress.step, self.runtime.is_main
         slices = saved_slices(self.optimizer, self.load_LE, is_main)
         if self.parallel.layout.sharded:
-            self.runtime.on_main(self.store.sweep)  # before any process begins to write
+            self.runtime.on_main(self._sweep)  # before any process begins to write
             self._unjoined = state
             self.saver.start_part(step, slices, self.runtime.rank, copy=background)
         elif is_main:
@@ -132,20 +133,21 @@ class Run:
         if not background:
             self.finish_saving(pulse)
 
+    def _sweep(self) -> None:
+        with contextlib.suppress(OSError):  # the save will meet it as well, and does as the policy says
+            self.store.sweep()
+
     def go_on_saving(self, busy: bool) -> None:
-        """Complete a checkpoint of which every process has written its part; every process must call it.
+        """Begin to complete a checkpoint of which every process has written its part.
 
         Args:
-            busy: Whether any process is still writing, the same on every one.
+            busy: Whether any process is still writing; the same on every one.
         """
         if self._unjoined is None or busy:
             return
-        parts = [
-            Part(**json.loads(text)) for text in self.runtime.gather(json.dumps(dataclasses.asdict(self.saver.part)))
-        ]
         if self.runtime.is_main:
             assert self.saved_step is not None
-            self.saver.start_join(self.saved_step, parts, self._unjoined)
+            self.saver.start_join(self.saved_step, self.runtime.world_size, self._unjoined)
         self._unjoined = None
 
     def finish_saving(self, pulse: Callable[[], None]) -> None:

@@ -1,5 +1,6 @@
 """What a checkpoint of a run says: its tensors, its state, and whether they are those of a run at all."""
 
+import hashlib
 import platform
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -14,6 +15,7 @@ from moe_lm.checkpoint.tensor_file import CheckpointError, TensorKind, are_sizes
 from moe_lm.model.balancing import load_fraction
 from moe_lm.model.config import ModelConfig
 from moe_lm.model.decoder import CausalLM
+from moe_lm.parallel.parallelize import ParallelModel
 from moe_lm.parallel.runtime import Runtime
 from moe_lm.parallel.shards import ParameterShard, whole_shards
 from moe_lm.training.config import OptimizerConfig
@@ -132,8 +134,10 @@ def progress_of(checkpoint: Checkpoint) -> Progress:
     return progress
 
 
-def environment(runtime: Runtime) -> dict[str, Any]:
+def environment(runtime: Runtime, parallel: ParallelModel) -> dict[str, Any]:
     """What a bit-exact resume depends on besides the configuration."""
+    owners = () if parallel.placement is None else parallel.placement.owners
+    placed = hashlib.sha256(repr(owners).encode()).hexdigest()[:8] if owners else "none"
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in ("moe-lm", "torch", "transformers", "accelerate")},
@@ -141,4 +145,5 @@ def environment(runtime: Runtime) -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "processes": runtime.world_size,
+        **({"layout": str(parallel.layout), "owners": placed} if runtime.world_size > 1 else {}),
     }

@@ -18,7 +18,7 @@ import torch
 
 from moe_lm.checkpoint.checkpoint import Checkpoint
 from moe_lm.checkpoint.config import CheckpointConfig
-from moe_lm.checkpoint.store import CheckpointStore, Part, TensorSlice
+from moe_lm.checkpoint.store import CheckpointStore, TensorSlice
 from moe_lm.data.batch import IGNORED, Batch
 from moe_lm.model.config import LoadBalancing, LoadSource, ModelConfig, ModelFamily
 from moe_lm.model.initialization import initial_value
@@ -262,11 +262,10 @@ def count_rows(own: int):
 
 def write(directory: Path, slices: list[TensorSlice], figures: dict, runtime: Runtime) -> None:
     store = CheckpointStore(directory, CheckpointConfig())
-    part = store.write_part(1, runtime.rank, slices)
-    texts = runtime.gather(json.dumps({"part": dataclasses.asdict(part), "figures": figures}))
-    everyone = [json.loads(text) for text in texts]
+    store.write_part(1, runtime.rank, slices)
+    everyone = [json.loads(text) for text in runtime.gather(json.dumps(figures))]
     if runtime.is_main:
-        store.join(1, [Part(**one["part"]) for one in everyone], {"processes": [one["figures"] for one in everyone]})
+        store.join(1, runtime.world_size, {"processes": everyone})
     runtime.barrier()
 
 

@@ -26,7 +26,7 @@ def test_a_process_holds_its_part_and_one_tensor(tmp_path):
     weights = 4 * count_parameters(CONFIG).total
     largest = 4 * CONFIG.num_experts * 2 * CONFIG.intermediate_size * CONFIG.hidden_size
     whole = 7 * weights  # weights, gradients, two moments, and a copy of all but gradients
-    assert grown[1] > 0.8 * whole, "the measure does not see what one process holds"
+    assert grown[1] > 0.6 * whole, "the measure does not see what one process holds"
     slack = 2 * largest + 40 * 2**20
     assert grown[2] < whole / 2 + slack and grown[4] < whole / 4 + slack, (grown, weights, largest)
     print(grown, weights)

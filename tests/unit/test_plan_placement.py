@@ -9,7 +9,7 @@ from moe_lm import cli
 from moe_lm.commands.config import PlanPlacementConfig
 from moe_lm.parallel.placement import Cluster, Placement, contiguous, read_placement, straggler
 from moe_lm.parallel.placement_search import balanced
-from moe_lm.parallel.trace import read_trace
+from moe_lm.parallel.trace import read_steps, summed
 
 LAYERS, EXPERTS, STEPS = 3, 8, 5
 
@@ -53,7 +53,7 @@ def test_the_table_is_what_the_functions_say(run, capsys, options, cluster, last
         options = [*options, f"last={last}"]
     assert cli.main(["plan", "placement", f"trace={run}", *options]) == 0
     table, total = _table(capsys.readouterr().out)
-    count_LE = read_trace(run, last)
+    count_LE = summed(read_steps(run, last))
     both = contiguous(LAYERS, EXPERTS, cluster.ep), balanced(count_LE, cluster).placement
     for layer, (cells, count_E) in enumerate(zip(table, count_LE, strict=True)):
         ratios = [straggler(Placement((p.owners[layer],), cluster.ep), [count_E], cluster).ratio for p in both]
@@ -72,7 +72,7 @@ def test_the_file_that_it_writes_is_the_balanced_placement(run, capsys):
     assert cli.main(["plan", "placement", f"trace={run}", "ep=3", f"output={path}"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.endswith(f"parallel.placement=file parallel.placement_file={path}")
-    assert read_placement(path, LAYERS, EXPERTS, 3) == balanced(read_trace(run), Cluster(3)).placement
+    assert read_placement(path, LAYERS, EXPERTS, 3) == balanced(summed(read_steps(run)), Cluster(3)).placement
 
 
 def test_a_gap_is_said_where_there_is_no_proof(run, capsys, monkeypatch):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from moe_lm.errors import InputError
-from moe_lm.parallel.trace import read_steps, read_trace
+from moe_lm.parallel.trace import read_steps, summed
 
 
 def _line(step, counts=None, **values):
@@ -44,22 +44,22 @@ def run(tmp_path):
 def test_the_last_logged_steps_are_summed(run, last, total):
     """Catches validations and events that count as steps, the first steps in place of the last, and sums across E."""
     directory = run(*STEPS)
-    assert read_trace(directory, last) == total
-    assert read_trace(directory / "metrics.jsonl", last) == total
+    assert summed(read_steps(directory, last)) == total
+    assert summed(read_steps(directory / "metrics.jsonl", last)) == total
     assert len(read_steps(directory, last)) == min(last or 3, 3)
 
 
 @pytest.mark.parametrize("length", range(0, len(STEPS[-1]) - 1, 7))
 def test_a_line_that_is_being_written_is_left_out(run, length):
     """Catches a trace of a live or killed run that can not be read for its last line."""
-    assert read_trace(run(*STEPS[:-1], STEPS[-1][:length])) == [[11, 22], [33, 44]]
+    assert summed(read_steps(run(*STEPS[:-1], STEPS[-1][:length]))) == [[11, 22], [33, 44]]
 
 
 def test_a_dense_layerless_step_is_no_step(run):
     """Catches a dense run that is taken for one of no experts, and divided by."""
     for empty in ([], [[], []]):
         with pytest.raises(InputError, match="has no expert counts; give a run of a mixture"):
-            read_trace(run(_line(1, empty), _line(2, empty)))
+            read_steps(run(_line(1, empty), _line(2, empty)))
 
 
 @pytest.mark.parametrize(
@@ -85,19 +85,19 @@ def test_a_file_without_a_trace_is_refused_in_a_sentence(run, lines, words):
     """Catches tracebacks, and counts of two models that are added up."""
     directory = run(*lines)
     with pytest.raises(InputError) as caught:
-        read_trace(directory, field="parallel.trace")
+        summed(read_steps(directory, field="parallel.trace"))
     said = str(caught.value)
     assert said.startswith(f"parallel.trace={directory}: ") and words in said and said.endswith(".")
 
 
 def test_steps_of_another_shape_that_are_not_asked_for_do_not_matter(run):
     """Catches `last=` that does not help where the sentence about shapes would have it."""
-    assert read_trace(run(_line(1, [[1, 2, 3]]), _line(2, [[1, 2]])), last=1) == [[1, 2]]
+    assert read_steps(run(_line(1, [[1, 2, 3]]), _line(2, [[1, 2]])), last=1) == [[[1, 2]]]
 
 
 def test_a_missing_run_is_said_to_be_missing(tmp_path):
     """Catches a traceback for a misspelt run."""
     with pytest.raises(InputError, match=r"trace=.*nowhere: there is no .*nowhere; give a run directory"):
-        read_trace(tmp_path / "nowhere")
+        summed(read_steps(tmp_path / "nowhere"))
     with pytest.raises(InputError, match=r"there is no .*metrics\.jsonl; give"):
-        read_trace(tmp_path)
+        summed(read_steps(tmp_path))

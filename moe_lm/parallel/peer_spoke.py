@@ -23,6 +23,9 @@ from moe_lm.parallel.peer_connections import (
 
 _CONNECT_SECONDS = 30.0
 
+_TOGETHER = 0.3
+"""Seconds within which another process that ends together with rank 0 has ended, too."""
+
 _ASK_SECONDS = 3.0
 """Within which a process has found out whether one of a lower rank is left."""
 
@@ -59,6 +62,7 @@ class Spoke(Station):
         """Whether this process is the one to tell the user: rank 0 does, or the lowest rank that is left."""
         if not loss.of_main:
             return False
+        time.sleep(_TOGETHER)
         deadline = time.monotonic() + _ASK_SECONDS
         for rank, host, port in self._ears:
             if rank >= self._rank:

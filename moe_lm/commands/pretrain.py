@@ -200,7 +200,7 @@ def _train(training: Run) -> float:
         write_state(training, "failed", step=training.progress.step, exit_code=1, error=why)
 
     def silent() -> str:
-        return "".join(f"; {sentence}" for sentence in peers.silent(5 * BEAT))
+        return "".join(f"; {sentence}" for sentence in peers.silent(2.5 * BEAT))
 
     trainer = training.config.trainer
     with (

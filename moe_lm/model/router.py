@@ -45,7 +45,7 @@ def expert_capacity(factor: float, num_assignments: int, num_experts: int) -> in
     """C: the most rows that one expert takes, `factor` even shares of the assignments, rounded up (GShard, Lepikhin et
     al. 2020, section 2.2).
     """
-    return math.ceil(factor * num_assignments / num_experts)
+    return math.ceil(min(factor * num_assignments / num_experts, num_assignments))
 
 
 class Router(nn.Module):

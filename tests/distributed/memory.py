@@ -22,7 +22,6 @@ from moe_lm.parallel.parallelize import parallelize
 from moe_lm.parallel.placement import contiguous
 from moe_lm.parallel.runtime import Runtime
 from moe_lm.training.config import OptimizerConfig
-from moe_lm.training.machine import peak_memory
 from moe_lm.training.optimizer import Optimizer
 from moe_lm.training.state import initial_load, load_tensors, saved_slices
 
@@ -37,13 +36,20 @@ CONFIG = ModelConfig(
 )
 
 
+def peak() -> int:
+    """Most memory resident since it was reset, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
 def main() -> None:
     torch.set_num_threads(1)
     runtime, directory = Runtime("cpu"), Path(sys.argv[1])
     world, cpu = runtime.world_size, torch.device("cpu")
     layout = Layout(1, world, world) if world > 1 else Layout()
     placement = contiguous(CONFIG.num_hidden_layers, CONFIG.num_experts, world) if world > 1 else None
-    before = peak_memory(cpu)
+    Path("/proc/self/clear_refs").write_text("5")  # what the peak is reset by; it comes from the parent otherwise
+    before = peak()
     parallel = parallelize(CONFIG, layout, placement, runtime.rank, cpu, torch.float32)
     for shard in parallel.shards:
         shard.fill(initial_value(CONFIG, 1, shard.name, shard.shape, cpu, torch.float32))
@@ -65,7 +71,7 @@ def main() -> None:
     # The copy that was saved from is gone; what the other layouts saved is read in its place.
     for path in sorted(directory.glob("saved-by-*/step-*")):
         load_tensors(Checkpoint(path), optimizer, load_LE, trained=True)
-    grown = runtime.gather(str(peak_memory(cpu) - before))
+    grown = runtime.gather(str(peak() - before))
     if runtime.is_main:
         (directory / f"memory-{world}.json").write_text(json.dumps([int(text) for text in grown]))
     runtime.barrier()

@@ -52,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
             time.sleep(1)  # a launcher ends all processes as soon as one has gone: first the one that speaks
             return error.code
         rank = os.environ.get("RANK", "0")
+        if rank != "0" and isinstance(error, InputError):
+            time.sleep(2)  # the first process meets it as well, and says it for all; if not, this one speaks
         name = "moe-lm:" if rank == "0" else f"moe-lm (rank {rank}):"
         print(name, *str(error).splitlines(), file=sys.stderr)  # one line, whatever the user's values hold
         return error.code
@@ -60,7 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"moe-lm: {stopped}", file=sys.stderr)
         return STOPPED
     except KeyboardInterrupt:
-        print("\nmoe-lm: interrupted", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("\nmoe-lm: interrupted", file=sys.stderr)
         return STOPPED
     except BrokenPipeError:
         # The reader of our output has gone, as in `moe-lm pretrain --help | head`.

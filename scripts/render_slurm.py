@@ -5,6 +5,7 @@ sbatch mine.sh
 """
 
 import argparse
+import re
 import shlex
 import string
 from pathlib import Path
@@ -42,24 +43,39 @@ scontrol requeue "$$SLURM_JOB_ID"
 """)
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
 def main() -> None:
     """Fill in the template from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nodes", type=int, default=1, help="machines")
+    parser.add_argument("--nodes", type=_positive, default=1, help="machines")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of each, one process for each; 0 for CPUs")
-    parser.add_argument("--processes-per-node", type=int, help="where it is not the number of GPUs")
+    parser.add_argument("--processes-per-node", type=_positive, help="where it is not the number of GPUs")
     parser.add_argument("--time", default="24:00:00", help="limit of one job; the run goes on in the next")
-    parser.add_argument("--grace", type=int, default=120, help="seconds before the limit at which the run is saved")
-    parser.add_argument("--port", type=int, default=29500, help="on the first node, for the processes to meet")
+    parser.add_argument(
+        "--grace", type=_positive, default=120, help="seconds before the limit at which the run is saved"
+    )
+    parser.add_argument("--port", type=_positive, default=29500, help="on the first node, for the processes to meet")
     parser.add_argument("--setup", default="", help="a line that activates the environment")
     parser.add_argument("--sbatch", action="append", default=[], help="a further directive, such as --partition=gpu")
     parser.add_argument("options", nargs="*", help="options of `moe-lm pretrain`")
     given = parser.parse_args()
     processes = given.processes_per_node or given.gpus_per_node
-    if given.nodes < 1 or processes < 1 or given.gpus_per_node < 0:
-        parser.error("--nodes and the processes of a node must be at least 1")
-    values = dict(option.split("=", 1) for option in given.options if "=" in option)
+    if processes < 1:
+        parser.error("--gpus-per-node 0 needs --processes-per-node")
+    if not re.fullmatch(r"[0-9:-]+", given.time):
+        parser.error(f"--time {given.time!r}: must be written as SLURM does, such as 24:00:00")
+    if wrong := [option for option in given.options if "=" not in option]:
+        parser.error(f"{wrong[0]!r}: options of `moe-lm pretrain` are written NAME=VALUE")
+    values = dict(option.split("=", 1) for option in given.options)
     name = values.get("run_name", values.get("experiment", "stdlib"))
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        parser.error(f"run_name={name!r}: use letters, digits, '.', '_' and '-'")
     print(
         TEMPLATE.substitute(
             name=shlex.quote(name),

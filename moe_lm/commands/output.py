@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from moe_lm.errors import InputError
+
 
 class _Lasting:
     """A stream that leads nowhere once it can not be written any more."""
@@ -62,10 +64,13 @@ def output_to_file(directory: Path, rank: int) -> Iterator[None]:
     if rank == 0:
         yield
         return
-    directory.mkdir(parents=True, exist_ok=True)
-    with (
-        open(directory / f"process-{rank:05d}.txt", "a", buffering=1) as file,
-        contextlib.redirect_stdout(file),
-        contextlib.redirect_stderr(file),
-    ):
+    path = directory / f"process-{rank:05d}.txt"
+    with contextlib.ExitStack() as opened:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            file = opened.enter_context(open(path, "a", buffering=1))
+        except OSError as error:
+            raise InputError(f"{path}: can not be written ({error.strerror}); move what lies there away.") from error
+        opened.enter_context(contextlib.redirect_stdout(file))
+        opened.enter_context(contextlib.redirect_stderr(file))
         yield

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moe_lm.commands.config import PlanPlacementConfig
 from moe_lm.errors import InputError
-from moe_lm.parallel.placement import Cluster, Placement, contiguous, straggler, write_placement
+from moe_lm.parallel.placement import Cluster, Placement, contiguous, is_placement, straggler, write_placement
 from moe_lm.parallel.placement_search import Balanced, balanced
 from moe_lm.parallel.trace import read_steps, summed
 
@@ -77,6 +77,8 @@ def _said(seconds: float) -> str:
 
 
 def _write(path: Path, placement: Placement) -> None:
+    if path.is_file() and not is_placement(path):
+        raise InputError(f"output={path}: is another file than a placement, and would be lost; give another one.")
     try:
         write_placement(path, placement)
     except OSError as error:

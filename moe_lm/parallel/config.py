@@ -53,3 +53,8 @@ class ParallelConfig:
                 raise InputError(f"parallel.{name}={value}: must be at least 1, or null.")
         if self.placement is PlacementPolicy.file and self.placement_file is None:
             raise InputError("parallel.placement_file=null: parallel.placement=file needs the file.")
+        if self.placement is not PlacementPolicy.file and self.placement_file is not None:
+            raise InputError(
+                f"parallel.placement_file={self.placement_file}: is not read with parallel.placement="
+                f"{self.placement.name}; set parallel.placement=file, or leave it out."
+            )

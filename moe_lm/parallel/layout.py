@@ -87,7 +87,7 @@ def choose_layout(config: ParallelConfig, model: ModelConfig, machine: Machine, 
     """
     mode, why = config.mode, ""
     if mode is ParallelMode.auto:
-        mode, why = _choose_mode(model, machine, state_bytes)
+        mode, why = _choose_mode(config, model, machine, state_bytes)
     world = machine.world_size
     if mode is ParallelMode.single:
         if world > 1:
@@ -105,10 +105,16 @@ def choose_layout(config: ParallelConfig, model: ModelConfig, machine: Machine, 
     return layout, why
 
 
-def _choose_mode(model: ModelConfig, machine: Machine, state_bytes: int) -> tuple[ParallelMode, str]:
+def _choose_mode(
+    config: ParallelConfig, model: ModelConfig, machine: Machine, state_bytes: int
+) -> tuple[ParallelMode, str]:
     world, memory = machine.world_size, machine.memory
     if world == 1:
         return ParallelMode.single, ""
+    if config.dp_replicate is not None:
+        return ParallelMode.hsdp_ep, "parallel=hsdp_ep, for parallel.dp_replicate is given"
+    if config.ep is not None:
+        return ParallelMode.fsdp_ep, "parallel=fsdp_ep, for parallel.ep is given"
     needs = f"the training state of a whole model takes {state_bytes / 1e9:,.2f} of {memory / 1e9:,.0f} GB"
     if state_bytes <= REPLICATED_SHARE * memory:
         return ParallelMode.replicated, f"parallel=replicated, for {needs}"
@@ -184,7 +190,8 @@ def _check_divisible(layout: Layout, model: ModelConfig) -> None:
     """Each expert's matrices are cut by rows into equal parts, unless whole experts can be dealt out."""
     if (name := _uncut(model, layout.dp_shard, layout.ep)) is not None:
         fits = [ep for ep in _divisors(layout.dp_shard) if _fits(model, layout.dp_shard, ep)]
-        remedy = f"parallel.ep={' or '.join(map(str, fits))} does" if fits else "choose another number of processes"
+        axes = f"parallel=fsdp_ep parallel.ep={' or '.join(map(str, fits))} does"
+        remedy = axes if fits else "choose another number of processes"
         raise InputError(
             f"model.{name}={getattr(model, name)}: each expert is cut over dp_shard / ep = {layout.expert_shards} "
             f"processes, which does not divide it evenly; {remedy}."

@@ -194,6 +194,15 @@ def write_placement(path: Path, placement: Placement) -> None:
     write_atomically(path, text.encode())
 
 
+def is_placement(path: Path) -> bool:
+    """Whether a file looks like what `write_placement` writes."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.keys() == {"num_experts", "ep", "layers"}
+
+
 def read_placement(path: Path, num_layers: int, num_experts: int, ep: int) -> Placement:
     """Read what `write_placement` or a person wrote.
 

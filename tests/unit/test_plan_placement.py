@@ -148,3 +148,13 @@ def test_misspelt_commands_of_two_words_get_a_suggestion(arguments, words, capsy
     """Catches a suggestion that only knows one word."""
     assert cli.main(arguments) == 2
     assert words in capsys.readouterr().err
+
+
+def test_it_replaces_placements_and_nothing_else(run, capsys):
+    """Catches a plan that is written over the trace that it was made of, or over somebody's program."""
+    command = ["plan", "placement", f"trace={run}", "ep=3"]
+    trace = (run / "metrics.jsonl").read_bytes()
+    assert cli.main([*command, f"output={run / 'metrics.jsonl'}"]) == 2
+    assert "would be lost" in capsys.readouterr().err and (run / "metrics.jsonl").read_bytes() == trace
+    for _ in range(2):
+        assert cli.main([*command, f"output={run / 'placement.json'}"]) == 0

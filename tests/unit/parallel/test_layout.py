@@ -69,6 +69,19 @@ def test_auto_goes_by_memory_and_says_why(world, node, state, family, mode):
     assert why.startswith(f"parallel={mode}, for the training state of a whole model takes") if mode else why == ""
 
 
+def test_auto_obeys_the_axes_that_are_given():
+    """Catches a choice that ignores an axis, or is refused for a mode that nobody asked for."""
+    assert _choose("auto", 4, state=SMALL, ep=2)[0] == Layout(1, 4, 2)
+    assert _choose("auto", 4, state=SMALL, dp_replicate=2)[0] == Layout(2, 2, 2)
+
+
+def test_the_default_is_an_axis_that_fits():
+    """Catches a default that is refused where another would do: 24 processes on nodes of 8 and 4096 rows."""
+    model = ModelConfig()
+    layout, _ = choose_layout(ParallelConfig(ParallelMode.fsdp_ep), model, Machine(24, 8, 80 * 10**9), LARGE)
+    assert model.hidden_size % layout.expert_shards == 0 and layout.ep == 6
+
+
 @pytest.mark.parametrize("layout", [Layout(2, 4, 2), Layout(1, 6, 3), Layout(3, 4, 4), Layout(2, 6, 1)])
 def test_every_process_has_a_place_of_its_own(layout):
     """Catches two processes with the same part, or owners of experts that are not neighbours."""
@@ -91,7 +104,7 @@ def test_every_process_has_a_place_of_its_own(layout):
         ("hsdp_ep", 4, {"dp_replicate": 3}, ["parallel.dp_replicate=3", "4", "1, 2, 4"]),
         ("hsdp_ep", 4, {}, ["parallel.dp_replicate=null", "one node"]),
         ("replicated", 4, {"ep": 2}, ["parallel.ep=2", "replicated"]),
-        ("fsdp", 7, {}, ["model.intermediate_size=96", "dp_shard / ep = 7"]),
+        ("fsdp", 7, {}, ["model.intermediate_size=96", "dp_shard / ep = 7", "parallel=fsdp_ep parallel.ep=7"]),
     ],
 )
 def test_axes_that_do_not_fit_are_refused(mode, world, axes, words):

@@ -179,8 +179,14 @@ class CheckpointStore:
             step: What it is named by.
             writers: Number of processes.
             state: See `save`.
+
+        Raises:
+            OSError, CheckpointError: As `save` does; to be called again.
         """
         temporary = self._temporary(step)
+        if not temporary.exists() and self.path(step).exists():  # a try before this one failed once it was in place
+            sync_directory(self.directory)
+            return self.path(step)
         for failed in SMALL_FILES:
             (temporary / failed).unlink(missing_ok=True)
         files = [temporary / _PART.format(writer) for writer in range(writers)]

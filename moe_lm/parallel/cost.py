@@ -10,7 +10,8 @@ For each micro-batch, of every parameter that is cut over W processes into parts
     reduce-scatter    its gradient, in fp32
     all-to-all        of each layer: E numbers of rows, then the rows themselves, there and back, forward and backward:
                       2·(S + Q)·D values for S rows sent to other processes and Q received from them (with a capacity
-                      C there are no numbers, and C rows to and from every expert)
+                      C there are no numbers, and C rows to and from every expert; activations that are computed again
+                      repeat the forward's part)
 
 and once a step: the all-reduce of gradient parts over replicas, of losses, expert counts and the norm, and Muon's
 all-gathers of the matrices it orthogonalises.
@@ -59,6 +60,8 @@ class Work:
     compute_bytes: int = 2
     """Size of a number that is computed with."""
     master_bytes: int = MASTER_BYTES
+    recompute: bool = False
+    """Whether activations are computed again in the backward: the forward's exchanges are then made twice."""
     muon: bool = False
     """Whether matrices of layers are orthogonalised."""
     rows_sent: int = 0
@@ -141,7 +144,8 @@ def _expert_traffic(
             others = model.num_experts - owned + owned * (layout.ep - 1)
             rows += others * capacity * work.micro_batches
     rows += work.rows_sent + work.rows_received
-    travel = 8 * numbers + 2 * rows * model.hidden_size * work.compute_bytes
+    forward = 2 if work.recompute else 1
+    travel = forward * 8 * numbers + (forward + 1) * rows * model.hidden_size * work.compute_bytes
     exchange = Traffic(all_to_all=Fraction(travel))
     return {"expert shards": shards, "expert replicas": replicas, "expert parallel": exchange}
 

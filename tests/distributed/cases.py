@@ -106,7 +106,7 @@ class Case:
         size = getattr(torch, self.dtype).itemsize
         micro_batches = ROWS // self.world // self.micro
         muon, tokens = self.optimizer == "muon", self.micro * LENGTH
-        return Work(micro_batches, size, max(size, 4), muon, rows_sent, rows_received, tokens)
+        return Work(micro_batches, size, max(size, 4), self.recompute, muon, rows_sent, rows_received, tokens)
 
     def placement(self) -> Placement | None:
         if self.ep == 1:
@@ -216,6 +216,8 @@ def run_case(case: Case, runtime: Runtime, directory: Path, keep_state: bool) ->
         with CountTraffic() as counted, count_rows(runtime.rank % case.ep) as rows:
             result = train_step(compute, optimizer, runtime, batch, load_LE, 1.0)
         load_LE = next_load(result, load_LE)
+        times = 2 if case.recompute else 1  # that a dispatch was made, and counted
+        rows = [number // times for number in rows]
         predicted = step_traffic(config, case.layout, case.work(*rows), parallel.placement, runtime.rank % case.ep)
         traffic.append(
             {"calls": counted.calls, "bytes": counted.said(), "predicted": said(sum(predicted.values(), Traffic()))}

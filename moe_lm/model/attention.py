@@ -4,7 +4,6 @@ Letters: B batch, S query length, T key length, D hidden, N heads, G key/value h
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_lm.kernels.attention import attention
@@ -70,10 +69,11 @@ class Attention(nn.Module):
     ) -> Tensor:
         """X [B, S, D] to [B, S, D]; `mask_BST` is true where a query may look, null for plain causal attention."""
         heads = (*x_BSD.shape[:2], -1, self.head_dim)
-        q_BSNH = apply_rotary(F.linear(x_BSD, self.q_proj.weight).view(heads), *rotary)
-        k_BSGH = apply_rotary(F.linear(x_BSD, self.k_proj.weight).view(heads), *rotary)
-        v_BSGH = F.linear(x_BSD, self.v_proj.weight).view(heads)
+        q_BSNH = apply_rotary(self.q_proj(x_BSD).view(heads), *rotary)
+        k_BSGH = apply_rotary(self.k_proj(x_BSD).view(heads), *rotary)
+        v_BSGH = self.v_proj(x_BSD).view(heads)
         if cache is not None:
             k_BSGH, v_BSGH = cache.extend(self.layer, k_BSGH, v_BSGH)
         o_BSNH = attention(q_BSNH, k_BSGH, v_BSGH, mask_BST)
-        return F.linear(o_BSNH.flatten(2), self.o_proj.weight)
+        output: Tensor = self.o_proj(o_BSNH.flatten(2))
+        return output

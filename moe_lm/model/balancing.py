@@ -49,6 +49,15 @@ def router_z_loss(z_sum_L: Tensor, num_tokens: Tensor | float) -> Tensor:
     return z_sum_L.mean() / num_tokens
 
 
+def router_drift_loss(drift_sum_L: Tensor, num_tokens: Tensor | float) -> Tensor:
+    """Mean over layers and tokens of KL(p_start ‖ p), in nats; parts add up as above.
+
+    The divergence that distillation takes (Hinton et al. 2015), between the router that fine-tuning started with and
+    the present one, both on the present hidden states.
+    """
+    return drift_sum_L.mean() / num_tokens
+
+
 def load_violation(count_LE: Tensor) -> Tensor:
     """MaxVio per layer, [L]: how far the busiest expert is above the mean load; 0 at balance, E − 1 at collapse.
 

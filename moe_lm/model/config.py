@@ -81,6 +81,9 @@ class ModelConfig:
     """Weight of the load-balancing loss."""
     router_z_loss_coef: float = 0.001
     """Weight of the router z-loss, which keeps router logits small."""
+    router_drift_coef: float = 0.0
+    """Weight of the router's drift, the divergence of its probabilities from those that the router fine-tuning started
+    with would give; 0 lets it go anywhere. Only fine-tuning has a router to stay near."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -95,7 +98,7 @@ class ModelConfig:
             "num_experts_per_tok",
         ):
             _require(self, name, getattr(self, name) >= 1, "must be at least 1")
-        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+        for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_drift_coef"):
             _require(self, name, getattr(self, name) >= 0, "must not be negative")
         for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
             _require(self, name, getattr(self, name) > 0, "must be greater than 0")

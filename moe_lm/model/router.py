@@ -39,6 +39,8 @@ class RoutingStatistics(NamedTuple):
     """Σ logsumexp(logits)², scalar; differentiable."""
     dropped: Tensor
     """Number of assignments beyond the experts' capacity, those of uncounted tokens included; scalar."""
+    drift_sum: Tensor
+    """Σ KL(p_start ‖ p) from the starting router, scalar; differentiable, and 0 without one."""
 
 
 def expert_capacity(factor: float, num_assignments: int, num_experts: int) -> int:
@@ -56,13 +58,21 @@ class Router(nn.Module):
         self.top_k = config.num_experts_per_tok
         self.capacity_factor = config.capacity_factor
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        starting = torch.zeros_like(self.weight.detach()) if config.router_drift_coef > 0 else None
+        self.starting_weight: Tensor | None
+        """The router that fine-tuning started with, which a penalty keeps this one near; null without the penalty."""
+        self.register_buffer("starting_weight", starting, persistent=False)
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """Logits [T, E] of hidden states, in fp32 at least: rounding a logit changes the choice itself, not only its
+        weight. (fp64 stays fp64, for exact tests.)
+        """
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        return F.linear(x_TD.to(wide), self.weight.to(wide))
 
     def forward(self, x_TD: Tensor, routing_mask_T: Tensor | None) -> tuple[Assignments, RoutingStatistics]:
         """Route T tokens. Tokens outside the mask are routed as well, but do not count in the statistics."""
-        # fp32 at least: rounding a logit changes the choice itself, not only its weight. (fp64 stays fp64, for exact
-        # tests.)
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
+        logits_TE = self.logits(x_TD)
         probability_TE = logits_TE.softmax(dim=-1)
         top_TK, expert_TK = probability_TE.topk(self.top_k, dim=-1)
         weight_TK = top_TK / top_TK.sum(dim=-1, keepdim=True)
@@ -71,6 +81,9 @@ class Router(nn.Module):
         statistics = _statistics(logits_TE, probability_TE, expert_TK, routing_mask_T)
         if self.capacity_factor is not None:
             statistics = statistics._replace(dropped=_dropped(expert_TK, statistics.count_E, self.capacity_factor))
+        if self.starting_weight is not None:
+            starting_TE = F.linear(x_TD.to(logits_TE.dtype), self.starting_weight.to(logits_TE.dtype))
+            statistics = statistics._replace(drift_sum=_drift_sum(starting_TE, logits_TE, routing_mask_T))
         return assignments, statistics
 
 
@@ -81,6 +94,13 @@ def _dropped(expert_TK: Tensor, count_E: Tensor, factor: float) -> Tensor:
         0, expert_TK.flatten(), torch.ones_like(expert_TK, dtype=count_E.dtype).flatten()
     )
     return (every_E - capacity).clamp(min=0).sum()
+
+
+def _drift_sum(starting_TE: Tensor, logits_TE: Tensor, routing_mask_T: Tensor | None) -> Tensor:
+    """Σ over tokens that count of KL(softmax(starting) ‖ softmax(logits))."""
+    log_start_TE, log_now_TE = starting_TE.log_softmax(dim=-1), logits_TE.log_softmax(dim=-1)
+    drift_T = (log_start_TE.exp() * (log_start_TE - log_now_TE)).sum(dim=-1)
+    return drift_T.sum() if routing_mask_T is None else (drift_T * routing_mask_T).sum()
 
 
 def _statistics(
@@ -94,4 +114,5 @@ def _statistics(
         z_T = z_T * counted_T
         ones_TK = ones_TK * counted_T[:, None]
     count_E = torch.zeros_like(logits_TE[0]).scatter_add(0, expert_TK.flatten(), ones_TK.flatten())
-    return RoutingStatistics(probability_TE.sum(dim=0), count_E.detach(), z_T.sum(), count_E.new_zeros(()))
+    none = count_E.new_zeros(())
+    return RoutingStatistics(probability_TE.sum(dim=0), count_E.detach(), z_T.sum(), none, none)

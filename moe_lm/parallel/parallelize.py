@@ -1,5 +1,6 @@
 """A model for the processes of a run: one ordered function, applied from outside; the model knows nothing of it.
 
+0. Adapters, where fine-tuning adds some: they are cut and placed like what they adapt.
 1. Experts: each process keeps those that the placement gives its owner, and a dispatcher that exchanges tokens.
 2. FSDP2: experts over the processes that share them, everything else over all processes of the group.
 3. Memory: everything is built without any, then each process allocates its own part alone.
@@ -10,7 +11,7 @@ number of processes unless both of its switches are set (gloo: the factor alone 
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -56,6 +57,7 @@ def parallelize(
     rank: int,
     device: torch.device,
     compute_dtype: torch.dtype,
+    adapt: Callable[[CausalLM], None] = lambda model: None,
 ) -> ParallelModel:
     """Build a model and share it among the processes; every process must call it.
 
@@ -66,14 +68,17 @@ def parallelize(
         rank: This process.
         device: Where its part is.
         compute_dtype: What sharded parameters are computed with, the router's excepted.
+        adapt: Adds parameters to the model just built, or freezes some.
     """
     if not layout.sharded:
         with torch.device(device):
             model = CausalLM(config)
+            adapt(model)
         return ParallelModel(model, whole_shards(model, rank == 0), layout)
     dense_mesh, expert_mesh = _meshes(layout, device.type)
     with torch.device("meta"):
         model = CausalLM(config)
+        adapt(model)
     if layout.ep > 1:
         assert placement is not None
         _distribute_experts(model, placement, layout.ep_rank(rank), expert_mesh["ep"].get_group(), device)
@@ -109,7 +114,8 @@ def _distribute_experts(
     for layer, mixture in _mixtures(model):
         owned = len(placement.experts_of(layer, ep_rank))
         for name, parameter in mixture.experts.named_parameters():
-            setattr(mixture.experts, name, nn.Parameter(parameter.new_empty(owned, *parameter.shape[1:])))
+            mine = parameter.new_empty(owned, *parameter.shape[1:])
+            setattr(mixture.experts, name, nn.Parameter(mine, parameter.requires_grad))
         factor = model.config.capacity_factor
         if factor is None:
             mixture.dispatcher = AllToAllDispatcher(placement.owners[layer], group, device)

@@ -48,6 +48,9 @@ class ParameterShard:
     """The dimension that it is cut along."""
     extent: int = 0
     """Size of that dimension over the whole group."""
+    trained: Tensor | None = None
+    """Which rows of dimension 0 here are trained, bool [rows, 1 …]; null means all, or that `parameter` needs no
+    gradient at all."""
 
     @property
     def value(self) -> Tensor:
@@ -58,6 +61,14 @@ class ParameterShard:
     def gradient(self) -> Tensor | None:
         """Their gradient; null before backward."""
         return None if self.parameter.grad is None else _local(self.parameter.grad)
+
+    def training_only(self, experts: Sequence[int]) -> "ParameterShard":
+        """The same shard of stacked experts, of which these numbers alone are trained."""
+        trained = torch.zeros(self.value.shape[0], dtype=torch.bool, device=self.value.device)
+        for box in self.boxes:
+            first, length = box.offsets[0], box.lengths[0]
+            trained[box.row : box.row + length] = torch.tensor([n in experts for n in range(first, first + length)])
+        return dataclasses.replace(self, trained=trained.view(-1, *[1] * (self.value.dim() - 1)))
 
     @torch.no_grad()
     def fill(self, whole: Tensor) -> None:

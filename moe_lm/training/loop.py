@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from moe_lm.data.loader import validation_batches
 from moe_lm.errors import RunError, Stopped
-from moe_lm.evaluation.bits_per_byte import bits_per_byte
+from moe_lm.evaluation.bits_per_byte import Validation, evaluate
 from moe_lm.training.config import SpikePolicy
 from moe_lm.training.feed import Feed, GlobalBatch
 from moe_lm.training.guards import diagnose
@@ -19,8 +19,8 @@ Pulse = Callable[[], None]
 """Called wherever the run makes progress, or waits for something that it says it waits for."""
 
 
-def train(run: Run, pulse: Pulse) -> float:
-    """Train from where the run stands to its last step; return bits per byte of the whole validation set.
+def train(run: Run, pulse: Pulse) -> Validation:
+    """Train from where the run stands to its last step; return the figures of the whole validation set.
 
     Raises:
         Stopped: The run was asked to stop, and is saved.
@@ -41,7 +41,7 @@ def train(run: Run, pulse: Pulse) -> float:
     return final
 
 
-def _train_until_rewind(run: Run, telemetry: Telemetry, pulse: Pulse) -> float | None:
+def _train_until_rewind(run: Run, telemetry: Telemetry, pulse: Pulse) -> Validation | None:
     """Train to the last step; null once the run was rewound, to be called again."""
     config, progress, policy = run.config, run.progress, run.config.guards.spike_policy
     with run.open_feed() as feed:
@@ -91,7 +91,7 @@ def _between_steps(run: Run, feed: Feed, telemetry: Telemetry, pulse: Pulse) -> 
     if is_due(progress.step, config.trainer.eval_interval) and progress.validated_step != progress.step:
         estimate = validate(run, config.trainer.eval_sequences, pulse)
         if estimate is not None:
-            progress.validated(estimate)
+            progress.validated(estimate.bits_per_byte)
             telemetry.validation(estimate, complete=False)
     asked = run.requests.agreed(run.saver)
     if asked.failed:
@@ -144,8 +144,8 @@ def _give_up(run: Run, batch: GlobalBatch, result: StepResult) -> None:
     )
 
 
-def validate(run: Run, max_rows: int | None, pulse: Pulse) -> float | None:
-    """Bits per byte of the validation set, or of `max_rows` rows of it; null where a stop was asked for meanwhile."""
+def validate(run: Run, max_rows: int | None, pulse: Pulse) -> Validation | None:
+    """Figures of the validation set, or of `max_rows` rows of it; null where a stop was asked for meanwhile."""
     shards, runtime, config = run.data.validation, run.runtime, run.config
 
     def interrupted() -> bool:
@@ -162,6 +162,6 @@ def validate(run: Run, max_rows: int | None, pulse: Pulse) -> float | None:
         world_size=runtime.world_size,
         max_rows=max_rows,
     )
-    value = bits_per_byte(run.compute.module, batches, shards, runtime, interrupted)
+    figures = evaluate(run.compute.module, batches, shards, runtime, interrupted)
     run.parallel.release()
-    return value
+    return figures

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_lm.data.batch import Batch
 from moe_lm.kernels.loss import linear_cross_entropy
-from moe_lm.model.balancing import load_balancing_loss, load_fraction, router_z_loss
+from moe_lm.model.balancing import load_balancing_loss, load_fraction, router_drift_loss, router_z_loss
 from moe_lm.model.config import LoadBalancing, LoadSource
 from moe_lm.model.decoder import CausalLM
 from moe_lm.parallel.runtime import Runtime
@@ -28,6 +28,8 @@ class LossShares(NamedTuple):
     """Load-balancing loss, before its coefficient."""
     router_z: Tensor
     """Router z-loss, before its coefficient."""
+    router_drift: Tensor
+    """Drift from the starting router, before its coefficient."""
     dropped: Tensor
     """Assignments beyond the experts' capacity, over all layers."""
     count_LE: Tensor
@@ -54,7 +56,7 @@ def loss_shares(
     statistics = output.statistics
     if statistics is None:
         zero = torch.zeros_like(cross_entropy)
-        return LossShares(cross_entropy, cross_entropy.detach(), zero, zero, zero, load_LE)
+        return LossShares(cross_entropy, cross_entropy.detach(), zero, zero, zero, zero, load_LE)
     balancing = torch.zeros_like(cross_entropy)
     if config.load_balancing is not LoadBalancing.none:
         if config.load_balancing_source is LoadSource.micro_batch:
@@ -66,5 +68,8 @@ def loss_shares(
         )
     z = router_z_loss(statistics.z_sum, num_routed_tokens)
     total = cross_entropy + config.router_aux_loss_coef * balancing + config.router_z_loss_coef * z
-    dropped = statistics.dropped.sum()
-    return LossShares(total, cross_entropy.detach(), balancing.detach(), z.detach(), dropped, statistics.count_E)
+    drift = router_drift_loss(statistics.drift_sum, num_routed_tokens)
+    if config.router_drift_coef > 0:
+        total = total + config.router_drift_coef * drift
+    figures = (figure.detach() for figure in (cross_entropy, balancing, z, drift))
+    return LossShares(total, *figures, statistics.dropped.sum(), statistics.count_E)

@@ -51,42 +51,61 @@ class Muon(torch.optim.Optimizer):
                 whole = shard.gather(gradient.lerp(momentum, group["momentum"]) * moved)
                 direction = orthogonalize(whole.unflatten(-2, (group["matrices"], -1)))
                 scale = 0.2 * max(direction.shape[-2:]) ** 0.5
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                _decay(shard, group["lr"] * group["weight_decay"])
                 parameter.add_(shard.own(direction.flatten(-3, -2)), alpha=-group["lr"] * scale)
 
 
+def _decay(shard: ParameterShard, amount: float) -> None:
+    """Shrink what is trained of a parameter by a share of itself."""
+    shard.value.mul_(1 - amount if shard.trained is None else 1 - amount * shard.trained)
+
+
 class Optimizer:
-    """All update rules of a run behind one interface, with their state by parameter name."""
+    """All update rules of a run behind one interface, with their state by parameter name.
+
+    Parameters that need no gradient are frozen: they are among its shards, which checkpoints hold, and that is all.
+    Where some experts of a stack are frozen, their gradients are taken as zero, and they are not decayed.
+    """
 
     def __init__(self, shards: Sequence[ParameterShard], config: OptimizerConfig):
         self.shards = shards
+        self._trained = [shard for shard in shards if shard.parameter.requires_grad]
         self.max_grad_norm = config.max_grad_norm
-        self._peak = config.learning_rate
-        muon, halves, decayed, plain = _split(shards, config)
+        self._peak, self._weight_decay = config.learning_rate, config.weight_decay
+        muon, halves, decayed, plain = _split(self._trained, config)
+        whole = [shard for shard in decayed if shard.trained is None]
+        self._decayed_in_part = [shard for shard in decayed if shard.trained is not None]
         adamw = [
-            {"params": [shard.value for shard in decayed], "weight_decay": config.weight_decay},
-            {"params": [shard.value for shard in plain], "weight_decay": 0.0},
+            {"params": [shard.value for shard in whole], "weight_decay": config.weight_decay},
+            {"params": [shard.value for shard in (*plain, *self._decayed_in_part)], "weight_decay": 0.0},
         ]
-        self._rules: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(
+        self._rules: list[torch.optim.Optimizer] = []
+        if any(group["params"] for group in adamw):
+            rule = torch.optim.AdamW(
                 [group for group in adamw if group["params"]],
                 lr=self._peak,
                 betas=(config.beta1, config.beta2),
                 eps=config.eps,
                 fused=True,
             )
-        ]
+            self._rules.append(rule)
         if muon:
             matrices: list[dict[str, Any]] = [{"shards": muon}, {"shards": halves, "matrices": 2}]
-            rule = Muon([g for g in matrices if g["shards"]], self._peak, config.muon_momentum, config.weight_decay)
-            self._rules.append(rule)
+            groups = [group for group in matrices if group["shards"]]
+            self._rules.append(Muon(groups, self._peak, config.muon_momentum, config.weight_decay))
         self._orthogonalized = {shard.name for shard in (*muon, *halves)}
 
     def gradients(self) -> list[Tensor]:
-        """The gradients of all parameters here, in their order; one without a gradient would be a bug in the model."""
-        found = [gradient for shard in self.shards if (gradient := shard.gradient) is not None]
-        assert len(found) == len(self.shards), "a parameter has no gradient"
+        """The gradients of all trained parameters here, in their order; one without would be a bug in the model."""
+        found = [gradient for shard in self._trained if (gradient := shard.gradient) is not None]
+        assert len(found) == len(self._trained), "a parameter has no gradient"
         return found
+
+    def drop_frozen_gradients(self) -> None:
+        """Set the gradients of experts that are not trained to zero; before their norm is taken."""
+        for shard in self._trained:
+            if shard.trained is not None and shard.gradient is not None:
+                shard.gradient.mul_(shard.trained)
 
     def gradient_norm(self, runtime: Runtime | None = None) -> Tensor:
         """2-norm of the gradient of the whole model, scalar.
@@ -98,18 +117,21 @@ class Optimizer:
         norms = torch.stack(torch._foreach_norm(self.gradients()))
         if runtime is None:
             return torch.linalg.vector_norm(norms)
-        counts = torch.tensor([shard.counts for shard in self.shards], device=norms.device)
+        counts = torch.tensor([shard.counts for shard in self._trained], device=norms.device)
         square = (norms.double().square() * counts).sum()
         runtime.sum([square])
         return square.sqrt().to(norms.dtype)
 
+    @torch.no_grad()
     def step(self, gradient_norm: Tensor, factor: float) -> None:
         """Clip by the given norm, then update with `factor` times the peak learning rate."""
         if self.max_grad_norm > 0:
             scale = (self.max_grad_norm / (gradient_norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(self.gradients(), scale)
-        for shard, gradient in zip(self.shards, self.gradients(), strict=True):
+        for shard, gradient in zip(self._trained, self.gradients(), strict=True):
             shard.value.grad = gradient
+        for shard in self._decayed_in_part:
+            _decay(shard, self._peak * factor * self._weight_decay)
         for rule in self._rules:
             for group in rule.param_groups:
                 group["lr"] = self._peak * factor
@@ -117,7 +139,7 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
-        for shard in self.shards:
+        for shard in self._trained:
             shard.parameter.grad = shard.value.grad = None
 
     def state_tensors(self) -> Iterator[tuple[ParameterShard, str, Tensor]]:
@@ -125,7 +147,7 @@ class Optimizer:
 
         Scalars are the same on every process that has a part of the parameter; all others are of the part's shape.
         """
-        for shard in self.shards:
+        for shard in self._trained:
             for rule in self._rules:
                 for key, value in rule.state.get(shard.value, {}).items():
                     yield shard, key, value
@@ -133,7 +155,7 @@ class Optimizer:
     def state_kinds(self) -> dict[str, TensorKind]:
         """Type and global shape of every state tensor that there is after the first step, by `parameter/state`."""
         kinds: dict[str, TensorKind] = {}
-        for shard in self.shards:
+        for shard in self._trained:
             kind = TensorKind(shard.value.dtype, shard.shape)
             for key in self._state_names(shard):
                 kinds[f"{shard.name}/{key}"] = TensorKind(torch.float32, []) if key == "step" else kind
@@ -148,7 +170,7 @@ class Optimizer:
         for rule in self._rules:
             rule.state.clear()
         if read is not None:
-            for shard in self.shards:
+            for shard in self._trained:
                 state = self._rule_of(shard).state[shard.value]
                 for key in self._state_names(shard):
                     state[key] = read(shard, key).to(shard.value.device)
@@ -167,7 +189,7 @@ def _split(shards: Sequence[ParameterShard], config: OptimizerConfig) -> tuple[l
     decayed: list[ParameterShard] = []
     plain: list[ParameterShard] = []
     for shard in shards:
-        in_layer_matrix = ".layers." in shard.name and not shard.name.endswith("mlp.gate.weight")
+        in_layer_matrix = ".layers." in shard.name and ".mlp.gate." not in shard.name
         if len(shard.shape) < 2:
             plain.append(shard)
         elif config.name is not OptimizerName.muon or not in_layer_matrix:

@@ -33,16 +33,19 @@ class ComputeModel:
         self.parallel = parallel
         self.module = master = parallel.module
         self._pairs: list[tuple[Tensor, Tensor]] = []
-        if parallel.layout.sharded or dtype is master.lm_head.weight.dtype:
+        if parallel.layout.sharded or all(parameter.dtype is dtype for parameter in master.parameters()):
             return
-        # The gate stays the master's own parameter: rounding its weights would change which experts are chosen.
-        shared = {id(m.weight): m.weight for m in master.modules() if isinstance(m, Router)}
+        # The gate stays the master's own parameter: rounding its weights would change which experts are chosen. So
+        # does what is frozen and has the type already.
+        shared = {id(p): p for m in master.modules() if isinstance(m, Router) for p in m.parameters()}
+        shared |= {id(p): p for p in master.parameters() if not p.requires_grad and p.dtype is dtype}
         self.module = copy.deepcopy(master, memo=dict(shared))
         for mine, theirs in zip(master.parameters(), self.module.parameters(), strict=True):
             if theirs is mine:
                 continue
             theirs.data = theirs.data.to(dtype)
-            theirs.register_post_accumulate_grad_hook(lambda low, high=mine: _accumulate(high, low))
+            if mine.requires_grad:
+                theirs.register_post_accumulate_grad_hook(lambda low, high=mine: _accumulate(high, low))
             self._pairs.append((mine, theirs))
 
     @torch.no_grad()

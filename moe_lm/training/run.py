@@ -1,7 +1,7 @@
 """Everything a training run is made of, assembled from its configuration, and what of it a checkpoint holds.
 
 There is no random state among it: nothing draws from a global generator while training. Initial weights come from the
-seed, data order from (seed, step).
+seed or from another model (`start.py`), data order from (seed, step).
 """
 
 import contextlib
@@ -21,11 +21,12 @@ from moe_lm.checkpoint.tensor_file import CheckpointError
 from moe_lm.data.loader import make_mixture
 from moe_lm.data.prepared import PreparedData
 from moe_lm.errors import Stopped
-from moe_lm.model.initialization import initial_value
+from moe_lm.model.router import Router
 from moe_lm.parallel.layout import Layout
 from moe_lm.parallel.parallelize import parallelize
 from moe_lm.parallel.placement import Placement
 from moe_lm.parallel.runtime import Runtime
+from moe_lm.parallel.shards import ParameterShard
 from moe_lm.training.config import RunConfig, SpikePolicy, to_plain
 from moe_lm.training.feed import Feed
 from moe_lm.training.guards import SpikeDetector
@@ -33,6 +34,7 @@ from moe_lm.training.optimizer import Optimizer
 from moe_lm.training.precision import ComputeModel, compute_dtype
 from moe_lm.training.progress import Progress
 from moe_lm.training.requests import Requests
+from moe_lm.training.start import FromSeed, Start
 from moe_lm.training.state import (
     environment,
     expected_tensors,
@@ -55,6 +57,7 @@ class Run:
         report: Callable[[str], None] = lambda text: None,
         layout: Layout = Layout(),  # noqa: B008 -- frozen
         placement: Placement | None = None,
+        start: Start | None = None,
     ):
         """Assemble a run at its beginning.
 
@@ -66,15 +69,19 @@ class Run:
             report: Is told in a sentence of saves that fail, from another thread.
             layout: How processes share the model.
             placement: Who owns which expert; needed under expert parallelism.
+            start: Where the weights come from; null draws them from the seed.
         """
         self.config, self.runtime, self.data, self.directory = config, runtime, data, directory
+        self.start = start or FromSeed(config.model, config.seed)
         trainer = config.trainer
         dtype = compute_dtype(trainer.precision, runtime.device)
-        self.parallel = parallelize(config.model, layout, placement, runtime.rank, runtime.device, dtype)
+        self.parallel = parallelize(
+            config.model, layout, placement, runtime.rank, runtime.device, dtype, lambda m: self.start.adapt(m, dtype)
+        )
         self.parallel.module.model.recompute_layers = trainer.activation_checkpointing
         self._initialize()
         self.compute = ComputeModel(self.parallel, dtype)
-        self.optimizer = Optimizer(self.parallel.shards, config.optimizer)
+        self.optimizer = Optimizer(self._saved_shards(), config.optimizer)
         self.load_LE = initial_load(config.model).to(runtime.device)
         total_rows = trainer.max_steps * trainer.global_batch_size
         self.mixture = make_mixture(config.data, data.train, total_rows)
@@ -94,11 +101,23 @@ class Run:
         self.saved_step: int | None = None
         """Step of the newest checkpoint, written or being written."""
 
+    @torch.no_grad()
     def _initialize(self) -> None:
-        """Fill the parameters from the seed: whole ones, one after the other, of which each process takes its part."""
-        model, seed, device = self.config.model, self.config.seed, self.runtime.device
+        """Fill the parameters: whole ones, one after the other, of which each process takes its part."""
+        device = self.runtime.device
         for shard in self.parallel.shards:
-            shard.fill(initial_value(model, seed, shard.name, shard.shape, device, shard.value.dtype))
+            shard.fill(self.start.value(shard.name, shard.shape, device, shard.value.dtype))
+        for name, router in self.parallel.module.named_modules():
+            if isinstance(router, Router) and (starting := router.starting_weight) is not None:
+                starting.copy_(self.start.value(f"{name}.weight", starting.shape, device, starting.dtype))
+
+    def _saved_shards(self) -> list[ParameterShard]:
+        """The parameters that checkpoints hold; of stacked experts, with those marked that are trained."""
+        shards = [shard for shard in self.parallel.shards if self.start.is_saved(shard.name)]
+        experts = self.start.trained_experts
+        if experts is None:
+            return shards
+        return [shard.training_only(experts) if ".mlp.experts." in shard.name else shard for shard in shards]
 
     def open_feed(self) -> Feed:
         """The batches from where the run stands on; to be used as a context manager."""
@@ -197,6 +216,7 @@ class Run:
             "corpus_fingerprint": self.data.corpus_fingerprint,
             "tokenizer_fingerprint": self.data.tokenizer.fingerprint,
             "config": self._plain_config,
+            "start": self.start.state,
             "data": data_state,
         }
 

@@ -26,6 +26,7 @@ class StepResult:
     """Mean negative log-likelihood per target of the global batch, in nats."""
     load_balancing: float
     router_z: float
+    router_drift: float
     gradient_norm: float
     """Before clipping."""
     dropped: int
@@ -59,26 +60,34 @@ def train_step(
         loss_limit: a cross-entropy above it is not learned from.
     """
     optimizer.zero_grad()
-    figures = torch.zeros(4, device=runtime.device)
+    figures = torch.zeros(5, device=runtime.device)
     count_LE = torch.zeros_like(load_LE)
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
         micro_batch = micro_batch.to(runtime.device)
         shares = loss_shares(compute.module, micro_batch, batch.num_targets, batch.num_routed_tokens, load_LE, runtime)
         compute.parallel.begin_backward(last=number == len(batch.micro_batches))
         shares.total.backward()
-        figures += torch.stack((shares.cross_entropy, shares.load_balancing, shares.router_z, shares.dropped))
+        of_micro_batch = (
+            shares.cross_entropy,
+            shares.load_balancing,
+            shares.router_z,
+            shares.router_drift,
+            shares.dropped,
+        )
+        figures += torch.stack(of_micro_batch)
         count_LE += shares.count_LE
     sharded = compute.parallel.layout.sharded
     unsummed = [] if sharded else optimizer.gradients()  # FSDP2 has summed what it shards
     runtime.sum([*unsummed, figures, count_LE])
+    optimizer.drop_frozen_gradients()
     norm = optimizer.gradient_norm(runtime if sharded else None)
-    cross_entropy, load_balancing, router_z, dropped, gradient_norm = torch.cat((figures, norm[None])).tolist()
+    *losses, dropped, gradient_norm = torch.cat((figures, norm[None])).tolist()
+    cross_entropy = losses[0]
     finite = math.isfinite(gradient_norm) and math.isfinite(cross_entropy)
     applied = finite and cross_entropy <= loss_limit
     if applied:
         optimizer.step(norm, factor)
         compute.refresh()
-    losses = cross_entropy, load_balancing, router_z
     return StepResult(*losses, gradient_norm, int(dropped), count_LE.cpu(), finite, applied)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from moe_lm.data.prepare import said_skipped
 from moe_lm.errors import InputError
+from moe_lm.evaluation.bits_per_byte import Validation
 from moe_lm.model.accounting import training_flops_per_token
 from moe_lm.model.balancing import load_violation
 from moe_lm.training.config import to_plain
@@ -131,12 +132,13 @@ class Telemetry:
         """Print a line that stays."""
         self._display.line(text)
 
-    def validation(self, value: float, complete: bool) -> None:
+    def validation(self, figures: Validation, complete: bool) -> None:
         """Record a validation."""
         step = self._run.progress.step
-        self._write({"step": step, "validation_bits_per_byte": value, "complete": complete})
+        values = {"validation_bits_per_byte": figures.bits_per_byte, "validation_loss": figures.loss}
+        self._write({"step": step, **values, "complete": complete})
         extent = "whole validation set" if complete else "estimate"
-        self._display.line(f"step {step}: validation {value:.4f} bits per byte ({extent})")
+        self._display.line(f"step {step}: validation {figures.bits_per_byte:.4f} bits per byte ({extent})")
         self.restart_clock()
 
     def close_data(self) -> None:

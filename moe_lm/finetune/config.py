@@ -1,0 +1,75 @@
+"""Configuration of fine-tuning: what of a model is trained, and how. Standard library only."""
+
+import dataclasses
+import enum
+
+from moe_lm.errors import InputError
+
+
+class Method(enum.Enum):
+    """What training changes."""
+
+    full = "full"
+    lora = "lora"
+
+
+class Part(enum.Enum):
+    """A kind of parameters; the member's name is what the user types."""
+
+    embedding = "embedding"
+    attention = "attention"
+    experts = "experts"
+    router = "router"
+    norms = "norms"
+    head = "head"
+
+
+LORA_PARTS = (Part.attention, Part.experts, Part.router)
+"""Those that can have adapters, and all have them where nothing else is asked for."""
+
+
+@dataclasses.dataclass
+class FinetuneConfig:
+    """What is trained of the base model; everything else stays as it is."""
+
+    method: Method = Method.full
+    """`full` changes the weights themselves; `lora` adds a low-rank matrix to each and changes that alone (LoRA, Hu et
+    al. 2021). `finetune=full` and `finetune=lora` say the same."""
+    parts: list[str] = dataclasses.field(default_factory=list)
+    """Which parts: embedding, attention, experts (of a dense model its feed-forward blocks), router, norms, head; for
+    LoRA of attention, experts and router. An empty list means all of these. Leaving `router` out freezes it."""
+    experts: list[str] = dataclasses.field(default_factory=list)
+    """Numbers of the experts to train, in every layer, such as [0,3]; an empty list means all."""
+    rank: int = 8
+    """Rank of LoRA's matrices."""
+    alpha: float = 16.0
+    """LoRA's matrices are scaled by alpha / rank."""
+
+    def __post_init__(self) -> None:
+        names = [part.name for part in Part]
+        for name in self.parts:
+            if name not in names:
+                raise InputError(f"finetune.parts=[{name}]: there is no such part; choose from {', '.join(names)}.")
+            if self.method is Method.lora and Part[name] not in LORA_PARTS:
+                allowed = ", ".join(part.name for part in LORA_PARTS)
+                raise InputError(f"finetune.parts=[{name}]: LoRA adapts {allowed}; choose from them.")
+        if self.experts and Part.experts not in self.chosen_parts:
+            raise InputError(f"finetune.experts=[{','.join(self.experts)}]: finetune.parts leaves the experts out.")
+        for text in self.experts:
+            if not text.isdecimal():
+                raise InputError(f"finetune.experts=[{text}]: must be numbers of experts, from 0.")
+        if self.rank < 1:
+            raise InputError(f"finetune.rank={self.rank}: must be at least 1.")
+        if self.alpha <= 0:
+            raise InputError(f"finetune.alpha={self.alpha}: must be greater than 0.")
+
+    @property
+    def chosen_parts(self) -> set[Part]:
+        """The parts that are trained, as far as the model has them."""
+        every = LORA_PARTS if self.method is Method.lora else tuple(Part)
+        return {Part[name] for name in self.parts} or set(every)
+
+    @property
+    def scale(self) -> float:
+        """Factor of LoRA's product of matrices."""
+        return self.alpha / self.rank

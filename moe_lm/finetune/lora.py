@@ -1,0 +1,163 @@
+"""LoRA (Hu et al. 2021): y = W·x + (alpha / rank) · B·A·x, with W frozen, A random and B zero at the beginning.
+
+Stacked experts get an A and a B each, applied to the rows that the dispatcher has grouped by expert. (peft 0.21 builds
+W + B·A of the whole stack in every forward pass: for 8 experts of which a token takes 2, four times the products, and a
+copy of all experts.) They are sliced like the experts themselves when processes share a model.
+
+Letters: E experts, r rank, D hidden, F intermediate, R routed rows, T tokens.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_lm.kernels.grouped_linear import grouped_linear
+from moe_lm.model.attention import Attention
+from moe_lm.model.decoder import CausalLM
+from moe_lm.model.moe import DenseFeedForward, Experts
+from moe_lm.model.router import Router
+
+A, B = "lora_A", "lora_B"
+"""Names of an adapter's matrices, as peft has them: those of `q_proj.weight` are `q_proj.lora_A` and `q_proj.lora_B`,
+those of stacked experts `experts.down_proj_lora_A` and `experts.down_proj_lora_B`."""
+
+
+class LoraLinear(nn.Linear):
+    """A linear map with an adapter; `weight` [out, in], `lora_A` [r, in], `lora_B` [out, r]."""
+
+    scale: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X [..., in] to [..., out]."""
+        return F.linear(x, self.weight) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
+
+
+class LoraRouter(Router):
+    """A router with an adapter, in fp32 like the router itself; `lora_A` [r, D], `lora_B` [E, r]."""
+
+    scale: float
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """See `Router.logits`."""
+        logits_TE = super().logits(x_TD)
+        a_rD, b_Er = self.lora_A.to(logits_TE.dtype), self.lora_B.to(logits_TE.dtype)
+        return logits_TE + F.linear(F.linear(x_TD.to(logits_TE.dtype), a_rD), b_Er) * self.scale
+
+
+class LoraExperts(Experts):
+    """Stacked experts with an adapter for each: A [E, r, in], B [E, out, r]."""
+
+    scale: float
+
+    def forward(self, rows_PD: Tensor, group_ends_E: Tensor) -> Tensor:
+        """See `Experts.forward`."""
+
+        def adapted(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            low_rank = grouped_linear(grouped_linear(x, group_ends_E, a), group_ends_E, b)
+            return grouped_linear(x, group_ends_E, weight) + low_rank * self.scale
+
+        h_P2F = adapted(rows_PD, self.gate_up_proj, self.gate_up_proj_lora_A, self.gate_up_proj_lora_B)
+        gate_PF, up_PF = h_P2F.chunk(2, dim=-1)
+        activation_PF = F.silu(gate_PF) * up_PF
+        return adapted(activation_PF, self.down_proj, self.down_proj_lora_A, self.down_proj_lora_B)
+
+
+def add_to_attention(module: Attention, rank: int, scale: float) -> None:
+    """Give the four projections adapters, in place."""
+    for linear in (module.q_proj, module.k_proj, module.v_proj, module.o_proj):
+        _add_to_linear(linear, rank, scale)
+
+
+def add_to_dense(module: DenseFeedForward, rank: int, scale: float) -> None:
+    """Give the three projections adapters, in place."""
+    for linear in (module.gate_proj, module.up_proj, module.down_proj):
+        _add_to_linear(linear, rank, scale)
+
+
+def _add_to_linear(linear: nn.Linear, rank: int, scale: float) -> None:
+    outputs, inputs = linear.weight.shape
+    _become(linear, LoraLinear, scale)
+    linear.lora_A = nn.Parameter(linear.weight.new_empty(rank, inputs))
+    linear.lora_B = nn.Parameter(linear.weight.new_empty(outputs, rank))
+
+
+def add_to_router(router: Router, rank: int, scale: float) -> None:
+    """Give a router an adapter, in place."""
+    experts, hidden = router.weight.shape
+    _become(router, LoraRouter, scale)
+    router.lora_A = nn.Parameter(router.weight.new_empty(rank, hidden))
+    router.lora_B = nn.Parameter(router.weight.new_empty(experts, rank))
+
+
+def add_to_experts(experts: Experts, rank: int, scale: float) -> None:
+    """Give every expert adapters, in place."""
+    _become(experts, LoraExperts, scale)
+    for name in ("gate_up_proj", "down_proj"):
+        number, outputs, inputs = getattr(experts, name).shape
+        new = getattr(experts, name).new_empty
+        setattr(experts, f"{name}_{A}", nn.Parameter(new(number, rank, inputs)))
+        setattr(experts, f"{name}_{B}", nn.Parameter(new(number, outputs, rank)))
+
+
+def _become(module: nn.Module, kind: type[nn.Module], scale: float) -> None:
+    """Turn a module into its subclass that has adapters: its parameters stay where everybody finds them."""
+    assert issubclass(kind, type(module))
+    module.__class__ = kind
+    module.scale = scale  # type: ignore[assignment]
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is one of an adapter's."""
+    return name.endswith((A, B))
+
+
+def adapted_name(name: str) -> str:
+    """The parameter that an adapter's parameter belongs to."""
+    stem = name[: -len(A)]
+    return stem[:-1] if stem.endswith("_") else f"{stem}weight"
+
+
+def adapter_names(name: str) -> tuple[str, str]:
+    """The adapter's two parameters of a parameter."""
+    stem = f"{name.removesuffix('weight')}" if name.endswith(".weight") else f"{name}_"
+    return f"{stem}{A}", f"{stem}{B}"
+
+
+def initial_adapter(name: str, shape: list[int], generator: torch.Generator) -> Tensor:
+    """A is uniform within ±1/√in (as in peft: Kaiming's with a = √5), B is zero; fp32, on the generator's device."""
+    value = torch.empty(*shape, device=generator.device)
+    if name.endswith(B):
+        return value.zero_()
+    bound = 1 / math.sqrt(shape[-1])
+    return value.uniform_(-bound, bound, generator=generator)
+
+
+def merged(name: str, weight: Tensor, read: Callable[[str], Tensor], scale: float) -> Tensor:
+    """W + scale · B·A of one parameter, computed in fp32, in W's type.
+
+    Args:
+        name: Of the parameter, native.
+        weight: [out, in], or [E, out, in].
+        read: Gives a parameter of the adapter by its name.
+        scale: alpha / rank.
+    """
+    a, b = (read(part).float() for part in adapter_names(name))
+    return (weight.float() + scale * torch.matmul(b, a)).to(weight.dtype)
+
+
+def adapt(model: CausalLM, *, attention: bool, experts: bool, router: bool, rank: int, scale: float) -> None:
+    """Add adapters to the parts of a model, and freeze everything else, in place."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for module in list(model.modules()):
+        if attention and isinstance(module, Attention):
+            add_to_attention(module, rank, scale)
+        elif experts and isinstance(module, Experts):
+            add_to_experts(module, rank, scale)
+        elif experts and isinstance(module, DenseFeedForward):
+            add_to_dense(module, rank, scale)
+        elif router and isinstance(module, Router):
+            add_to_router(module, rank, scale)

@@ -1,0 +1,97 @@
+"""A linear map of each expert over rows grouped by expert: one interface, three backends as in `experts.py`.
+
+The fused SwiGLU there is what pretraining runs. Adapters add a low-rank map to each of its two products, so the pieces
+have to be apart; this is one of them.
+
+Letters: R routed rows (grouped by expert), I inputs, O outputs, E experts.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+GROUPED_MULTIPLE = 8
+"""`F.grouped_mm` takes bf16 matrices whose sizes are multiples of this."""
+
+
+def grouped_linear(x_RI: Tensor, group_ends_E: Tensor, weight_EOI: Tensor, backend: str | None = None) -> Tensor:
+    """Y = x·Wᵀ for every group of rows with its own expert's matrix.
+
+    Args:
+        x_RI: rows grouped by expert, contiguous.
+        group_ends_E: int32, the row at which each expert's group ends; rows at or past the last end give zeros.
+        weight_EOI: [E, O, I], in x's dtype.
+        backend: "reference", "grouped", "cpu", or None to choose by device, dtype and shape.
+
+    Returns:
+        y_RO. Gradients of an expert without rows are exactly zero, never None.
+
+    Raises:
+        ValueError: on an unknown backend.
+    """
+    assert x_RI.dtype == weight_EOI.dtype, (x_RI.dtype, weight_EOI.dtype)
+    backend = backend or _default_backend(x_RI, weight_EOI)
+    if backend == "reference":
+        return _reference(x_RI, group_ends_E, weight_EOI)
+    if backend == "grouped":
+        inside_R1 = (torch.arange(x_RI.shape[0], device=x_RI.device) < group_ends_E[-1]).unsqueeze(1)
+        y_RO = F.grouped_mm(torch.where(inside_R1, x_RI, 0), weight_EOI.transpose(1, 2), offs=group_ends_E)
+        return torch.where(inside_R1, y_RO, 0)  # rows past the last end stay uninitialised
+    if backend == "cpu":
+        result: Tensor = _LinearLoop.apply(x_RI, group_ends_E, weight_EOI)
+        return result
+    raise ValueError(f"backend={backend!r}: choose reference, grouped or cpu")
+
+
+def _default_backend(x_RI: Tensor, weight_EOI: Tensor) -> str:
+    if x_RI.device.type == "cpu":
+        return "cpu"
+    fits = all(size % GROUPED_MULTIPLE == 0 for size in weight_EOI.shape[1:])
+    return "grouped" if fits and x_RI.dtype != torch.float64 else "reference"
+
+
+def _reference(x_RI: Tensor, group_ends_E: Tensor, weight_EOI: Tensor) -> Tensor:
+    parts, start = [], 0
+    for end, weight in zip(group_ends_E.tolist(), weight_EOI.unbind(0), strict=True):
+        parts.append(x_RI[start:end] @ weight.t())
+        start = end
+    parts.append(x_RI.new_zeros(x_RI.shape[0] - start, weight_EOI.shape[1]))
+    return torch.cat(parts)
+
+
+class _LinearLoop(torch.autograd.Function):
+    """A GEMM per expert into slices of one buffer; the gradient of the stacked matrices is written once."""
+
+    @staticmethod
+    def forward(ctx, x_RI, group_ends_E, weight_EOI):  # type: ignore[no-untyped-def]
+        y_RO = x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
+        start = 0
+        for expert, end in enumerate(group_ends_E.tolist()):
+            if end > start:
+                torch.mm(x_RI[start:end], weight_EOI[expert].t(), out=y_RO[start:end])
+            start = end
+        y_RO[start:].zero_()
+        # A frozen matrix needs no inputs kept: only what its own gradient is made of.
+        ctx.save_for_backward(x_RI if ctx.needs_input_grad[2] else None, group_ends_E, weight_EOI)
+        return y_RO
+
+    @staticmethod
+    def backward(ctx, grad_y_RO):  # type: ignore[no-untyped-def]
+        x_RI, group_ends_E, weight_EOI = ctx.saved_tensors
+        needs_x, _, needs_weight = ctx.needs_input_grad
+        grad_y_RO = grad_y_RO.contiguous()
+        grad_x_RI = grad_y_RO.new_empty(grad_y_RO.shape[0], weight_EOI.shape[2]) if needs_x else None
+        grad_weight = torch.empty_like(weight_EOI) if needs_weight else None
+        start = 0
+        for expert, end in enumerate(group_ends_E.tolist()):
+            rows, start = slice(start, end), end
+            if grad_weight is not None:
+                if end > rows.start:
+                    torch.mm(grad_y_RO[rows].t(), x_RI[rows], out=grad_weight[expert])
+                else:
+                    grad_weight[expert].zero_()
+            if grad_x_RI is not None and end > rows.start:
+                torch.mm(grad_y_RO[rows], weight_EOI[expert], out=grad_x_RI[rows])
+        if grad_x_RI is not None:
+            grad_x_RI[start:].zero_()
+        return grad_x_RI, None, grad_weight

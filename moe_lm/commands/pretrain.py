@@ -30,6 +30,7 @@ from moe_lm.data.prepare import prepare
 from moe_lm.data.prepared import PreparedData, load
 from moe_lm.data.tokenizer import Tokenizer, load_tokenizer
 from moe_lm.errors import InputError
+from moe_lm.evaluation.bits_per_byte import Validation
 from moe_lm.evaluation.compressors import document_bytes, gzip_bits_per_byte, xz_bits_per_byte
 from moe_lm.evaluation.generation import generate
 from moe_lm.interrupts import STOPPED, interrupts
@@ -187,7 +188,7 @@ def _resume(training: Run, has_data: bool, say: Say) -> bool:
     return True
 
 
-def _train(training: Run) -> float:
+def _train(training: Run) -> Validation:
     """Train under a watchdog, with signals obeyed between steps."""
     peers = training.runtime.peers
 
@@ -255,17 +256,17 @@ def _check_same_data(training: Run, checkpoint: Checkpoint, has_data: bool) -> N
         )
 
 
-def _finish(training: Run, bits_per_byte: float, say: Say) -> None:
+def _finish(training: Run, validation: Validation, say: Say) -> None:
     """Compare, sample, export, and say where everything is."""
     finish, directory, data = training.config.finish, training.directory, training.data
-    figures = {"bits_per_byte": bits_per_byte}
+    figures = validation._asdict()
     if finish.compare_compressors:
         content = document_bytes(data.validation, data.tokenizer)
         figures |= {"gzip_9": gzip_bits_per_byte(content), "xz_9": xz_bits_per_byte(content)}
         say(
             f"\nheld out: {data.counts['validation_documents']} documents, {len(content):,} bytes ({data.split}), "
             f"corpus {data.corpus_fingerprint[:12]}\n"
-            f"bits per byte: this model {bits_per_byte:.3f}, gzip -9 {figures['gzip_9']:.3f}, "
+            f"bits per byte: this model {validation.bits_per_byte:.3f}, gzip -9 {figures['gzip_9']:.3f}, "
             f"xz -9 {figures['xz_9']:.3f}"
         )
     if finish.sample_prompt is not None:

@@ -1,11 +1,13 @@
 """Bits per byte: what the model would need to transmit the validation text, per byte of it.
 
 The sum of −log2 p over every target (the end mark of each document included), over the raw UTF-8 bytes of the
-documents. Unlike perplexity it can be compared across tokenizers, and with compressors.
+documents. Unlike perplexity it can be compared across tokenizers, and with compressors. Beside it the loss, nats per
+target, which can not, but is what training lowers.
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -16,17 +18,26 @@ from moe_lm.model.decoder import CausalLM
 from moe_lm.parallel.runtime import Runtime
 
 
+class Validation(NamedTuple):
+    """What a model scores on held-out text."""
+
+    bits_per_byte: float
+    """Bits per byte of text; of chat data, per byte of the assistant's answers."""
+    loss: float
+    """Nats per target; of chat data, per token of the assistant."""
+
+
 @torch.no_grad()
-def bits_per_byte(
+def evaluate(
     model: CausalLM,
     batches: Iterable[Batch],
     shards: Sequence[TokenShard],
     runtime: Runtime,
     interrupted: Callable[[], bool] = lambda: False,
-) -> float | None:
-    """Bits per byte of shards, from this process's share of their rows.
+) -> Validation | None:
+    """Scores a model on shards, from this process's share of their rows.
 
-    With a part of the rows it is an estimate: their bits per target, times the targets per byte of all of them.
+    With a part of the rows bits per byte are an estimate: their bits per target, times the targets per byte of all.
 
     Args:
         model: The model.
@@ -48,4 +59,5 @@ def bits_per_byte(
     nats, targets = sums.tolist()
     num_targets = sum(shard.num_targets for shard in shards)
     num_bytes = sum(shard.header.num_bytes for shard in shards)
-    return nats / math.log(2) / targets * num_targets / num_bytes
+    loss = nats / targets
+    return Validation(loss / math.log(2) * num_targets / num_bytes, loss)

@@ -191,7 +191,7 @@ def signalled(arguments: list[str], directory: str, phase: str, occurrence: int)
     elif phase == "step" or phase.startswith("hang"):
         loop.train_step = announced(loop.train_step)
     elif phase == "evaluation":
-        loop.bits_per_byte = announced(loop.bits_per_byte)
+        loop.evaluate = announced(loop.evaluate)
     else:
         run.Saver.start = announced(run.Saver.start)
     return pretrain(arguments, directory)

@@ -13,7 +13,7 @@ from moe_lm.data.encode import encode
 from moe_lm.data.loader import validation_batches
 from moe_lm.data.shards import ShardWriter, TokenShard
 from moe_lm.data.tokenizer import train_tokenizer
-from moe_lm.evaluation.bits_per_byte import bits_per_byte
+from moe_lm.evaluation.bits_per_byte import evaluate
 from moe_lm.evaluation.compressors import document_bytes, gzip_bits_per_byte, xz_bits_per_byte
 from moe_lm.evaluation.generation import generate
 from moe_lm.model.config import ModelConfig
@@ -62,21 +62,22 @@ def test_bits_per_byte_is_the_cost_of_every_token_over_the_bytes(held_out):
     expected = bits / sum(len(text.encode()) for text in texts)
     runtime = Runtime("cpu")
     longest, num_targets = max(s.num_tokens for s in shards), sum(s.num_targets for s in shards)
-    whole = bits_per_byte(model, validation_batches(shards, 1, longest, pad_id=tokenizer.pad_id), shards, runtime)
-    assert whole == pytest.approx(expected, rel=1e-5)
+    whole = evaluate(model, validation_batches(shards, 1, longest, pad_id=tokenizer.pad_id), shards, runtime)
+    assert whole.bits_per_byte == pytest.approx(expected, rel=1e-5)
+    assert whole.loss == pytest.approx(bits * math.log(2) / num_targets, rel=1e-5)
     for length, batch in ((7, 3), (64, 2)):
         rows = list(validation_batches(shards, batch, length, pad_id=tokenizer.pad_id))
         assert sum(int((b.labels >= 0).sum()) for b in rows) == num_targets
-        assert bits_per_byte(model, rows, shards, runtime) == pytest.approx(expected, rel=0.5)
+        assert evaluate(model, rows, shards, runtime).bits_per_byte == pytest.approx(expected, rel=0.5)
 
 
 def test_a_part_of_the_rows_is_an_estimate_of_the_whole(held_out):
     """Catches an estimate that divides a part of the cost by all of the bytes, which would be far too low."""
     model, shards, tokenizer, _ = held_out
     runtime = Runtime("cpu")
-    whole = bits_per_byte(model, validation_batches(shards, 4, 16, pad_id=tokenizer.pad_id), shards, runtime)
+    whole = evaluate(model, validation_batches(shards, 4, 16, pad_id=tokenizer.pad_id), shards, runtime)
     part = validation_batches(shards, 4, 16, pad_id=tokenizer.pad_id, max_rows=6)
-    assert bits_per_byte(model, part, shards, runtime) == pytest.approx(whole, rel=0.25)
+    assert evaluate(model, part, shards, runtime).loss == pytest.approx(whole.loss, rel=0.25)
 
 
 def test_compressors_see_the_documents_themselves(held_out):

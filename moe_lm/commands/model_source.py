@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,15 +12,20 @@ from torch import Tensor
 from moe_lm.checkpoint.checkpoint import Checkpoint
 from moe_lm.checkpoint.config import CheckpointConfig
 from moe_lm.checkpoint.store import CheckpointStore
-from moe_lm.checkpoint.tensor_file import CheckpointError
+from moe_lm.checkpoint.tensor_file import CheckpointError, TensorKind
 from moe_lm.config import to_dataclass
 from moe_lm.data.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer
 from moe_lm.data.tokenizer_huggingface import TOKENIZER_FILE
 from moe_lm.errors import InputError
 from moe_lm.hf.export import export
-from moe_lm.hf.load import load_config, load_model
+from moe_lm.hf.files import INDEX, SINGLE
+from moe_lm.hf.load import HuggingFaceSource
 from moe_lm.model.config import ModelConfig
 from moe_lm.model.decoder import CausalLM
+from moe_lm.model.source import ModelSource
+
+MODEL = "model/"
+"""What the names of a model's parameters begin with in a checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +37,41 @@ class NativeSource:
     config: ModelConfig
 
     @property
+    def path(self) -> Path:
+        """Directory of the checkpoint."""
+        return self.checkpoint.path
+
+    @property
     def tokenizer_directory(self) -> Path:
         """Directory of the tokenizer's files."""
         return self.run_directory / "tokenizer"
 
-    def parameters(self) -> Iterable[tuple[str, Tensor]]:
+    def names(self) -> list[str]:
+        """Names of all parameters, in the model's own order."""
+        with torch.device("meta"):
+            model = CausalLM(self.config)
+        return [name for name, _ in model.named_parameters()]
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole parameter, put together from its slices."""
+        return self.checkpoint.tensor(MODEL + name)
+
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The model's parameters by name, read one at a time."""
-        prefix = "model/"
-        return ((name.removeprefix(prefix), self.checkpoint.tensor(name)) for name in self.checkpoint.kinds(prefix))
+        return ((name, self.tensor(name)) for name in self.names())
+
+
+def open_source(path: Path) -> ModelSource:
+    """The model that `path` names, verified: a run directory (its newest checkpoint), one of its checkpoints, a Hugging
+    Face directory, or one of Mistral's own files.
+
+    Raises:
+        InputError: There is none, or it can not be read whole.
+    """
+    _require_directory(path)
+    if any((path / name).exists() for name in ("config.json", "params.json", SINGLE, INDEX)):
+        return HuggingFaceSource(path)
+    return open_native(path)
 
 
 def open_native(path: Path) -> NativeSource:
@@ -56,28 +88,44 @@ def open_native(path: Path) -> NativeSource:
         newest = store.newest(refused=lambda reason: print(f"refused checkpoint {reason}", file=sys.stderr))
         if newest is None:
             raise InputError(
-                f"checkpoint={path}: holds no complete checkpoint; give a run directory or a step-… directory."
+                f"checkpoint={path}: holds no complete checkpoint; give a run directory, a step-… directory, or a "
+                "Hugging Face directory."
             )
         checkpoint, run_directory = newest, path
     if "config" not in checkpoint.state:
-        raise InputError(f"checkpoint={path}: was not written by a run of moe-lm; its state.json has no config.")
-    return NativeSource(run_directory, checkpoint, to_dataclass(ModelConfig, checkpoint.state["config"]["model"]))
+        raise InputError(f"checkpoint={path}: was not written by moe-lm; its state.json has no config.")
+    source = NativeSource(run_directory, checkpoint, to_dataclass(ModelConfig, checkpoint.state["config"]["model"]))
+    _check_parameters(source)
+    return source
 
 
+def _check_parameters(source: NativeSource) -> None:
+    """The checkpoint holds the parameters of its configuration, no more and no fewer, in whatever type."""
+    kinds = source.checkpoint.kinds(MODEL)
+    if source.config.num_hidden_layers > len(kinds):  # before any layer is built
+        raise InputError(f"checkpoint={source.path}: has fewer tensors than its configuration has layers.")
+    with torch.device("meta"):
+        model = CausalLM(source.config)
+    expected = {}
+    for name, parameter in model.named_parameters():
+        stored = kinds.get(MODEL + name)
+        expected[MODEL + name] = TensorKind(stored.dtype if stored else torch.float32, list(parameter.shape))
+    source.checkpoint.expect(expected, MODEL)
+
+
+@torch.no_grad()
 def open_model(path: Path, device: torch.device) -> tuple[CausalLM, Tokenizer]:
-    """A model in fp32 and its tokenizer, from any of the three kinds of directory."""
-    _require_directory(path)
-    if (path / "config.json").exists():
-        model, tokenizer_directory = load_model(path, load_config(path)), path
-    else:
-        source = open_native(path)
-        model, tokenizer_directory = CausalLM(source.config), source.tokenizer_directory
-        source.checkpoint.fill("model/", dict(model.named_parameters()))
-    tokenizer = open_tokenizer(tokenizer_directory)
+    """A model in fp32 and its tokenizer, from any directory that `open_source` takes."""
+    source = open_source(path)
+    model = CausalLM(source.config)
+    targets = dict(model.named_parameters())
+    for name, tensor in source.parameters():
+        targets[name].copy_(tensor)
+    tokenizer = open_tokenizer(source.tokenizer_directory)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(
-            f"checkpoint={path}: the tokenizer in {tokenizer_directory} has {tokenizer.vocab_size} ids, the model only "
-            f"{model.config.vocab_size}; they do not belong together."
+            f"checkpoint={path}: the tokenizer in {source.tokenizer_directory} has {tokenizer.vocab_size} ids, the "
+            f"model only {model.config.vocab_size}; they do not belong together."
         )
     return model.to(device), tokenizer
 

@@ -1,142 +1,147 @@
-"""Read a Hugging Face directory of the layout that `export` writes into a native model. Only safetensors, no code."""
+"""Read somebody else's model: a Hugging Face directory, or Mistral's own files. Only safetensors, no code.
 
-import json
-import re
-from collections import defaultdict
+Every tensor is accounted for before any is read: what is missing, extra, or of another type or shape is an error that
+names it. Parameters are then read one at a time, stacked experts straight into their stack, so that memory holds one
+parameter and never the model.
+"""
+
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moe_lm.checkpoint.tensor_file import TensorKind
 from moe_lm.errors import InputError
-from moe_lm.hf.layout import to_disk
-from moe_lm.model.config import ModelConfig, ModelFamily
+from moe_lm.hf.files import TYPES, StoredTensor, find_consolidated, find_tensors, has_consolidated, read_into
+from moe_lm.hf.layout import is_derived, layout_of, slots
+from moe_lm.hf.model_configuration import load_config
+from moe_lm.model.config import ModelConfig
 from moe_lm.model.decoder import CausalLM
 
-_FAMILIES = {"mixtral": ModelFamily.mixture, "mistral": ModelFamily.dense}
-_REQUIRED = dict.fromkeys(
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-    "max_position_embeddings".split(),
-    int,
-) | {"rms_norm_eps": float}
-_OPTIONAL = {"head_dim": int, "sliding_window": int, "initializer_range": float, "tie_word_embeddings": bool}
-_ROUTING = {"num_local_experts": int, "num_experts_per_tok": int}
 
-_FILE_NAME = re.compile(r"[\w.-]+\.safetensors")
+class HuggingFaceSource:
+    """A model in a Hugging Face directory, or in Mistral's own layout; a `ModelSource` of the commands."""
+
+    def __init__(self, path: Path):
+        """Read the configuration and all headers; compare them.
+
+        Raises:
+            InputError: The directory is of another architecture, or its tensors are not those of its configuration.
+        """
+        self.path = path
+        self.config = load_config(path)
+        consolidated = has_consolidated(path)
+        self._stored = find_consolidated(path) if consolidated else find_tensors(path)
+        self.layout = layout_of(self._stored, consolidated)
+        if self.config.num_hidden_layers > len(self._stored):  # before any layer is built
+            raise InputError(f"{path}: has fewer tensors than its configuration has layers; bring its files back.")
+        self.on_disk: dict[str, list[str]] = {}
+        """The tensors on disk that each parameter is made of."""
+        self._kinds: dict[str, TensorKind] = {}
+        self._match()
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        """Directory of the tokenizer's files."""
+        return self.path
+
+    @property
+    def ignored(self) -> list[str]:
+        """Tensors on disk that belong to no parameter, and need not: a tied head's copy, derived values."""
+        return sorted(self._stored.keys() - {disk for names in self.on_disk.values() for disk in names})
+
+    def stored(self, disk: str) -> StoredTensor:
+        """Where a tensor on disk is, and what."""
+        return self._stored[disk]
+
+    def kinds(self) -> dict[str, TensorKind]:
+        """Type and shape of every parameter by native name, in the model's own order."""
+        return dict(self._kinds)
+
+    def names(self) -> list[str]:
+        """Native names of all parameters, in the model's own order."""
+        return list(self._kinds)
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole parameter, on the CPU, in the type it is stored in."""
+        kind = self._kinds[name]
+        whole = torch.empty(kind.shape, dtype=kind.dtype)
+        read_into({slot.name: slot.view for slot in slots(name, whole, self.layout, self.config)}, self._stored)
+        return whole
+
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """All parameters by name, read one at a time."""
+        return ((name, self.tensor(name)) for name in self._kinds)
+
+    def _match(self) -> None:
+        """Compare what the files hold with what the configuration asks for."""
+        missing, wrong = [], []
+        with torch.device("meta"):
+            model = CausalLM(self.config)
+        for name, parameter in model.named_parameters():
+            pieces = slots(name, parameter, self.layout, self.config)
+            self.on_disk[name] = [slot.name for slot in pieces]
+            here = {slot.name: self._stored[slot.name].kind for slot in pieces if slot.name in self._stored}
+            missing += [slot.name for slot in pieces if slot.name not in here]
+            wrong += [
+                f"{self._stored[slot.name].path}: {slot.name} has shape {here[slot.name].shape}, and the configuration "
+                f"asks for {slot.shape}"
+                for slot in pieces
+                if slot.name in here and here[slot.name].shape != slot.shape
+            ]
+            wrong += _wrong_types(self._stored, list(here))
+            if here:
+                self._kinds[name] = TensorKind(next(iter(here.values())).dtype, list(parameter.shape))
+        tied = {"lm_head.weight", "output.weight"} if self.config.tie_word_embeddings else set()
+        extra = [name for name in self.ignored if name not in tied and not is_derived(name)]
+        if extra:
+            raise InputError(
+                f"{self.path}: {len(extra)} tensors do not belong to the model of its configuration, the first is "
+                f"{extra[0]}; it is of another architecture, or its files are mixed up."
+            )
+        if missing:
+            raise InputError(
+                f"{self.path}: {len(missing)} tensors are missing, the first is {missing[0]}; bring its files back."
+            )
+        if wrong:
+            more = f" ({len(wrong)} tensors are wrong in all)" if len(wrong) > 1 else ""
+            raise InputError(f"{wrong[0]}{more}.")
 
 
-def load_config(directory: Path) -> ModelConfig:
-    """The model configuration of a Hugging Face directory; Mixtral and Mistral, without rope scaling."""
-    path = directory / "config.json"
-    raw = _read_object(path)
-    kind = raw.get("model_type")
-    if kind not in ("mixtral", "mistral"):
-        raise InputError(f"{path}: model_type={kind!r} is not supported; mixtral and mistral are.")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise InputError(f"{path}: hidden_act={raw['hidden_act']!r} is not supported; silu is.")
-    if kind == "mistral":
-        raw.setdefault("sliding_window", 4096)  # what transformers takes where the file is silent
-    values = {name: _field(path, raw, name, of) for name, of in _REQUIRED.items()}
-    values |= {name: _field(path, raw, name, of) for name, of in _OPTIONAL.items() if raw.get(name) is not None}
-    values |= {"family": _FAMILIES[kind], "rope_theta": _rope_theta(path, raw)}
-    if kind == "mixtral":
-        num_experts, num_experts_per_tok = (_field(path, raw, name, of) for name, of in _ROUTING.items())
-        values |= {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok}
-    try:
-        return ModelConfig(**values)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-
-
-def _rope_theta(path: Path, raw: dict[str, Any]) -> float:
-    """The base of the rotary frequencies: in `rope_parameters`, or (before transformers 5) a field of its own."""
-    rope = raw.get("rope_parameters") or raw
-    if not isinstance(rope, dict):
-        raise InputError(f"{path}: rope_parameters={rope!r} is not a JSON object.")
-    if rope.get("rope_type", "default") != "default" or raw.get("rope_scaling"):
-        raise InputError(f"{path}: rope scaling is not supported.")
-    return _field(path, rope, "rope_theta", float)
-
-
-def _field(path: Path, raw: dict[str, Any], name: str, kind: type) -> Any:
-    value = raw.get(name)
-    if value is None:
-        raise InputError(f"{path}: {name} is missing.")
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise InputError(f"{path}: {name}={value!r} is not of type {kind.__name__}.")
-    return value
+def _wrong_types(stored: dict[str, StoredTensor], names: list[str]) -> list[str]:
+    """Tensors of one parameter whose types are not those of weights, or differ."""
+    types = [(name, stored[name].kind.dtype) for name in names]
+    sentences = [
+        f"{stored[name].path}: {name} is {dtype}; float32, bfloat16 and float16 are supported, and no quantised weights"
+        for name, dtype in types
+        if dtype not in TYPES
+    ]
+    sentences += [
+        f"{stored[name].path}: {name} is {dtype}, and {types[0][0]} is {types[0][1]}; both belong to one parameter"
+        for name, dtype in types[1:]
+        if dtype != types[0][1]
+    ]
+    return sentences
 
 
 @torch.no_grad()
 def load_model(directory: Path, config: ModelConfig, dtype: torch.dtype = torch.float32) -> CausalLM:
-    """Build the model and fill every parameter from the directory's files; every tensor must be accounted for."""
+    """Build the model of a directory and fill every parameter.
+
+    Args:
+        directory: As for `HuggingFaceSource`.
+        config: What `load_config` says of it.
+        dtype: Type of the parameters in memory.
+    """
+    source = HuggingFaceSource(directory)
     with torch.device("meta"):
         model = CausalLM(config)
     model.to_empty(device="cpu")
+    model.to(dtype)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    model.to(dtype)
-    # Parameters under their names on disk: views of the stacked tensors, so that reading fills the model itself.
-    slots = dict(to_disk(model.named_parameters()))
-    wanted = defaultdict(list)
-    for name, file in _weight_map(directory).items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        if name not in slots:
-            raise InputError(f"{directory}: the tensor {name} does not belong to the model of its config.json.")
-        wanted[file].append(name)
-    found = {name for names in wanted.values() for name in names}
-    if missing := sorted(set(slots) - found):
-        raise InputError(f"{directory}: {len(missing)} tensors are missing, the first is {missing[0]}.")
-    for file, names in wanted.items():
-        _fill(directory / file, {name: slots[name] for name in names})
+    targets = dict(model.named_parameters())
+    for name, tensor in source.parameters():
+        targets[name].copy_(tensor)
     return model
-
-
-def _fill(path: Path, slots: dict[str, Tensor]) -> None:
-    """Copy tensors of one file into the slots of their names."""
-    try:
-        with safe_open(path, framework="pt") as reader:
-            for name, slot in slots.items():
-                tensor = reader.get_tensor(name)
-                if tensor.shape != slot.shape:
-                    shapes = f"{list(tensor.shape)}, and config.json asks for {list(slot.shape)}"
-                    raise InputError(f"{path}: {name} has shape {shapes}.")
-                if not tensor.is_floating_point():
-                    raise InputError(f"{path}: {name} is {tensor.dtype}; quantised weights are not supported.")
-                slot.copy_(tensor)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: can not be read ({error}).") from error
-
-
-def _weight_map(directory: Path) -> dict[str, str]:
-    """Tensor name → file, from the index or from the one file."""
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = _read_object(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise InputError(f"{index}: weight_map is missing.")
-        for file in weight_map.values():
-            if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
-                raise InputError(f"{index}: {file!r} is not the name of a safetensors file in this directory.")
-        return weight_map
-    single = "model.safetensors"
-    try:
-        with safe_open(directory / single, framework="pt") as reader:
-            return dict.fromkeys(reader.keys(), single)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{directory / single}: can not be read ({error}).") from error
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: can not be read as JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: is not a JSON object.")
-    return value

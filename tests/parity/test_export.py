@@ -15,7 +15,8 @@ from moe_lm.data.tokenizer import Tokenizer, train_tokenizer
 from moe_lm.data.tokenizer_export import save_tokenizer_files
 from moe_lm.evaluation.generation import generate
 from moe_lm.hf.export import export
-from moe_lm.hf.load import load_config, load_model
+from moe_lm.hf.load import load_model
+from moe_lm.hf.model_configuration import load_config
 from moe_lm.model.config import ModelConfig, ModelFamily
 from moe_lm.model.decoder import CausalLM
 from moe_lm.model.initialization import initialize

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe_lm.checkpoint.checkpoint import Checkpoint
+from moe_lm.checkpoint.checkpoint import Checkpoint, read_object
 from moe_lm.checkpoint.config import CheckpointConfig
 from moe_lm.checkpoint.store import CheckpointStore
 from moe_lm.checkpoint.tensor_file import CheckpointError, TensorKind
@@ -17,9 +17,13 @@ from moe_lm.config import to_dataclass
 from moe_lm.data.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer
 from moe_lm.data.tokenizer_huggingface import TOKENIZER_FILE
 from moe_lm.errors import InputError
+from moe_lm.finetune.base import choose_trained, fingerprint
+from moe_lm.finetune.config import FinetuneConfig, Method
+from moe_lm.finetune.lora import adapter_names, is_adapter, merged
 from moe_lm.hf.export import export
 from moe_lm.hf.files import INDEX, SINGLE
 from moe_lm.hf.load import HuggingFaceSource
+from moe_lm.hf.model_configuration import load_config
 from moe_lm.model.config import ModelConfig
 from moe_lm.model.decoder import CausalLM
 from moe_lm.model.source import ModelSource
@@ -42,9 +46,9 @@ class NativeSource:
         return self.checkpoint.path
 
     @property
-    def tokenizer_directory(self) -> Path:
-        """Directory of the tokenizer's files."""
-        return self.run_directory / "tokenizer"
+    def tokenizer_directory(self) -> Path | None:
+        """Directory of the tokenizer's files; null where there are none."""
+        return find_tokenizer(self.run_directory / "tokenizer")
 
     def names(self) -> list[str]:
         """Names of all parameters, in the model's own order."""
@@ -61,6 +65,22 @@ class NativeSource:
         return ((name, self.tensor(name)) for name in self.names())
 
 
+@dataclasses.dataclass(frozen=True)
+class MergedSource(NativeSource):
+    """A checkpoint of a LoRA run as a whole model: its base, with the adapters added to the weights."""
+
+    base: ModelSource
+    finetune: FinetuneConfig
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole parameter, in the base's type."""
+        weight = self.base.tensor(name)
+        adapters = self.checkpoint.kinds(MODEL)
+        if MODEL + adapter_names(name)[0] not in adapters:
+            return weight
+        return merged(name, weight, super().tensor, self.finetune.scale)
+
+
 def open_source(path: Path) -> ModelSource:
     """The model that `path` names, verified: a run directory (its newest checkpoint), one of its checkpoints, a Hugging
     Face directory, or one of Mistral's own files.
@@ -69,9 +89,32 @@ def open_source(path: Path) -> ModelSource:
         InputError: There is none, or it can not be read whole.
     """
     _require_directory(path)
-    if any((path / name).exists() for name in ("config.json", "params.json", SINGLE, INDEX)):
-        return HuggingFaceSource(path)
+    if _is_foreign(path):
+        return HuggingFaceSource(path, find_tokenizer(path))
     return open_native(path)
+
+
+def describe(path: Path) -> tuple[ModelConfig, Path | None]:
+    """Configuration and tokenizer's directory of what `open_source` would open, without a look at the weights."""
+    _require_directory(path)
+    if _is_foreign(path):
+        return load_config(path), find_tokenizer(path)
+    single = (path / "COMPLETE").exists()
+    checkpoints = [path] if single else CheckpointStore(path / "checkpoints", CheckpointConfig()).paths()[::-1]
+    run_directory = path.absolute().parent.parent if single else path
+    for checkpoint in checkpoints:
+        try:
+            config = read_object(checkpoint / "state.json")["config"]["model"]
+        except (CheckpointError, OSError, KeyError, TypeError):
+            continue  # so will `open_source`, and say why
+        return to_dataclass(ModelConfig, config), find_tokenizer(run_directory / "tokenizer")
+    source = open_native(path)
+    return source.config, source.tokenizer_directory
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a directory is somebody else's model, rather than a run or a checkpoint."""
+    return any((path / name).exists() for name in ("config.json", "params.json", SINGLE, INDEX))
 
 
 def open_native(path: Path) -> NativeSource:
@@ -94,20 +137,46 @@ def open_native(path: Path) -> NativeSource:
         checkpoint, run_directory = newest, path
     if "config" not in checkpoint.state:
         raise InputError(f"checkpoint={path}: was not written by moe-lm; its state.json has no config.")
-    source = NativeSource(run_directory, checkpoint, to_dataclass(ModelConfig, checkpoint.state["config"]["model"]))
-    _check_parameters(source)
+    config = to_dataclass(ModelConfig, checkpoint.state["config"]["model"])
+    finetune = to_dataclass(FinetuneConfig, checkpoint.state["config"].get("finetune", {}))
+    source = NativeSource(run_directory, checkpoint, config)
+    if finetune.method is Method.lora:
+        source = MergedSource(run_directory, checkpoint, config, _open_base(checkpoint), finetune)
+    _check_parameters(source, finetune)
     return source
 
 
-def _check_parameters(source: NativeSource) -> None:
+def _open_base(checkpoint: Checkpoint) -> ModelSource:
+    """The model that a checkpoint's adapters were trained on."""
+    start = checkpoint.state.get("start", {})
+    path = Path(start.get("base", ""))
+    if not path.is_dir():
+        raise InputError(
+            f"checkpoint={checkpoint.path}: holds adapters alone, and their base is not in {path} any more; bring it "
+            "back there."
+        )
+    base = open_source(path)
+    if fingerprint(base) != start.get("base_fingerprint"):
+        raise InputError(
+            f"checkpoint={checkpoint.path}: its adapters were trained on another base than the one in {path}; bring "
+            "that one back."
+        )
+    return base
+
+
+def _check_parameters(source: NativeSource, finetune: FinetuneConfig) -> None:
     """The checkpoint holds the parameters of its configuration, no more and no fewer, in whatever type."""
     kinds = source.checkpoint.kinds(MODEL)
     if source.config.num_hidden_layers > len(kinds):  # before any layer is built
         raise InputError(f"checkpoint={source.path}: has fewer tensors than its configuration has layers.")
     with torch.device("meta"):
         model = CausalLM(source.config)
+        if finetune.method is Method.lora:
+            choose_trained(model, finetune)
     expected = {}
     for name, parameter in model.named_parameters():
+        if finetune.method is Method.lora and not is_adapter(name):
+            continue
         stored = kinds.get(MODEL + name)
         expected[MODEL + name] = TensorKind(stored.dtype if stored else torch.float32, list(parameter.shape))
     source.checkpoint.expect(expected, MODEL)
@@ -130,11 +199,17 @@ def open_model(path: Path, device: torch.device) -> tuple[CausalLM, Tokenizer]:
     return model.to(device), tokenizer
 
 
-def open_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer that stands beside a model."""
-    if not any((directory / name).exists() for name in (MODEL_FILE, TOKENIZER_FILE)):
+def find_tokenizer(directory: Path) -> Path | None:
+    """The directory, if it has a tokenizer's files."""
+    return directory if any((directory / name).exists() for name in (MODEL_FILE, TOKENIZER_FILE)) else None
+
+
+def open_tokenizer(directory: Path | None) -> Tokenizer:
+    """The tokenizer that stands beside a model; null where there is none."""
+    if directory is None:
         raise InputError(
-            f"checkpoint: there is no {MODEL_FILE} in {directory}, nor a {TOKENIZER_FILE}, so its text can not be read."
+            f"checkpoint: there is no {MODEL_FILE} beside the model, nor a {TOKENIZER_FILE}, so its text can not be "
+            "read; put the one that it was trained with there."
         )
     return load_tokenizer(directory)
 
@@ -142,7 +217,7 @@ def open_tokenizer(directory: Path) -> Tokenizer:
 def write_export(
     config: ModelConfig,
     parameters: Iterable[tuple[str, Tensor]],
-    tokenizer_directory: Path,
+    tokenizer_directory: Path | None,
     output: Path,
     dtype: torch.dtype = torch.float32,
 ) -> None:
@@ -156,6 +231,6 @@ def write_export(
     export(config, parameters, write_tokenizer, ids, output, dtype)
 
 
-def _require_directory(path: Path) -> None:
+def _require_directory(path: Path, option: str = "checkpoint") -> None:
     if not os.path.isdir(path):
-        raise InputError(f"checkpoint={path}: there is no such directory.")
+        raise InputError(f"{option}={path}: there is no such directory.")

@@ -23,13 +23,17 @@ from moe_lm.model.decoder import CausalLM
 class HuggingFaceSource:
     """A model in a Hugging Face directory, or in Mistral's own layout; a `ModelSource` of the commands."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, tokenizer_directory: Path | None = None):
         """Read the configuration and all headers; compare them.
+
+        Args:
+            path: The directory.
+            tokenizer_directory: Where its tokenizer's files are, if there are any.
 
         Raises:
             InputError: The directory is of another architecture, or its tensors are not those of its configuration.
         """
-        self.path = path
+        self.path, self.tokenizer_directory = path, tokenizer_directory
         self.config = load_config(path)
         consolidated = has_consolidated(path)
         self._stored = find_consolidated(path) if consolidated else find_tensors(path)
@@ -40,11 +44,6 @@ class HuggingFaceSource:
         """The tensors on disk that each parameter is made of."""
         self._kinds: dict[str, TensorKind] = {}
         self._match()
-
-    @property
-    def tokenizer_directory(self) -> Path:
-        """Directory of the tokenizer's files."""
-        return self.path
 
     @property
     def ignored(self) -> list[str]:

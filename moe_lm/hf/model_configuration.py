@@ -16,7 +16,7 @@ _REQUIRED = dict.fromkeys(
 _OPTIONAL = {"head_dim": int, "sliding_window": int, "initializer_range": float, "tie_word_embeddings": bool}
 _ROUTING = {"num_local_experts": int, "num_experts_per_tok": int}
 
-_SILENT = {
+_SILENT: dict[str, dict[str, Any]] = {
     "mixtral": {},
     "mistral": {"sliding_window": 4096},
     "llama": {"rope_theta": 10000.0},
@@ -53,10 +53,9 @@ def load_config(directory: Path) -> ModelConfig:
             "convert it to one of them, or train with the tool that it was made with."
         )
     _refuse_what_is_not_computed(path, raw)
-    if kind == "llama" and raw.get("num_key_value_heads") is None:
-        raw["num_key_value_heads"] = raw.get("num_attention_heads")
-    if kind != "mistral" and kind != "mixtral":
-        raw["sliding_window"] = None  # Llama has none, whatever the file holds
+    if kind == "llama":
+        raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
+        raw.pop("sliding_window", None)  # it has none, whatever the file holds
     return _configuration(path, {**_SILENT[kind], **raw}, kind)
 
 

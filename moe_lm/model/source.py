@@ -21,8 +21,8 @@ class ModelSource(Protocol):
         """What it is made of."""
 
     @property
-    def tokenizer_directory(self) -> Path:
-        """Directory of the tokenizer's files, if there are any."""
+    def tokenizer_directory(self) -> Path | None:
+        """Directory of the tokenizer's files; null where there are none."""
 
     def names(self) -> list[str]:
         """Native names of all parameters, in the model's own order; a tied output head is none."""

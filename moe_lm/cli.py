@@ -13,6 +13,7 @@ from moe_lm.interrupts import STOPPED, interrupts
 COMMANDS = {
     "prepare": "make a tokenizer and token shards of text, once, for any number of runs",
     "pretrain": "train a model from scratch, or go on with a run; evaluates and exports at the end",
+    "finetune": "go on from a trained model: more text or conversations, all of it or by LoRA",
     "export": "write a run's checkpoint as a Hugging Face directory",
     "verify": "check a checkpoint, or all of a run's, by hand",
     "generate": "continue a text with a checkpoint or an export",

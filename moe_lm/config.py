@@ -24,6 +24,7 @@ from omegaconf.errors import InterpolationValidationError, OmegaConfBaseExceptio
 from moe_lm.commands.config import ExportConfig, GenerateConfig, PlanPlacementConfig, PrepareConfig, VerifyConfig
 from moe_lm.errors import InputError
 from moe_lm.files import write_atomically
+from moe_lm.finetune.config import FinetuneRunConfig
 from moe_lm.training.config import RunConfig, to_plain
 
 SCHEMAS: dict[str, type] = {
@@ -31,9 +32,14 @@ SCHEMAS: dict[str, type] = {
     "pretrain": RunConfig,
     "export": ExportConfig,
     "verify": VerifyConfig,
+    "finetune": FinetuneRunConfig,
     "generate": GenerateConfig,
     "plan placement": PlanPlacementConfig,
 }
+
+
+FROM_BASE = ("finetune",)
+"""Commands whose model and tokenizer are those of a base, unless an option says otherwise."""
 
 
 def config_directory() -> Path:
@@ -132,12 +138,12 @@ def _kind_of(name: str, kinds: dict[str, Any]) -> Any | None:
 def _groups(command: str) -> list[str]:
     if not (config_directory() / f"{command}.yaml").exists():
         return []
-    every = sorted(p.name for p in config_directory().iterdir() if p.is_dir())
-    return (
-        every
-        if command == "pretrain"
-        else [g for g in every if g in {f.name for f in dataclasses.fields(SCHEMAS[command])}]
-    )
+    sections = {f.name for f in dataclasses.fields(SCHEMAS[command])}
+    if command == "pretrain":
+        sections.add("experiment")
+    if command in FROM_BASE:
+        sections.discard("model")
+    return sorted(p.name for p in config_directory().iterdir() if p.is_dir() and p.name in sections)
 
 
 class _Given(typing.NamedTuple):
@@ -202,6 +208,8 @@ def _merge(command: str, arguments: list[str]) -> Any:
         merged = OmegaConf.merge(
             OmegaConf.structured(schema), OmegaConf.masked_copy(composed, sorted(own & set(composed)))
         )
+        if command in FROM_BASE:
+            merged = OmegaConf.merge(merged, _sections_of_base(values))
     except OmegaConfBaseException as error:
         raise InputError(_readable(error)) from error
     for argument, name, value, kind in values:
@@ -215,6 +223,18 @@ def _merge(command: str, arguments: list[str]) -> Any:
         except OmegaConfBaseException as error:
             raise InputError(f"{argument}: must be {_expected(kind)}.") from error
     return merged
+
+
+def _sections_of_base(values: list[_Given]) -> dict[str, Any]:
+    """The model and the tokenizer of the base among the values given; nothing where there is none."""
+    base = next((one.value for one in values if one.name == "base"), None)
+    if not isinstance(base, str) or not base:
+        return {}
+    from moe_lm.commands.model_source import describe  # it needs this module
+
+    model, tokenizer_directory = describe(Path(base).expanduser())
+    tokenizer = {} if tokenizer_directory is None else {"tokenizer": {"path": str(tokenizer_directory)}}
+    return _escaped_texts({"model": to_plain(model), **tokenizer})
 
 
 def _open_section(merged: Any, schema: Any, name: str) -> None:

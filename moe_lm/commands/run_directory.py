@@ -143,7 +143,7 @@ def _remove_after_bad_input(directory: Path, kind: type[BaseException] | None, *
 def _check_same_run(config: RunConfig, directory: Path) -> None:
     if config.resume.policy is ResumePolicy.never:
         raise InputError(f"resume=never: {directory} holds a run already; give another run_name=, or resume=auto.")
-    if changed := differences(load_saved(RunConfig, directory / CONFIG_FILE), config):
+    if changed := differences(load_saved(type(config), directory / CONFIG_FILE), config):
         fields = "; ".join(f"{name}={change}" for name, change in changed.items())
         insist = f"[{','.join(changed)}]" if len(changed) <= 4 else "[…], with the name of each"
         insist = f", or insist with resume.allow_change={insist}"

@@ -14,7 +14,7 @@ from moe_lm.config import written
 from moe_lm.data.loader import validate_batch_sizes
 from moe_lm.data.streams import check_world_size
 from moe_lm.errors import InputError
-from moe_lm.model.accounting import count_parameters, training_state_bytes
+from moe_lm.model.accounting import count_parameters
 from moe_lm.parallel.config import PlacementPolicy
 from moe_lm.parallel.layout import Layout, Machine, choose_layout
 from moe_lm.parallel.placement import Cluster, Placement, contiguous, read_placement
@@ -24,6 +24,7 @@ from moe_lm.parallel.trace import read_steps, summed
 from moe_lm.training.config import OptimizerName, RunConfig, to_plain
 from moe_lm.training.machine import total_memory
 from moe_lm.training.precision import compute_dtype
+from moe_lm.training.start import Start
 
 PLACEMENT_FILE = "placement.json"
 """In the run's directory: who owns which expert, as the run last started."""
@@ -66,7 +67,9 @@ def _code_fingerprint() -> str:
     return digest.hexdigest()
 
 
-def share(config: RunConfig, runtime: Runtime, directory: Path) -> tuple[Layout, Placement | None, list[str]]:
+def share(
+    config: RunConfig, runtime: Runtime, directory: Path, start: Start
+) -> tuple[Layout, Placement | None, list[str]]:
     """The layout of a run, who owns which expert, and what to tell the user of them; by the main process's word.
 
     Raises:
@@ -74,7 +77,7 @@ def share(config: RunConfig, runtime: Runtime, directory: Path) -> tuple[Layout,
     """
 
     def choose() -> list[Any]:
-        layout, why = _choose_layout(config, runtime)
+        layout, why = _choose_layout(config, runtime, start)
         placement, who = _choose_placement(config, layout, directory)
         return [dataclasses.astuple(layout), placement and placement.owners, [text for text in (why, who) if text]]
 
@@ -83,7 +86,7 @@ def share(config: RunConfig, runtime: Runtime, directory: Path) -> tuple[Layout,
     return layout, owners and Placement(tuple(map(tuple, owners)), layout.ep), said
 
 
-def _choose_layout(config: RunConfig, runtime: Runtime) -> tuple[Layout, str]:
+def _choose_layout(config: RunConfig, runtime: Runtime, start: Start) -> tuple[Layout, str]:
     """The layout of a run and why it was chosen."""
     world = runtime.world_size
     validate_batch_sizes(config.trainer.global_batch_size, config.trainer.micro_batch_size, world)
@@ -94,9 +97,9 @@ def _choose_layout(config: RunConfig, runtime: Runtime) -> tuple[Layout, str]:
         memory //= node_size
     moments = 1 if config.optimizer.name is OptimizerName.muon else 2
     dtype = compute_dtype(config.trainer.precision, runtime.device)
-    whole = training_state_bytes(config.model, moments, dtype.itemsize)
+    whole, copied = start.state_bytes(moments, dtype.itemsize)
     if runtime.device.type == "cpu" and config.checkpoint.background:
-        whole += 4 * (1 + moments) * count_parameters(config.model).total  # the copy that a save writes from
+        whole += copied
     layout, why = choose_layout(config.parallel, config.model, Machine(world, node_size, memory), whole)
     if whole // layout.dp_shard > memory:
         count, device = count_parameters(config.model).total, runtime.device.type

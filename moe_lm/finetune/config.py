@@ -1,9 +1,10 @@
-"""Configuration of fine-tuning: what of a model is trained, and how. Standard library only."""
+"""Configuration of fine-tuning: what of a model is trained, and how."""
 
 import dataclasses
 import enum
 
 from moe_lm.errors import InputError
+from moe_lm.training.config import RunConfig
 
 
 class Method(enum.Enum):
@@ -73,3 +74,24 @@ class FinetuneConfig:
     def scale(self) -> float:
         """Factor of LoRA's product of matrices."""
         return self.alpha / self.rank
+
+
+@dataclasses.dataclass
+class FinetuneRunConfig(RunConfig):
+    """Everything a fine-tuning run depends on. The model's shape is the base's, and can not be given."""
+
+    base: str | None = None
+    """Model to begin from: a run directory (its newest checkpoint), one checkpoint, or a directory in Hugging Face's or
+    Mistral's own layout."""
+    finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.base:
+            raise InputError("base: is required; give base=DIRECTORY, a run, a checkpoint or an export.")
+        has_router = self.finetune.chosen_parts & {Part.router}
+        if self.model.router_drift_coef > 0 and not has_router:
+            raise InputError(
+                f"model.router_drift_coef={self.model.router_drift_coef}: finetune.parts leaves the router out, which "
+                "then stays as it is; leave it out as well."
+            )

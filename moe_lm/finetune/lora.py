@@ -28,6 +28,8 @@ those of stacked experts `experts.down_proj_lora_A` and `experts.down_proj_lora_
 class LoraLinear(nn.Linear):
     """A linear map with an adapter; `weight` [out, in], `lora_A` [r, in], `lora_B` [out, r]."""
 
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
     scale: float
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,6 +40,8 @@ class LoraLinear(nn.Linear):
 class LoraRouter(Router):
     """A router with an adapter, in fp32 like the router itself; `lora_A` [r, D], `lora_B` [E, r]."""
 
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
     scale: float
 
     def logits(self, x_TD: Tensor) -> Tensor:
@@ -50,6 +54,10 @@ class LoraRouter(Router):
 class LoraExperts(Experts):
     """Stacked experts with an adapter for each: A [E, r, in], B [E, out, r]."""
 
+    gate_up_proj_lora_A: nn.Parameter
+    gate_up_proj_lora_B: nn.Parameter
+    down_proj_lora_A: nn.Parameter
+    down_proj_lora_B: nn.Parameter
     scale: float
 
     def forward(self, rows_PD: Tensor, group_ends_E: Tensor) -> Tensor:

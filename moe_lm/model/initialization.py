@@ -16,6 +16,12 @@ from moe_lm.model.decoder import CausalLM
 _RESIDUAL_WRITERS = ("o_proj.weight", "down_proj", "down_proj.weight")
 
 
+def generator_of(seed: int, name: str, device: torch.device) -> torch.Generator:
+    """The source of one parameter's random numbers."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
 def initial_value(
     config: ModelConfig, seed: int, name: str, shape: Sequence[int], device: torch.device, dtype: torch.dtype
 ) -> Tensor:
@@ -27,10 +33,8 @@ def initial_value(
     value = torch.empty(*shape, device=device, dtype=dtype)
     if value.dim() == 1:
         return value.fill_(1.0)
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     scale = 1 / math.sqrt(2 * config.num_hidden_layers) if name.endswith(_RESIDUAL_WRITERS) else 1.0
-    return value.normal_(0.0, config.initializer_range * scale, generator=generator)
+    return value.normal_(0.0, config.initializer_range * scale, generator=generator_of(seed, name, device))
 
 
 @torch.no_grad()

@@ -46,6 +46,8 @@ def _train_until_rewind(run: Run, telemetry: Telemetry, pulse: Pulse) -> Validat
     config, progress, policy = run.config, run.progress, run.config.guards.spike_policy
     with run.open_feed() as feed:
         telemetry.begin(feed)
+        if run.start.has_learned and progress.step == 0:
+            _validate_start(run, telemetry, pulse)
         while _between_steps(run, feed, telemetry, pulse) and (batch := _next(run, feed, pulse)) is not None:
             data_step, run.data_state = progress.data_step, batch.state
             progress.data_step += 1
@@ -81,6 +83,13 @@ def _train_until_rewind(run: Run, telemetry: Telemetry, pulse: Pulse) -> Validat
             raise Stopped(f"stopped in the last validation ({run.requests.reason}); {_what_next(run)}")
         telemetry.validation(final, complete=True)
     return final
+
+
+def _validate_start(run: Run, telemetry: Telemetry, pulse: Pulse) -> None:
+    """Find out how good the model is that the run began from; all of the validation set, as at its end."""
+    if (figures := validate(run, None, pulse)) is not None:
+        run.progress.start_loss = figures.loss
+        telemetry.validation(figures, complete=True)
 
 
 def _between_steps(run: Run, feed: Feed, telemetry: Telemetry, pulse: Pulse) -> bool:

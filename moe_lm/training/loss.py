@@ -71,5 +71,12 @@ def loss_shares(
     drift = router_drift_loss(statistics.drift_sum, num_routed_tokens)
     if config.router_drift_coef > 0:
         total = total + config.router_drift_coef * drift
-    figures = (figure.detach() for figure in (cross_entropy, balancing, z, drift))
-    return LossShares(total, *figures, statistics.dropped.sum(), statistics.count_E)
+    return LossShares(
+        total,
+        cross_entropy.detach(),
+        balancing.detach(),
+        z.detach(),
+        drift.detach(),
+        statistics.dropped.sum(),
+        statistics.count_E,
+    )

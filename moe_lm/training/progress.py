@@ -29,6 +29,8 @@ class Progress:
     """Its figure."""
     best_bits_per_byte: float | None = None
     """The lowest so far."""
+    start_loss: float | None = None
+    """Nats per validation target before the first step, of a run that began from a trained model."""
 
     def learned(self, targets: int, tokens_by_domain: Iterable[tuple[str, int]]) -> None:
         """Add what an update learned from."""

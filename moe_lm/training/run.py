@@ -111,6 +111,11 @@ class Run:
             if isinstance(router, Router) and (starting := router.starting_weight) is not None:
                 starting.copy_(self.start.value(f"{name}.weight", starting.shape, device, starting.dtype))
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether checkpoints hold only what is added to the model, so that it is whole nowhere but merged."""
+        return len(self.optimizer.shards) < len(self.parallel.shards)
+
     def _saved_shards(self) -> list[ParameterShard]:
         """The parameters that checkpoints hold; of stacked experts, with those marked that are trained."""
         shards = [shard for shard in self.parallel.shards if self.start.is_saved(shard.name)]

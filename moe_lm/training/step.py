@@ -81,13 +81,15 @@ def train_step(
     runtime.sum([*unsummed, figures, count_LE])
     optimizer.drop_frozen_gradients()
     norm = optimizer.gradient_norm(runtime if sharded else None)
-    *losses, dropped, gradient_norm = torch.cat((figures, norm[None])).tolist()
-    cross_entropy = losses[0]
+    cross_entropy, load_balancing, router_z, router_drift, dropped, gradient_norm = torch.cat(
+        (figures, norm[None])
+    ).tolist()
     finite = math.isfinite(gradient_norm) and math.isfinite(cross_entropy)
     applied = finite and cross_entropy <= loss_limit
     if applied:
         optimizer.step(norm, factor)
         compute.refresh()
+    losses = cross_entropy, load_balancing, router_z, router_drift
     return StepResult(*losses, gradient_norm, int(dropped), count_LE.cpu(), finite, applied)
 
 

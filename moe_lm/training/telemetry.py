@@ -81,6 +81,7 @@ class Telemetry:
             "loss": result.cross_entropy,
             "load_balancing_loss": result.load_balancing,
             "router_z_loss": result.router_z,
+            **({"router_drift_loss": result.router_drift} if self._run.config.model.router_drift_coef > 0 else {}),
             "gradient_norm": result.gradient_norm,
             "learning_rate": learning_rate,
             "load_violation": violation,

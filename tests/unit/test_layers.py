@@ -15,7 +15,11 @@ LAYERS = {
     "hf": {"kernels", "model", "checkpoint"},
     "evaluation": {"kernels", "model", "data", "checkpoint", "hf", "parallel"},
     "training": {"kernels", "model", "data", "checkpoint", "parallel", "evaluation"},
-    "commands": {"kernels", "model", "data", "checkpoint", "hf", "parallel", "evaluation", "training", "config", "cli"},
+    "finetune": {"kernels", "model", "data", "checkpoint", "parallel", "hf", "evaluation", "training"},
+    "commands": {
+        *("kernels", "model", "data", "checkpoint", "hf", "parallel", "evaluation", "training", "finetune"),
+        *("config", "cli"),
+    },
 }
 EVERYWHERE = {"errors", "files", "interrupts"}
 """Leaves: the exceptions whose message is for the user, writing files whole, and this process's signals."""

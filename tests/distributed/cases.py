@@ -20,6 +20,8 @@ from moe_lm.checkpoint.checkpoint import Checkpoint
 from moe_lm.checkpoint.config import CheckpointConfig
 from moe_lm.checkpoint.store import CheckpointStore, TensorSlice
 from moe_lm.data.batch import IGNORED, Batch
+from moe_lm.finetune.base import choose_trained
+from moe_lm.finetune.config import FinetuneConfig, Method
 from moe_lm.model.config import LoadBalancing, LoadSource, ModelConfig, ModelFamily
 from moe_lm.model.initialization import initial_value
 from moe_lm.parallel.cost import Traffic, Work, step_traffic
@@ -57,6 +59,10 @@ class Case:
     scattered: bool = False
     """Experts placed otherwise in each layer, instead of in order."""
     recompute: bool = False
+    lora: int = 0
+    """Rank of adapters on attention, experts and router, which alone are trained; 0 trains the model itself."""
+    experts: tuple[int, ...] = ()
+    """The experts that are trained; empty means all."""
     model: tuple[tuple[str, object], ...] = ()
 
     @property
@@ -81,6 +87,8 @@ class Case:
                 self.dtype,
                 self.optimizer,
                 *flags,
+                *([f"lora{self.lora}"] if self.lora else []),
+                *([f"experts{'+'.join(map(str, self.experts))}"] if self.experts else []),
                 *of_model,
             ]
         )
@@ -101,6 +109,10 @@ class Case:
         enums = {"family": ModelFamily, "load_balancing": LoadBalancing, "load_balancing_source": LoadSource}
         given = {name: enums[name](value) if name in enums else value for name, value in self.model}
         return ModelConfig(**{**shape, **given})
+
+    def finetune(self) -> FinetuneConfig:
+        method = Method.lora if self.lora else Method.full
+        return FinetuneConfig(method, experts=[str(number) for number in self.experts], rank=self.lora or 8)
 
     def work(self, rows_sent: int, rows_received: int) -> Work:
         size = getattr(torch, self.dtype).itemsize
@@ -181,20 +193,32 @@ def run_case(case: Case, runtime: Runtime, directory: Path, keep_state: bool) ->
     dtype = getattr(torch, case.dtype)
     torch.set_default_dtype(torch.float64 if dtype is torch.float64 else torch.float32)
     config = case.model_config()
-    parallel = parallelize(config, case.layout, case.placement(), runtime.rank, runtime.device, dtype)
+    parallel = parallelize(
+        config,
+        case.layout,
+        case.placement(),
+        runtime.rank,
+        runtime.device,
+        dtype,
+        lambda model: choose_trained(model, case.finetune()),
+    )
     parallel.module.model.recompute_layers = case.recompute
     for shard in parallel.shards:
-        # Drawn in fp32 for both, so that all types begin with the same weights.
+        # Drawn in fp32 for both, so that all types begin with the same weights. (Adapters, too: a B of zeros would
+        # leave its A without a gradient.)
         whole = initial_value(config, 3, shard.name, shard.shape, runtime.device, torch.float32)
         shard.fill(whole.to(shard.value.dtype))
+    shards = [shard for shard in parallel.shards if shard.parameter.requires_grad]
+    if case.experts:
+        shards = [s.training_only(case.experts) if ".mlp.experts." in s.name else s for s in shards]
     compute = ComputeModel(parallel, dtype)
     name = OptimizerName[case.optimizer]
-    optimizer = Optimizer(parallel.shards, OptimizerConfig(name, learning_rate=1e-2, max_grad_norm=0.5))
+    optimizer = Optimizer(shards, OptimizerConfig(name, learning_rate=1e-2, max_grad_norm=0.5))
     load_LE = initial_load(config)
     slices: list[TensorSlice] = []
 
     def add(prefix: str, tensors: list[torch.Tensor]) -> None:
-        for shard, local in zip(parallel.shards, tensors, strict=True):
+        for shard, local in zip(shards, tensors, strict=True):
             if shard.counts:
                 slices.extend(
                     TensorSlice(f"{prefix}/{shard.name}", box.of(local).detach().clone(), shard.shape, box.offsets)
@@ -225,7 +249,7 @@ def run_case(case: Case, runtime: Runtime, directory: Path, keep_state: bool) ->
         losses = [result.cross_entropy, result.load_balancing, result.router_z, result.gradient_norm]
         dropped.append(result.dropped)
         figures.append({"losses": losses, "counts": result.count_LE.tolist(), "applied": result.applied})
-    add("weight", [shard.value for shard in parallel.shards])
+    add("weight", [shard.value for shard in shards])
     write(directory, slices, {"figures": figures, "traffic": traffic, "dropped": dropped}, runtime)
     if keep_state:
         write_state(directory / "state", optimizer, load_LE, runtime)
@@ -298,6 +322,7 @@ def main() -> None:
     jobs, directory = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     for job in jobs:
         job["case"]["model"] = tuple(map(tuple, job["case"]["model"]))
+        job["case"]["experts"] = tuple(job["case"]["experts"])
         case = Case(**job["case"])
         if job["source"]:
             reshard(directory / job["source"], case, runtime, directory / job["output"])

@@ -24,7 +24,8 @@ class Batch:
 
     input_ids: Tensor
     labels: Tensor
-    """The next token, or -100 where nothing is predicted (padding, and before another document)."""
+    """The next token, or -100 where nothing is predicted (padding, before another document, and what is not the
+    assistant's in a conversation)."""
     position_ids: Tensor
     """From 0, restarting at each document if documents are masked; 0 in padding."""
     document_ids: Tensor
@@ -89,6 +90,8 @@ def make_batch(
             label_T[place : place + length] = tokens[first + 1 : first + length + 1]
         np.maximum.at(used_B, row_P, column_P + length_P)
         segments.append(_find_segments(array, place_P, first_P, length_P, label_T, domain_ids))
+        if array.spans is not None:
+            label_T[_find_others(array.spans, place_P, first_P, length_P, size)] = IGNORED
     _pad(input_T, label_T, used_B, sequence_length, pad_id)
     routing_BS = np.arange(sequence_length) < used_B[:, None]
     document_BS, position_BS, domain_BS = _number_segments(segments, num_rows, sequence_length, mask_documents)
@@ -133,6 +136,34 @@ def _find_segments(
     number = np.array([domain_ids[name] for name in array.domain_names])
     document_N = np.concatenate([before_P - 1, document_N[inside_N]])
     return _Segments(start_N, number[array.domains[document_N]])
+
+
+def _find_others(
+    span_N2: NDArray[np.int64],
+    place_P: NDArray[np.int64],
+    first_P: NDArray[np.int64],
+    length_P: NDArray[np.int64],
+    size: int,
+) -> NDArray[np.bool_]:
+    """Which places [size] of pieces have a label that is in no span."""
+    # A label is the token behind its place: those of a piece are tokens (first, first + length].
+    begin_N, end_N = span_N2[:, 0], span_N2[:, 1]
+    before_P = end_N.searchsorted(first_P + 1, side="right")
+    behind_P = begin_N.searchsorted(first_P + length_P, side="right")
+    count_P = np.maximum(behind_P - before_P, 0)
+    index_N = np.repeat(before_P - (np.cumsum(count_P) - count_P), count_P) + np.arange(count_P.sum())
+    shift_N = np.repeat(place_P - first_P - 1, count_P)
+    low_N, high_N = np.repeat(place_P, count_P), np.repeat(place_P + length_P, count_P)
+    inside = _cover(
+        (begin_N[index_N] + shift_N).clip(low_N, high_N), (end_N[index_N] + shift_N).clip(low_N, high_N), size
+    )
+    return _cover(place_P, place_P + length_P, size) & ~inside
+
+
+def _cover(begin_N: NDArray[np.int64], end_N: NDArray[np.int64], size: int) -> NDArray[np.bool_]:
+    """Which places [size] are in any of [begin, end)."""
+    step = np.bincount(begin_N, minlength=size + 1) - np.bincount(end_N, minlength=size + 1)
+    return np.cumsum(step[:size]) > 0
 
 
 def _pad(

@@ -10,13 +10,17 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_lm.data.documents import Document, Split
+import numpy as np
+
+from moe_lm.data.chat_template import ChatFormat, Refusal
+from moe_lm.data.config import TooLong
+from moe_lm.data.documents import BadRows, Document, Split
 from moe_lm.data.encode import Encoded, Encoder
 from moe_lm.data.shards import ShardHeader, ShardWriter, TokenShard
 from moe_lm.data.sources import Position, Source
@@ -136,6 +140,7 @@ def make_unit(
     *,
     settings_fingerprint: str,
     window: int,
+    form: ChatFormat | None = None,
     progress: Callable[[int], None] = lambda num_bytes: None,
 ) -> None:
     """Makes the chunks of a unit that are not there yet.
@@ -148,6 +153,7 @@ def make_unit(
         encoder: Tokenizes.
         settings_fingerprint: What else the chunks depend on.
         window: Batches that may be on their way at a time.
+        form: How conversations are rendered; null for a source of texts.
         progress: Called with the bytes of text of each batch that is written.
 
     Raises:
@@ -172,13 +178,14 @@ def make_unit(
             digest, skipped = hashlib.sha256(), Counter[str]()
             while True:
                 while len(waiting) < window and (batch := next(batches, None)) is not None:
-                    waiting.append((batch, encoder.submit([d.text for side in SIDES for d in batch.sides[side]])))
+                    waiting.append((batch, encoder.submit([d.text for side in SIDES for d in batch.sides[side]], form)))
                 if not waiting:
                     more = False
                     break
                 batch, future = waiting.popleft()
-                progress(_write(batch, encoder.result(future), writers, digest))
-                skipped += batch.skipped
+                encoded = encoder.result(future)
+                skipped += batch.skipped + _refuse(batch, encoded.refusals, source, form)
+                progress(_write(batch, encoded, writers, digest))
                 position = batch.position or position
                 if sum(writer.num_tokens for writer in writers.values()) >= CHUNK_TOKENS:
                     break
@@ -220,25 +227,47 @@ def _batches(source: Source, split: Split, position: Position | None, stop: int)
     yield _Batch(sides, behind, skipped_since())
 
 
+def _refuse(batch: _Batch, refusals: Mapping[int, Refusal], source: Source, form: ChatFormat | None) -> Counter[str]:
+    """Counts the conversations of a batch that can not be trained on, or ends with the first.
+
+    Raises:
+        InputError: There is one, and its policy is `error`.
+    """
+    bad = BadRows(source.bad.policy, source.bad.option)  # apart from what reading counts: that is further on
+    documents = [document for side in SIDES for document in batch.sides[side]]
+    for number, refusal in sorted(refusals.items()):
+        assert form is not None
+        file, _, line = documents[number].name.rpartition(":")
+        place = f"{next(str(known.path) for known in source.files if known.name == file)}, line {line}"
+        if refusal.kind != "too_long":
+            bad.found(refusal.kind, place, refusal.complaint)
+        elif form.too_long is TooLong.error:
+            raise InputError(f"{source.option}: {place}: {refusal.complaint}.")
+        else:
+            bad.skipped[refusal.kind] += 1
+    return bad.skipped
+
+
 def _write(batch: _Batch, encoded: Encoded, writers: dict[str, ShardWriter], digest: Any) -> int:
     """Appends a batch to both shards; returns the bytes of its text."""
     first_document = first_token = total = 0
     for side, documents in batch.sides.items():
-        num_bytes = 0
+        sizes = []
         for document in documents:
             for part in (side, document.name, document.text):
                 data = part.encode("utf-8", "surrogateescape")
                 digest.update(len(data).to_bytes(8, "little") + data)
-            num_bytes += len(data)
-        lengths = encoded.lengths[first_document : first_document + len(documents)]
-        num_tokens = int(lengths.sum())
-        tokens = encoded.tokens[first_token : first_token + num_tokens]
-        writers[side].add(Encoded(tokens, lengths), [document.domain for document in documents], num_bytes)
-        first_document, first_token, total = (
-            first_document + len(documents),
-            first_token + num_tokens,
-            total + num_bytes,
-        )
+            sizes.append(len(data))
+        own = slice(first_document, first_document + len(documents))
+        lengths = encoded.lengths[own]
+        behind = first_token + int(lengths.sum())
+        spans = encoded.spans
+        if spans is not None:
+            spans = spans[slice(*np.searchsorted(spans[:, 0], (first_token, behind)))] - first_token
+        domains = [document.domain for document, length in zip(documents, lengths) if length]
+        num_bytes = sum(sizes) if encoded.num_bytes is None else int(encoded.num_bytes[own].sum())
+        writers[side].add(Encoded(encoded.tokens[first_token:behind], lengths[lengths > 0], spans), domains, num_bytes)
+        first_document, first_token, total = own.stop, behind, total + sum(sizes)
     return total
 
 

@@ -22,6 +22,7 @@ class DataSource(enum.Enum):
     stdlib = "stdlib"
     text = "text"
     jsonl = "jsonl"
+    chat = "chat"
     parquet = "parquet"
     arrow = "arrow"
     huggingface = "huggingface"
@@ -33,6 +34,14 @@ class OnBadRow(enum.Enum):
 
     error = "error"
     skip = "skip"
+
+
+class TooLong(enum.Enum):
+    """What to do about a conversation that a row has no room for."""
+
+    error = "error"
+    skip = "skip"
+    cut = "cut"
 
 
 class Packing(enum.Enum):
@@ -73,8 +82,9 @@ class DataConfig:
 
     source: DataSource = DataSource.stdlib
     """Kind of text: `stdlib` (the .py files of the running Python's standard library, no download), `text` (each file
-    is one document), `jsonl` (each line is one; also .gz and .zst), `parquet`, `arrow`, `huggingface` (a data set of
-    the Hub, or a directory that `datasets` reads) or `prepared` (directories that `moe-lm prepare` wrote)."""
+    is one document), `jsonl` (each line is one; also .gz and .zst), `chat` (each line is a conversation), `parquet`,
+    `arrow`, `huggingface` (a data set of the Hub, or a directory that `datasets` reads) or `prepared` (directories that
+    `moe-lm prepare` wrote)."""
 
     paths: list[str] = field(default_factory=list)
     """Files, directories or globs (`**` crosses directories) to read; for `huggingface` one name or directory, for
@@ -121,7 +131,16 @@ class DataConfig:
 
     packing: Packing = Packing.sequential
     """`sequential` cuts the documents, end to end, into rows; `best_fit` keeps each document in one row where it fits
-    (only documents longer than a row are split) and fills rows with the documents that fit best."""
+    (only documents longer than a row are split) and fills rows with the documents that fit best. Conversations (`chat`)
+    are always packed so, and never split."""
+
+    chat_template: str | None = None
+    """File of the Jinja template that conversations are rendered with; null takes the tokenizer's own, or else moe-lm's
+    default."""
+
+    too_long: TooLong = TooLong.error
+    """What to do about a conversation of more than sequence_length + 1 tokens: `error` names it, `skip` leaves it out,
+    `cut` cuts its end off."""
 
     epochs: int | None = None
     """Passes over the text. Null repeats a source that is used up for as long as training lasts; a number ends the run
@@ -158,6 +177,7 @@ class DataConfig:
         if self.workers is not None and not 0 <= self.workers <= 1024:
             raise InputError(f"data.workers={self.workers}: must be between 0 and 1024, or null.")
         self._check_sources()
+        self._check_chat()
         if self.source is DataSource.prepared and self.streaming:
             raise InputError("data.streaming=true: data.source=prepared is tokenized already; leave one of them out.")
         for name, source in self.resolved_sources().items():
@@ -204,6 +224,23 @@ class DataConfig:
                 f"data.sources.{next(iter(self.sources))}.weight=null: a stream does not know its length; "
                 "give every source a weight."
             )
+
+    def _check_chat(self) -> None:
+        """Checks what only conversations have."""
+        if self.chat_template == "":
+            raise InputError("data.chat_template='': give a file, or null for the tokenizer's own.")
+        if self.chat_template is not None and not self.has_chat:
+            raise InputError(
+                f"data.chat_template={self.chat_template}: data.source={self.source.name} is not rendered by a "
+                "template; leave it out, or set data.source=chat."
+            )
+        if self.streaming and self.has_chat:
+            raise InputError("data.streaming=true: conversations are prepared, not streamed; leave it out.")
+
+    @property
+    def has_chat(self) -> bool:
+        """Whether any source holds conversations that are still to be rendered."""
+        return any(source.source is DataSource.chat for source in self.resolved_sources().values())
 
     def resolved_sources(self) -> dict[str, SourceConfig]:
         """The sources by name, each with its kind, fields and domain filled in; a single source is named by its

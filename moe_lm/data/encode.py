@@ -1,14 +1,15 @@
-"""Tokenizing beside the process that asks: a pool of processes that hold nothing but the tokenizer (not torch).
+"""Tokenizing, also beside the process that asks: a pool of processes that hold nothing but the tokenizer (not torch).
 
 Processes rather than threads, because a training process has a lock on its interpreter that training itself needs. A
 worker that dies (killed for memory, say) breaks its pool, and whoever waits for a result hears of it at once.
 """
 
 import functools
+import json
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_lm.data.chat_template import ChatFormat, Refusal, encode_conversation
 from moe_lm.data.tokenizer import Tokenizer, load_tokenizer
 from moe_lm.errors import InputError, RunError
 
@@ -27,7 +29,13 @@ class Encoded(NamedTuple):
 
     tokens: NDArray[np.uint16 | np.uint32]
     lengths: NDArray[np.int64]
-    """Tokens of each document, marks included."""
+    """Tokens of each document, marks included; 0 for a conversation that can not be trained on."""
+    spans: NDArray[np.int64] | None = None
+    """Of conversations, which tokens are targets: [begin, end) of each run of them, in order. Null means all."""
+    num_bytes: NDArray[np.int64] | None = None
+    """Of conversations, the bytes that the assistant says in each."""
+    refusals: Mapping[int, Refusal] = {}
+    """Why a conversation has no tokens, by its number."""
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Encoded:
@@ -42,6 +50,24 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Encoded:
         tokens[position + length - 1] = tokenizer.eos_id
         position += length
     return Encoded(tokens, lengths)
+
+
+def encode_conversations(tokenizer: Tokenizer, texts: Sequence[str], form: ChatFormat) -> Encoded:
+    """Renders and tokenizes conversations, JSON lists of messages, on this core."""
+    ids: list[int] = []
+    spans: list[tuple[int, int]] = []
+    lengths, num_bytes = np.zeros((2, len(texts)), dtype=np.int64)
+    refusals: dict[int, Refusal] = {}
+    for number, text in enumerate(texts):
+        made = encode_conversation(tokenizer, json.loads(text), form)
+        if isinstance(made, Refusal):
+            refusals[number] = made
+            continue
+        spans += [(len(ids) + begin, len(ids) + end) for begin, end in made.spans]
+        ids += made.ids
+        lengths[number], num_bytes[number] = len(made.ids), made.num_bytes
+    tokens = np.array(ids, dtype=token_type(tokenizer.vocab_size))
+    return Encoded(tokens, lengths, np.array(spans, dtype=np.int64).reshape(-1, 2), num_bytes, refusals)
 
 
 def token_type(vocab_size: int) -> np.dtype:
@@ -76,15 +102,15 @@ class Encoder:
         self._pool = pool if pool is not None else start_workers(workers)
         self._probe: Future[None] | None = None
 
-    def submit(self, texts: Sequence[str]) -> "Future[Encoded]":
-        """Asks for texts to be tokenized; give the future to `result`."""
+    def submit(self, texts: Sequence[str], form: ChatFormat | None = None) -> "Future[Encoded]":
+        """Asks for texts to be tokenized, or with a form conversations; give the future to `result`."""
         if self._pool is not None:
             try:
-                return self._pool.submit(_encode_in_worker, self._path, self.fingerprint, texts)
+                return self._pool.submit(_encode_in_worker, self._path, self.fingerprint, texts, form)
             except BrokenProcessPool as error:
                 raise _worker_died() from error
         future: Future[Encoded] = Future()
-        future.set_result(encode(self._tokenizer, texts))
+        future.set_result(_encode(self._tokenizer, texts, form))
         return future
 
     def result(self, future: "Future[Encoded]") -> Encoded:
@@ -141,8 +167,12 @@ def _nothing() -> None:
     """Asked of a worker to learn whether the pool still stands."""
 
 
-def _encode_in_worker(path: str, fingerprint: str, texts: Sequence[str]) -> Encoded:
-    return encode(_worker_tokenizer(path, fingerprint), texts)
+def _encode(tokenizer: Tokenizer, texts: Sequence[str], form: ChatFormat | None) -> Encoded:
+    return encode(tokenizer, texts) if form is None else encode_conversations(tokenizer, texts, form)
+
+
+def _encode_in_worker(path: str, fingerprint: str, texts: Sequence[str], form: ChatFormat | None) -> Encoded:
+    return _encode(_worker_tokenizer(path, fingerprint), texts, form)
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moe_lm.data.chat_template import ChatFormat, choose_template
 from moe_lm.data.chunks import (
     SIDES,
     ChangedSourceError,
@@ -35,7 +36,7 @@ from moe_lm.data.chunks import (
     make_unit,
 )
 from moe_lm.data.config import DataConfig, TokenizerConfig
-from moe_lm.data.documents import Split, SplitWay, choose_split
+from moe_lm.data.documents import MIN_DOCUMENTS_FOR_HASH_SPLIT, Split, SplitWay, choose_split
 from moe_lm.data.encode import Encoder, start_workers
 from moe_lm.data.prepared import FORMAT, VALIDATION, made_tokenizer, open_set, read_manifest
 from moe_lm.data.sources import Beginning, Source, beginning_of, open_sources, open_validation
@@ -106,7 +107,8 @@ def prepare(
             settings or with another tokenizer.
     """
     data = directory / "data"
-    settings = _settings(config, tokenizer_config)
+    template = _chat_template(config, tokenizer_config, directory, keep_tokenizer) if config.has_chat else None
+    settings = _settings(config, tokenizer_config, template)
     for name in ("manifest.json", "begun.json"):
         if (data / name).exists():
             _check_settings(settings, data / name)
@@ -127,7 +129,11 @@ def prepare(
         return True
     directory.mkdir(parents=True, exist_ok=True)
     kept = made_tokenizer(directory) if keep_tokenizer and (directory / "tokenizer").is_dir() else None
-    return _make(config, tokenizer_config, directory, sources, validation, settings, part, kept, report, progress)
+    if kept is not None and template is not None:
+        kept.chat_template = template
+        kept.save(directory / "tokenizer", config.sequence_length)
+    form = ChatFormat(template, config.sequence_length, config.too_long) if template is not None else None
+    return _make(config, tokenizer_config, directory, sources, validation, settings, part, kept, form, report, progress)
 
 
 def _make(
@@ -139,6 +145,7 @@ def _make(
     settings: dict[str, Any],
     part: Part,
     kept: Tokenizer | None,
+    form: ChatFormat | None,
     report: Report,
     progress: Progress,
 ) -> bool:
@@ -156,7 +163,9 @@ def _make(
         # Started beside the training of the tokenizer, which keeps one core busy for most of its time.
         if (pool := start_workers(workers)) is not None:
             held.callback(pool.shutdown, cancel_futures=True)
-        tokenizer = kept or _tokenizer(sources, splits, tokenizer_config, directory, config.sequence_length, report)
+        tokenizer = kept or _tokenizer(
+            sources, splits, tokenizer_config, directory, config.sequence_length, form, report
+        )
         data.mkdir(parents=True, exist_ok=True)
         write_json(data / "begun.json", {"format": FORMAT, "settings": settings})
         encoder = held.enter_context(closing(Encoder(tokenizer, directory / "tokenizer", workers, pool)))
@@ -165,7 +174,7 @@ def _make(
             source.name: hashlib.sha256(json.dumps([settings, repr(split)]).encode()).hexdigest()
             for source, split, _ in work
         }
-        _make_chunks(part.takes(work), fingerprints, encoder, data, 2 * workers + 1, progress)
+        _make_chunks(part.takes(work), fingerprints, encoder, data, 2 * workers + 1, form, progress)
     missing = [unit for source, _, unit in work if not made_chunks(data / source.name, unit)[1]]
     if missing:
         report(f"part {part.index}/{part.total} is done; {len(missing)} of {len(work)} units are still to be made")
@@ -217,7 +226,13 @@ def _work(sources: list[Source], validation: Source | None, splits: dict[str, Sp
 
 
 def _make_chunks(
-    work: list[Work], fingerprints: dict[str, str], encoder: Encoder, data: Path, window: int, progress: Progress
+    work: list[Work],
+    fingerprints: dict[str, str],
+    encoder: Encoder,
+    data: Path,
+    window: int,
+    form: ChatFormat | None,
+    progress: Progress,
 ) -> None:
     """Makes the units that are not there yet."""
     total, done = sum(f.size for source, _, unit in work for f in source.files[unit.first : unit.stop]), 0
@@ -237,6 +252,7 @@ def _make_chunks(
             encoder,
             settings_fingerprint=settings,
             window=window,
+            form=form if source.is_chat else None,
             progress=advance,
         )
 
@@ -263,6 +279,11 @@ def _choose_splits(sources: Iterable[Source], validation: Source | None, config:
     for source in sources:
         documents = (document for document, _ in source.read())
         splits[source.name] = choose_split(documents, config.validation_fraction)
+        if source.is_chat and splits[source.name].way is SplitWay.tail:
+            raise InputError(
+                f"{source.option}: holds too few conversations to hold some of them out; give at least "
+                f"{MIN_DOCUMENTS_FOR_HASH_SPLIT}, or data.validation_paths."
+            )
     return splits
 
 
@@ -272,6 +293,7 @@ def _tokenizer(
     tokenizer_config: TokenizerConfig,
     directory: Path,
     sequence_length: int,
+    form: ChatFormat | None,
     report: Report,
 ) -> Tokenizer:
     """Takes, trains or (where a preparation was interrupted) finds the tokenizer; its files stand in the directory."""
@@ -294,6 +316,8 @@ def _tokenizer(
             itertools.chain([first], texts), tokenizer_config.vocab_size, path, tokenizer_config.training_bytes
         )
         report(f"trained a tokenizer of {tokenizer.vocab_size} ids")
+    if form is not None:
+        tokenizer.chat_template = form.template
     tokenizer.save(path, sequence_length)
     return load_tokenizer(path)
 
@@ -316,6 +340,8 @@ def _join(
             for side, shard in chunk.shards.items():
                 for what in ("documents", "bytes", "tokens"):
                     counts[f"{side}_{what}"] += getattr(shard, f"num_{what}")
+                if shard.num_targets is not None:
+                    counts[f"{side}_assistant_tokens"] += shard.num_targets
     if not counts["validation_tokens"]:
         raise InputError(
             f"data.validation_fraction: the {counts['train_bytes']} bytes of text are too few to hold any out; "
@@ -339,16 +365,21 @@ def _in_words(splits: dict[str, Split], validation: Source | None) -> str:
 
 def _report(manifest: dict[str, Any], report: Report) -> None:
     """Says what was made."""
-    counts, skipped = manifest["counts"], manifest["skipped"]
-    if counts["train_documents"]:
+    counts, skipped = Counter(manifest["counts"]), manifest["skipped"]
+    if counts["train_assistant_tokens"]:
+        report(
+            f"tokenized {counts['train_documents']:,} training documents ({counts['train_tokens']:,} tokens, "
+            f"{counts['train_assistant_tokens']:,} of them the assistant's)"
+        )
+    elif counts["train_documents"]:
         report(
             f"tokenized {counts['train_documents']:,} training documents ({counts['train_bytes'] / 1e6:.1f} MB, "
             f"{counts['train_tokens']:,} tokens, {counts['train_bytes'] / counts['train_tokens']:.2f} bytes each)"
         )
-    report(
-        f"held out {counts['validation_documents']:,} documents ({counts['validation_bytes'] / 1e6:.1f} MB): "
-        f"{manifest['split']}"
-    )
+    held_out = f"{counts['validation_bytes'] / 1e6:.1f} MB"
+    if counts["validation_assistant_tokens"]:
+        held_out = f"{counts['validation_assistant_tokens']:,} tokens of the assistant"
+    report(f"held out {counts['validation_documents']:,} documents ({held_out}): {manifest['split']}")
     if skipped:
         report("left out: " + said_skipped(skipped))
 
@@ -379,11 +410,34 @@ def _sizes(source: Source) -> list[list[Any]]:
     return [[path.name, path.stat().st_size] for path in source.watched]
 
 
-def _settings(config: DataConfig, tokenizer_config: TokenizerConfig) -> dict[str, Any]:
+def _chat_template(config: DataConfig, tokenizer_config: TokenizerConfig, directory: Path, keep_tokenizer: bool) -> str:
+    """The template of conversations, from the tokenizer that is asked for or, where that is gone, the one made of it.
+
+    Raises:
+        InputError: There is neither, or no template that can be used.
+    """
+    path = Path(tokenizer_config.path).expanduser() if tokenizer_config.path is not None else None
+    stands = (keep_tokenizer or (directory / "data" / "begun.json").exists()) and (directory / "tokenizer").is_dir()
+    if stands and (path is None or not path.exists()):
+        return choose_template(made_tokenizer(directory), config.chat_template)
+    if path is None:
+        raise InputError(
+            "tokenizer.path=null: conversations are too little text to train a tokenizer on, and a model that shall "
+            "learn from them has one; give its directory."
+        )
+    return choose_template(load_tokenizer(path), config.chat_template)
+
+
+def _settings(config: DataConfig, tokenizer_config: TokenizerConfig, template: str | None) -> dict[str, Any]:
     """What the shards depend on, by option."""
     values = asdict(config)
-    for name in DATA_ONLY_CUT:
+    for name in DATA_ONLY_CUT if template is None else set(DATA_ONLY_CUT) - {"sequence_length"}:
         del values[name]
+    if template is None:
+        del values["chat_template"], values["too_long"]
+    else:
+        # Its text counts, wherever it comes from.
+        values["chat_template"] = f"SHA-256 {hashlib.sha256(template.encode()).hexdigest()[:16]}"
     for source in values["sources"].values():
         del source["weight"], source["final_weight"]
     flat = _flatten({"data": values, "tokenizer": asdict(tokenizer_config)})

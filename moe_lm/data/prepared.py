@@ -126,6 +126,14 @@ def _join(opened: list[PreparedData], config: DataConfig, directory: Path) -> Pr
                 f"data.sequence_length={config.sequence_length}: the training text of {name} has only {tokens} tokens, "
                 f"which do not fill one row; give more text, or a sequence length of at most {max(2, tokens - 1)}."
             )
+    longest = max(
+        (s.longest_document for side in (*train.values(), validation) for s in side if s.spans is not None), default=0
+    )
+    if longest > config.sequence_length + 1:
+        raise InputError(
+            f"data.sequence_length={config.sequence_length}: there is a conversation of {longest} tokens in the "
+            f"prepared set, and conversations are not cut in two; give at least {longest - 1}, or prepare it anew."
+        )
     names = {name for shards in (*train.values(), validation) for s in shards for name in s.domain_names}
     if config.streaming:
         names |= {*config.domains, *(s.domain for s in config.resolved_sources().values() if s.domain is not None)}

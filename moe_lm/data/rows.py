@@ -47,8 +47,8 @@ class Rows(Protocol):
 
 
 def cut(array: TokenArray, sequence_length: int, packing: Packing) -> Rows:
-    """Cuts an array into rows."""
-    if packing is Packing.sequential:
+    """Cuts an array into rows; conversations always by best fit, since an answer means nothing without its question."""
+    if packing is Packing.sequential and array.spans is None:
         return SequentialRows(array.num_tokens, sequence_length)
     return BestFitRows(array, sequence_length)
 

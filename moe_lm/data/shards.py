@@ -1,9 +1,10 @@
 """Token shards: the token ids of documents end to end in one memory-mapped file.
 
 A shard NAME is three files: `NAME.tokens.bin` (ids, little-endian uint16 or uint32), `NAME.starts.npy` (int64 position
-of each document's first token) and `NAME.domains.npy` (uint16 number of each document's domain). Sizes, checksums and
-the domains' names are in its header, which is kept by whoever wrote the shard (`prepare.py`). No sequence length is in
-it: rows are cut when batches are made (`rows.py`).
+of each document's first token) and `NAME.domains.npy` (uint16 number of each document's domain). One of conversations
+has `NAME.spans.npy` as well (int64 [n, 2]: tokens [begin, end) that are targets, which are the assistant's). Sizes,
+checksums and the domains' names are in its header, which is kept by whoever wrote the shard (`prepare.py`). No sequence
+length is in it: rows are cut when batches are made (`rows.py`).
 
 Tokens are verified as they are used: the header has a SHA-256 of every MiB, and a block is compared with its own before
 the first token of it is given out. So a set of terabytes opens at once, and a flipped bit is found all the same.
@@ -40,6 +41,8 @@ class TokenArray:
     """Number of each document's domain in `domain_names`."""
     domain_names: list[str]
     pad_id: int
+    spans: NDArray[np.int64] | None = None
+    """[n, 2] in order: tokens [begin, end) are targets. Null means all but each document's begin mark."""
 
     @property
     def num_tokens(self) -> int:
@@ -53,8 +56,15 @@ class TokenArray:
 
     @property
     def num_targets(self) -> int:
-        """Tokens that are predicted in one pass over all rows: all but each document's begin mark."""
+        """Tokens that are predicted in one pass over all rows."""
+        if self.spans is not None:
+            return int((self.spans[:, 1] - self.spans[:, 0]).sum())
         return self.num_tokens - self.num_documents
+
+    @property
+    def longest_document(self) -> int:
+        """Tokens of the longest document."""
+        return int(np.diff(np.append(self.starts, self.num_tokens)).max(initial=0))
 
     def check(self, first_P: NDArray[np.int64], last_P: NDArray[np.int64]) -> None:
         """Makes sure that tokens [first, last] of each piece may be used; in memory there is nothing to check."""
@@ -68,7 +78,8 @@ class ShardHeader:
     num_tokens: int
     num_documents: int
     num_bytes: int
-    """Raw UTF-8 bytes of the documents: what bits per byte are counted over."""
+    """Raw UTF-8 bytes of the documents, of conversations those that the assistant says: what bits per byte are counted
+    over."""
     domain_names: list[str]
     domain_tokens: list[int]
     """Tokens of each domain, in the order of the names."""
@@ -77,6 +88,10 @@ class ShardHeader:
     """Of each MiB of the tokens."""
     starts_sha256: str
     domains_sha256: str
+    spans_sha256: str | None = None
+    """Null where every token is a target."""
+    num_targets: int | None = None
+    """Tokens within the spans; null where there are none."""
 
 
 class TokenShard(TokenArray):
@@ -90,10 +105,11 @@ class TokenShard(TokenArray):
         """
         self.path, self.header = directory / f"{name}.tokens.bin", header
         try:
-            starts, domains = (
-                _load_index(directory / f"{name}.{kind}.npy", expected)
-                for kind, expected in (("starts", header.starts_sha256), ("domains", header.domains_sha256))
-            )
+            starts = _load_index(directory / f"{name}.starts.npy", header.starts_sha256)
+            domains = _load_index(directory / f"{name}.domains.npy", header.domains_sha256)
+            spans = None
+            if header.spans_sha256 is not None:
+                spans = _load_index(directory / f"{name}.spans.npy", header.spans_sha256)
             size = self.path.stat().st_size
             expected_size = header.num_tokens * np.dtype(header.dtype).itemsize
             if size != expected_size:
@@ -105,7 +121,7 @@ class TokenShard(TokenArray):
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{directory / name}: this token shard cannot be read ({error}); {REMEDY}") from None
-        super().__init__(tokens, starts, domains, header.domain_names, pad_id)
+        super().__init__(tokens, starts, domains, header.domain_names, pad_id, spans)
         self._raw = tokens.view(np.uint8)
         self._tokens_per_block = BLOCK_BYTES // tokens.itemsize
         self._verified = np.zeros(len(header.block_sha256), dtype=bool)
@@ -159,6 +175,7 @@ class ShardWriter:
         self._directory, self._name, self._dtype = directory, name, token_type(vocab_size)
         self._lengths: list[NDArray[np.int64]] = []
         self._domains: list[NDArray[np.uint16]] = []
+        self._spans: list[NDArray[np.int64]] = []
         self._names: dict[str, int] = {}
         self._whole, self._block, self._block_filled = hashlib.sha256(), hashlib.sha256(), 0
         self._blocks: list[str] = []
@@ -186,6 +203,8 @@ class ShardWriter:
             )
         self._domains.append(np.array(numbers, dtype=np.uint16))
         self._lengths.append(encoded.lengths)
+        if encoded.spans is not None:
+            self._spans.append(encoded.spans + self.num_tokens)
         self.num_tokens += len(encoded.tokens)
         self.num_bytes += num_bytes
         content = memoryview(encoded.tokens.view(np.uint8))  # type: ignore[arg-type]
@@ -213,7 +232,10 @@ class ShardWriter:
         tokens = np.bincount(domains, weights=lengths, minlength=len(self._names)).astype(np.int64).tolist()
         self.close()
         hashes = {}
-        for kind, index in (("starts", starts), ("domains", domains)):
+        indices = {"starts": starts, "domains": domains}
+        if self._spans:
+            indices["spans"] = np.concatenate(self._spans)
+        for kind, index in indices.items():
             with atomic_file(self._directory / f"{self._name}.{kind}.npy") as file:
                 np.save(file, index, allow_pickle=False)
             hashes[kind] = sha256(self._directory / f"{self._name}.{kind}.npy")
@@ -228,6 +250,8 @@ class ShardWriter:
             block_sha256=self._blocks,
             starts_sha256=hashes["starts"],
             domains_sha256=hashes["domains"],
+            spans_sha256=hashes.get("spans"),
+            num_targets=int((indices["spans"][:, 1] - indices["spans"][:, 0]).sum()) if self._spans else None,
         )
 
     def close(self, *exception: object) -> None:

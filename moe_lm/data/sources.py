@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe_lm.data.chat import read_conversation
 from moe_lm.data.config import DataConfig, DataSource, OnBadRow, SourceConfig
 from moe_lm.data.documents import BadRows, Document
 from moe_lm.data.formats import Offset, Reader, Row, read_arrow, read_jsonl, read_parquet, read_text
@@ -20,9 +21,11 @@ from moe_lm.errors import InputError
 
 STDLIB_EXCLUDED_PARTS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
+JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 ENDINGS = {
     DataSource.text: ("",),
-    DataSource.jsonl: (".jsonl", ".jsonl.gz", ".jsonl.zst"),
+    DataSource.jsonl: JSON_LINES,
+    DataSource.chat: JSON_LINES,
     DataSource.parquet: (".parquet",),
     DataSource.arrow: (".arrow",),
 }
@@ -54,7 +57,7 @@ class Source:
     files: list[SourceFile]
     reader: Reader
     fields: list[str]
-    """Names of the fields of text and, if there is one, of the domain."""
+    """Names of the fields of text (in conversations: of messages) and, if there is one, of the domain."""
     domain: str
     """Domain of every document, where no field says it."""
     domains: list[str]
@@ -62,6 +65,8 @@ class Source:
     bad: BadRows
     watched: list[Path]
     """The files on disk whose change is a change of the source."""
+    is_chat: bool = False
+    """Whether its documents are conversations."""
 
     def read(self, position: Position | None = None, stop: int | None = None) -> Iterator[tuple[Document, Position]]:
         """Documents from a position on, each with the position behind it.
@@ -87,6 +92,10 @@ class Source:
 
     def _document(self, file: SourceFile, row: Row) -> Document | None:
         """The document of a row; null for a bad row, and for an empty text."""
+        if self.is_chat:
+            conversation = read_conversation(row.fields, row.place, self.bad)
+            domain = self._domain(row) if conversation is not None else None
+            return Document(f"{file.name}{row.name}", conversation, domain) if conversation and domain else None
         text_field = self.fields[0]
         if text_field not in row.fields:
             there = ", ".join(sorted(row.fields)) or "none"
@@ -204,7 +213,8 @@ def _open(name: str, source: SourceConfig, config: DataConfig, option: str, held
         reader = _huggingface_reader(path, source, option)
         watched = _files(os.path.join(glob.escape(path), "**", "*")) if is_local else []
     else:
-        readers = {DataSource.jsonl: read_jsonl, DataSource.parquet: read_parquet, DataSource.arrow: read_arrow}
+        readers = dict.fromkeys((DataSource.jsonl, DataSource.chat), read_jsonl)
+        readers |= {DataSource.parquet: read_parquet, DataSource.arrow: read_arrow}
         reader = readers.get(kind, reader)
         paths = [path for path in expand(source.paths, option, kind, bad) if path.resolve() not in held_out]
         common = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path()
@@ -213,7 +223,8 @@ def _open(name: str, source: SourceConfig, config: DataConfig, option: str, held
     has_fields = kind not in (DataSource.stdlib, DataSource.text)
     fields = [source.text_field, *([source.domain_field] if source.domain_field and has_fields else [])]
     assert source.domain is not None
-    return Source(name, option, files, reader, fields, source.domain, config.domains, bad, watched)
+    is_chat = kind is DataSource.chat
+    return Source(name, option, files, reader, fields, source.domain, config.domains, bad, watched, is_chat)
 
 
 def stdlib_files(root: Path) -> list[SourceFile]:

@@ -153,12 +153,37 @@ class Tokenizer(Protocol):
     eos_id: int
     """Id at each document's end; where a tokenizer has one mark only, the same as `bos_id`."""
     pad_id: int
+    chat_template: str | None
+    """The Jinja template that conversations are rendered with; null if there is none."""
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The texts of `bos_token`, `eos_token` …, which templates write."""
+
+    @property
+    def control_strings(self) -> list[str]:
+        """The texts of all control ids that are longer than one character."""
 
     def encode(self, text: str) -> list[int]:
         """Encodes a text, without control ids: a control string inside the text is text."""
 
     def encode_batch(self, texts: Sequence[str]) -> Sequence[NDArray[np.int32] | list[int]]:
         """Encodes many texts on this core, without control ids."""
+
+    def encode_rendered(
+        self, text: str, breaker: str, spans: Sequence[tuple[int, int]]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encodes what a chat template rendered.
+
+        Args:
+            text: Its control strings become control ids, unless the breaker is inside of them.
+            breaker: A character that is left out.
+            spans: Parts [begin, end) of the text, in characters and in order.
+
+        Returns:
+            The ids, and of each span the ids [begin, end) that hold any of its characters; spans without ids are left
+            out.
+        """
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decodes ids; control ids become nothing, bytes that are not UTF-8 become U+FFFD."""
@@ -177,12 +202,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
     Raises:
         InputError: There is none, or one that can not be used.
     """
-    from moe_lm.data.tokenizer_huggingface import TOKENIZER_FILE, HuggingFaceTokenizer
+    from moe_lm.data.tokenizer_huggingface import TOKENIZER_FILE, HuggingFaceTokenizer, read_chat_template
 
     if not path.is_dir():
         return SentencePieceTokenizer(path)
     if (path / MODEL_FILE).exists():
-        return SentencePieceTokenizer(path / MODEL_FILE)
+        tokenizer = SentencePieceTokenizer(path / MODEL_FILE)
+        tokenizer.chat_template = read_chat_template(path)
+        return tokenizer
     if (path / TOKENIZER_FILE).exists():
         return HuggingFaceTokenizer(path)
     raise InputError(f"tokenizer.path: '{path}' holds neither {MODEL_FILE} nor {TOKENIZER_FILE}.")
@@ -213,6 +240,24 @@ class SentencePieceTokenizer:
             raise InputError(f"tokenizer.path: '{path}' has no <s> or </s> to mark a document's begin and end.")
         # Models made elsewhere (Mixtral's among them) often have no padding; any id will do, since it is masked.
         self.pad_id: int = self._processor.pad_id() if self._processor.pad_id() >= 0 else self.eos_id
+        self.chat_template: str | None = None
+
+    @cached_property
+    def special_tokens(self) -> dict[str, str]:
+        """The texts of `bos_token`, `eos_token` …, which templates write."""
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        return {name: self.piece(token) for name, token in (*ids.items(), ("unk_token", self._processor.unk_id()))}
+
+    @cached_property
+    def control_strings(self) -> list[str]:
+        """The texts of all control ids that are longer than one character."""
+        ids = (i for i in range(self.vocab_size) if self.is_control(i) or self.is_unknown(i))
+        return [piece for i in ids if len(piece := self.piece(i)) > 1]
+
+    @cached_property
+    def control_pattern(self) -> re.Pattern[str]:
+        """Finds control strings, the longest first."""
+        return re.compile("|".join(map(re.escape, sorted(self.control_strings, key=len, reverse=True))))
 
     def encode(self, text: str) -> list[int]:
         """Encodes a text, without control ids."""
@@ -221,6 +266,14 @@ class SentencePieceTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """Encodes many texts on this core, without control ids."""
         return self._processor.encode_as_numpy(list(texts), num_threads=1)
+
+    def encode_rendered(
+        self, text: str, breaker: str, spans: Sequence[tuple[int, int]]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encodes what a chat template rendered; see `Tokenizer.encode_rendered`."""
+        from moe_lm.data.tokenizer_rendered import encode_rendered
+
+        return encode_rendered(self, text, breaker, spans)
 
     def save(self, directory: Path, model_max_length: int) -> None:
         """Writes the files that transformers loads it from, and that `load_tokenizer` loads it from."""

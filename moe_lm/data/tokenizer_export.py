@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from moe_lm.data.tokenizer import MODEL_FILE, SentencePieceTokenizer
+from moe_lm.data.tokenizer_huggingface import write_chat_template
+from moe_lm.data.tokenizer_rendered import SPACE
 from moe_lm.errors import InputError
 from moe_lm.files import write_atomically, write_json
 
-SPACE = "\u2581"
-
 
 def save_tokenizer_files(tokenizer: SentencePieceTokenizer, directory: Path, model_max_length: int) -> None:
-    """Writes tokenizer.model, tokenizer.json, tokenizer_config.json and special_tokens_map.json.
+    """Writes tokenizer.model, tokenizer.json, tokenizer_config.json and special_tokens_map.json; where there is one,
+    chat_template.jinja.
+
+    Without a chat template, control strings are text wherever transformers reads them (`split_special_tokens`). With
+    one they can not be, since `apply_chat_template` renders a text and reads its role marks back out of it; what keeps
+    those inside a message apart there is `sanitize_control_tokens=True`. moe-lm itself needs neither.
 
     Args:
         tokenizer: The tokenizer to write.
@@ -29,12 +34,11 @@ def save_tokenizer_files(tokenizer: SentencePieceTokenizer, directory: Path, mod
         InputError: The sentencepiece model is of a kind that cannot be written exactly.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
-    special_pieces = {name: tokenizer.piece(token) for name, token in special.items()}
-    special_pieces["unk_token"] = tokenizer.piece(_unknown_id(tokenizer))
+    special_pieces = tokenizer.special_tokens
     write_atomically(directory / MODEL_FILE, tokenizer.model_bytes)
     write_atomically(directory / "tokenizer.json", json.dumps(tokenizer_json(tokenizer), ensure_ascii=False).encode())
     write_json(directory / "special_tokens_map.json", special_pieces)
+    write_chat_template(directory, tokenizer.chat_template)
     write_json(
         directory / "tokenizer_config.json",
         {
@@ -42,8 +46,8 @@ def save_tokenizer_files(tokenizer: SentencePieceTokenizer, directory: Path, mod
             **special_pieces,
             "add_bos_token": True,
             "add_eos_token": False,
-            # Control strings inside a text are text: without this, "<s>" in a document would become the control id.
-            "split_special_tokens": True,
+            # Without this, "<s>" in a document would become the control id.
+            "split_special_tokens": tokenizer.chat_template is None,
             "clean_up_tokenization_spaces": False,
             "model_max_length": model_max_length,
         },
@@ -99,7 +103,7 @@ def tokenizer_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
         "model": {
             "type": "BPE",
             "dropout": None,
-            "unk_token": tokenizer.piece(_unknown_id(tokenizer)),
+            "unk_token": tokenizer.special_tokens["unk_token"],
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
             "fuse_unk": True,
@@ -124,10 +128,6 @@ def _merges(tokenizer: SentencePieceTokenizer) -> list[list[str]]:
 
 def _is_special(tokenizer: SentencePieceTokenizer, token: int) -> bool:
     return tokenizer.is_control(token) or tokenizer.is_unknown(token)
-
-
-def _unknown_id(tokenizer: SentencePieceTokenizer) -> int:
-    return next(token for token in range(tokenizer.vocab_size) if tokenizer.is_unknown(token))
 
 
 def _has_dummy_prefix(tokenizer: SentencePieceTokenizer) -> bool:

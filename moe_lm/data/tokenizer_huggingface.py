@@ -9,15 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from moe_lm.data.tokenizer_rendered import token_spans
 from moe_lm.errors import InputError
 from moe_lm.files import write_atomically
 
 TOKENIZER_FILE = "tokenizer.json"
+TEMPLATE_FILE = "chat_template.jinja"
 COMPANIONS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
     "vocab.json",
     "merges.txt",
 )
@@ -67,6 +68,11 @@ class HuggingFaceTokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self._marks = {token: added[token].content for token in added if added[token].special}
         self._marks |= {token: marks[name] for name, token in ids.items()}
+        self.chat_template = read_chat_template(directory)
+        self.special_tokens = {
+            f"{name}_token": text for name, text in _marks(directory, ("bos", "eos", "unk", "pad")).items()
+        }
+        self.control_strings = sorted(text for text in self._marks.values() if len(text) > 1)
 
     def encode(self, text: str) -> list[int]:
         """Encodes a text, without control ids."""
@@ -100,6 +106,34 @@ class HuggingFaceTokenizer:
             )
         return ids
 
+    def encode_rendered(
+        self, text: str, breaker: str, spans: Sequence[tuple[int, int]]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encodes what a chat template rendered; see `Tokenizer.encode_rendered`.
+
+        As transformers does, in one piece, since a tokenizer.json may treat the beginning of a text in its own way. It
+        is cut where a control string is broken, and goes on behind a newline, which is then taken out again.
+        """
+        ids: list[int] = []
+        begins: list[int] = []
+        ends: list[int] = []
+        behind = 0
+        self._tokenizer.encode_special_tokens = False
+        try:
+            for part in text.split(breaker):
+                encoding = self._tokenizer.encode("\n" * (behind > 0) + part, add_special_tokens=False)
+                skipped = sum(end <= 1 for _, end in encoding.offsets) if behind else 0
+                if behind and skipped == 0:  # the newline is one token with what is behind it
+                    encoding = self._tokenizer.encode(part, add_special_tokens=False)
+                shift = behind - 1 if skipped else behind
+                ids += encoding.ids[skipped:]
+                begins += [begin + shift for begin, _ in encoding.offsets[skipped:]]
+                ends += [end + shift for _, end in encoding.offsets[skipped:]]
+                behind += len(part) + len(breaker)
+        finally:
+            self._tokenizer.encode_special_tokens = True
+        return ids, token_spans(begins, ends, spans)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Decodes ids; control ids become nothing."""
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
@@ -112,31 +146,72 @@ class HuggingFaceTokenizer:
         return sorted({*self._tokenizer.get_vocab(with_added_tokens=True).values()} - special | {self.eos_id})
 
     def save(self, directory: Path, model_max_length: int) -> None:
-        """Copies the files as they are, whatever the length: the tokenizer is somebody else's."""
+        """Copies the files as they are, whatever the length: the tokenizer is somebody else's. Only the template may be
+        another.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         for name in (*COMPANIONS, TOKENIZER_FILE):
             if (self.directory / name).exists():
                 write_atomically(directory / name, (self.directory / name).read_bytes())
+        write_chat_template(directory, self.chat_template)
 
 
-def _marks(directory: Path) -> dict[str, str]:
-    """The texts of bos, eos and pad, as far as the configuration names them.
+def read_chat_template(directory: Path) -> str | None:
+    """The chat template of a tokenizer's directory, where transformers looks for it; null if there is none.
+
+    Raises:
+        InputError: A file is there, but can not be read.
+    """
+    path = directory / TEMPLATE_FILE
+    if path.exists():
+        try:
+            return path.read_bytes().decode()
+        except OSError as error:
+            raise InputError(f"tokenizer.path: '{path}' cannot be read ({error.strerror}).") from None
+        except UnicodeDecodeError as error:
+            raise InputError(f"tokenizer.path: '{path}' is not UTF-8 text (byte {error.start}).") from None
+    template = _read_object(directory / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    return template if isinstance(template, str) else None
+
+
+def write_chat_template(directory: Path, template: str | None) -> None:
+    """Writes the chat template that transformers takes before any other; one that stood there goes."""
+    if template is None:
+        (directory / TEMPLATE_FILE).unlink(missing_ok=True)
+    else:
+        write_atomically(directory / TEMPLATE_FILE, template.encode())
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; an empty one if there is no such file.
+
+    Raises:
+        InputError: The file is there, but can not be read.
+    """
+    try:
+        values: Any = json.loads(path.read_bytes()) if path.exists() else {}
+    except OSError as error:
+        raise InputError(f"tokenizer.path: '{path}' cannot be read ({error.strerror}).") from None
+    except ValueError as error:
+        raise InputError(f"tokenizer.path: '{path}' is not valid JSON ({error}).") from None
+    if not isinstance(values, dict):
+        raise InputError(f"tokenizer.path: '{path}' must hold a JSON object, found {type(values).__name__}.")
+    return values
+
+
+def _marks(directory: Path, names: Sequence[str] = ("bos", "eos", "pad")) -> dict[str, str]:
+    """The texts of marks, as far as the configuration names them.
 
     Raises:
         InputError: A file is there, but can not be read.
     """
     named: dict[str, str] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        path = directory / file
-        try:
-            values: Any = json.loads(path.read_bytes()) if path.exists() else {}
-        except OSError as error:
-            raise InputError(f"tokenizer.path: '{path}' cannot be read ({error.strerror}).") from None
-        except ValueError as error:
-            raise InputError(f"tokenizer.path: '{path}' is not valid JSON ({error}).") from None
-        if not isinstance(values, dict):
-            raise InputError(f"tokenizer.path: '{path}' must hold a JSON object, found {type(values).__name__}.")
-        for name in ("bos", "eos", "pad"):
+        values = _read_object(directory / file)
+        for name in names:
             token = values.get(f"{name}_token")
             text = token.get("content") if isinstance(token, dict) else token
             if isinstance(text, str):

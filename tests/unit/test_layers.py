@@ -26,7 +26,7 @@ EVERYWHERE = {"errors", "files", "interrupts"}
 ONLY_IN = {
     "hydra": ["config.py"],
     "omegaconf": ["config.py"],
-    "transformers": ["hf/", "data/tokenizer"],
+    "transformers": ["hf/", "data/tokenizer", "data/chat_template.py"],
     "tokenizers": ["data/tokenizer"],
     "accelerate": ["parallel/runtime.py", "training/"],
     "datasets": ["data/sources.py"],

@@ -20,6 +20,7 @@ class ByteTokenizer:
     """Ids are bytes plus 4: tests can write down expected rows by hand."""
 
     fingerprint, vocab_size, bos_id, eos_id, pad_id = "bytes", 260, 1, 2, 3
+    chat_template = None
 
     def encode(self, text: str) -> list[int]:
         """Bytes plus 4."""
@@ -73,7 +74,7 @@ def make_array() -> Callable[..., TokenArray]:
 
     def make(texts: Sequence[str], domains: Sequence[str] | None = None) -> TokenArray:
         tokenizer = ByteTokenizer()
-        tokens, lengths = encode(tokenizer, texts)  # type: ignore[arg-type]
+        tokens, lengths = encode(tokenizer, texts)[:2]  # type: ignore[arg-type]
         names = sorted(set(domains or ["text"]))
         numbers = np.array([names.index(domain) for domain in domains or ["text"] * len(texts)], dtype=np.uint16)
         return TokenArray(tokens, np.cumsum(lengths) - lengths, numbers, names, tokenizer.pad_id)

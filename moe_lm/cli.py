@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import keyword
 import os
 import sys
 import time
@@ -14,6 +15,8 @@ COMMANDS = {
     "prepare": "make a tokenizer and token shards of text, once, for any number of runs",
     "pretrain": "train a model from scratch, or go on with a run; evaluates and exports at the end",
     "finetune": "go on from a trained model: more text or conversations, all of it or by LoRA",
+    "upcycle": "make a mixture of experts of a dense model, or give a mixture more experts",
+    "import": "write a Hugging Face checkpoint, or Mistral's own files, as a native one",
     "export": "write a run's checkpoint as a Hugging Face directory",
     "verify": "check a checkpoint, or all of a run's, by hand",
     "generate": "continue a text with a checkpoint or an export",
@@ -144,7 +147,8 @@ def _run_command(command: str, arguments: list[str], choices: list[str]) -> int:
     from moe_lm.config import load
 
     config = load(command, arguments)
-    return importlib.import_module(f"moe_lm.commands.{command.replace(' ', '_')}").run(config)
+    module = f"{command}_" if keyword.iskeyword(command) else command.replace(" ", "_")
+    return importlib.import_module(f"moe_lm.commands.{module}").run(config)
 
 
 if __name__ == "__main__":

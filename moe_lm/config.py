@@ -21,7 +21,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationValidationError, OmegaConfBaseException
 
-from moe_lm.commands.config import ExportConfig, GenerateConfig, PlanPlacementConfig, PrepareConfig, VerifyConfig
+from moe_lm.commands.config import (
+    ExportConfig,
+    GenerateConfig,
+    ImportConfig,
+    PlanPlacementConfig,
+    PrepareConfig,
+    UpcycleConfig,
+    VerifyConfig,
+)
 from moe_lm.errors import InputError
 from moe_lm.files import write_atomically
 from moe_lm.finetune.config import FinetuneRunConfig
@@ -30,6 +38,8 @@ from moe_lm.training.config import RunConfig, to_plain
 SCHEMAS: dict[str, type] = {
     "prepare": PrepareConfig,
     "pretrain": RunConfig,
+    "upcycle": UpcycleConfig,
+    "import": ImportConfig,
     "export": ExportConfig,
     "verify": VerifyConfig,
     "finetune": FinetuneRunConfig,

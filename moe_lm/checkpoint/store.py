@@ -120,13 +120,17 @@ class CheckpointStore:
         for leftover in [p for p in self.directory.iterdir() if p.name.startswith((_WRITING, _DELETING))]:
             _remove(leftover)
 
-    def save(self, step: int, slices: Iterable[TensorSlice], state: dict[str, Any]) -> Path:
+    def save(
+        self, step: int, slices: Iterable[TensorSlice], state: dict[str, Any], file_bytes: int | None = None
+    ) -> Path:
         """Write a checkpoint, verify it, publish it, then delete those that are no longer kept.
 
         Args:
             step: What it is named by.
             slices: Boxes that together cover every tensor, each value once.
             state: JSON; `SCORE` in it decides which checkpoint is the best.
+            file_bytes: About the size of a file, and so of what memory holds of slices that come one at a time; null
+                means `FILE_BYTES`.
 
         Raises:
             OSError: It can not be written; all other checkpoints are as they were.
@@ -137,7 +141,7 @@ class CheckpointStore:
         temporary = self._temporary(step)
         try:
             temporary.mkdir()
-            _complete(temporary, [_write_part(temporary, "tensors", slices)], state)
+            _complete(temporary, [_write_part(temporary, "tensors", slices, file_bytes)], state)
             Checkpoint(temporary)
         except BaseException:
             _remove(temporary)  # a full disk gets its room back
@@ -307,18 +311,22 @@ def _score(path: Path) -> float | None:
     return score if isinstance(score, float) and math.isfinite(score) else None
 
 
-def _write_part(directory: Path, prefix: str, slices: Iterable[TensorSlice]) -> Part:
+def _write_part(directory: Path, prefix: str, slices: Iterable[TensorSlice], file_bytes: int | None = None) -> Part:
     """Write files of tensors."""
     part = Part({}, {})
-    for number, batch in enumerate(_batches(slices)):
-        name = f"{prefix}-{number:05d}{TENSORS_SUFFIX}"
-        for box in batch:
-            kind = TensorKind.of(box.data)
-            entry = {"dtype": DTYPES[kind.dtype], "shape": box.shape, "slices": []}
-            place = {"file": name, "key": box.key, "offsets": box.offsets, "lengths": kind.shape}
-            part.tensors.setdefault(box.name, entry)["slices"].append(place)
-        part.hashes[name] = write_tensors(directory / name, {box.key: box.data for box in batch})
+    for number, batch in enumerate(_batches(slices, file_bytes or FILE_BYTES)):
+        _write_file(directory, f"{prefix}-{number:05d}{TENSORS_SUFFIX}", batch, part)
+        batch.clear()  # or it stays in memory while the next one is gathered
     return part
+
+
+def _write_file(directory: Path, name: str, batch: list[TensorSlice], part: Part) -> None:
+    for box in batch:
+        kind = TensorKind.of(box.data)
+        entry = {"dtype": DTYPES[kind.dtype], "shape": box.shape, "slices": []}
+        place = {"file": name, "key": box.key, "offsets": box.offsets, "lengths": kind.shape}
+        part.tensors.setdefault(box.name, entry)["slices"].append(place)
+    part.hashes[name] = write_tensors(directory / name, {box.key: box.data for box in batch})
 
 
 def _complete(directory: Path, parts: Iterable[Part], state: dict[str, Any]) -> None:
@@ -338,7 +346,7 @@ def _complete(directory: Path, parts: Iterable[Part], state: dict[str, Any]) -> 
     sync_directory(directory)
 
 
-def _batches(slices: Iterable[TensorSlice]) -> Iterator[list[TensorSlice]]:
+def _batches(slices: Iterable[TensorSlice], file_bytes: int) -> Iterator[list[TensorSlice]]:
     batch: list[TensorSlice] = []
     size = 0
     seen: set[str] = set()
@@ -347,7 +355,8 @@ def _batches(slices: Iterable[TensorSlice]) -> Iterator[list[TensorSlice]]:
         seen.add(part.key)
         batch.append(part)
         size += part.data.nbytes
-        if size >= FILE_BYTES:
+        del part
+        if size >= file_bytes:
             yield batch
             batch, size = [], 0
     if batch:

@@ -47,6 +47,51 @@ class PrepareConfig:
 
 
 @dataclasses.dataclass
+class ImportConfig:
+    """`moe-lm import`."""
+
+    checkpoint: str | None = None
+    """Hugging Face directory of a Mixtral, Mistral or Llama model, or a directory of Mistral's own files (params.json
+    and consolidated.safetensors). Only safetensors are read."""
+    output: str | None = None
+    """Directory to write, which must be empty or not there yet; other commands take it like a run's."""
+
+    def __post_init__(self) -> None:
+        _require_given("checkpoint", self.checkpoint)
+        _require_given("output", self.output)
+
+
+@dataclasses.dataclass
+class UpcycleConfig:
+    """`moe-lm upcycle`."""
+
+    checkpoint: str | None = None
+    """The base: a dense model (native, or a Hugging Face directory of Mistral or Llama), or a mixture that gets more
+    experts."""
+    output: str | None = None
+    """Directory to write, which must be empty or not there yet; other commands take it like a run's."""
+    num_experts: int = 8
+    """Experts in each layer; of a mixture a multiple of those it has."""
+    num_experts_per_tok: int | None = None
+    """Experts that each token is sent to; null means 2 of a dense model, and of a mixture its own number times the
+    copies, which keeps its function."""
+    noise: float = 0.0
+    """Normal noise added to each copy of an expert, in standard deviations of the matrix it is added to; 0.01 tells
+    copies apart, 0 keeps the function of the base."""
+    reinitialize: float = 0.0
+    """Share of each copy's intermediate dimensions that is drawn anew (drop-upcycling; its authors found 0.5 best over
+    long training); 0 keeps the function of the base."""
+    seed: int = 0
+    """Seed of the router, the noise and what is drawn anew."""
+
+    def __post_init__(self) -> None:
+        _require_given("checkpoint", self.checkpoint)
+        _require_given("output", self.output)
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed={self.seed}: must not be negative, and must be below 2**63.")
+
+
+@dataclasses.dataclass
 class ExportConfig:
     """`moe-lm export`."""
 

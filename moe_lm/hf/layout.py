@@ -44,8 +44,8 @@ def to_disk(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor
 class Layout(enum.Enum):
     """How a directory names and cuts up its tensors."""
 
-    per_expert = "one matrix per expert"
-    fused = "stacked experts"
+    per_expert = "Hugging Face's matrices"
+    fused = "Hugging Face's names of stacked experts"
     consolidated = "Mistral's consolidated files"
     consolidated_stacked = "Mistral's first consolidated files, experts stacked"
 

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from moe_lm.checkpoint.tensor_file import TensorKind
 from moe_lm.errors import InputError
-from moe_lm.hf.files import TYPES, StoredTensor, find_consolidated, find_tensors, has_consolidated, read_into
+from moe_lm.hf.files import (
+    TYPES,
+    StoredTensor,
+    find_consolidated,
+    find_tensors,
+    has_consolidated,
+    read_into,
+    read_object,
+)
 from moe_lm.hf.layout import is_derived, layout_of, slots
 from moe_lm.hf.model_configuration import load_config
 from moe_lm.model.config import ModelConfig
@@ -44,6 +52,12 @@ class HuggingFaceSource:
         """The tensors on disk that each parameter is made of."""
         self._kinds: dict[str, TensorKind] = {}
         self._match()
+
+    @property
+    def has_code(self) -> bool:
+        """Whether the directory asks for Python of its own, which is never run."""
+        config = self.path / "config.json"
+        return config.exists() and "auto_map" in read_object(config)
 
     @property
     def ignored(self) -> list[str]:

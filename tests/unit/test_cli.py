@@ -110,7 +110,7 @@ def test_version_is_that_of_the_package(capsys):
         ("pretrian", "did you mean 'pretrain'?"),
         ("Export", "did you mean 'export'?"),
         ("generat", "did you mean 'generate'?"),
-        ("xyz", "choose from prepare, pretrain, export, verify, generate"),
+        ("xyz", "choose from prepare, pretrain, finetune, upcycle, import, export, verify, generate"),
         ("", "choose from"),
         ("--hlep", "choose from"),
         ("trainer.max_steps=3", "choose from"),

@@ -1,0 +1,244 @@
+"""`moe-lm import` and `moe-lm upcycle`: what they write, which commands go on from it, and what they refuse."""
+
+import argparse
+import ast
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+import moe_lm.checkpoint.store as store
+from moe_lm.cli import main
+from moe_lm.commands.model_source import open_source
+from moe_lm.data.tokenizer import train_tokenizer
+from moe_lm.data.tokenizer_export import save_tokenizer_files
+from moe_lm.finetune.upcycle import UpcycledModel
+
+SHAPE = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    texts = [Path(module.__file__).read_text(encoding="utf-8") for module in (argparse, ast)]
+    save_tokenizer_files(train_tokenizer(texts, SHAPE["vocab_size"], directory), directory, 64)
+    return directory
+
+
+@pytest.fixture
+def mixtral(tmp_path, tokenizer) -> Path:
+    """A Hugging Face directory in several shards, with a tokenizer."""
+    torch.manual_seed(3)
+    model = MixtralForCausalLM(MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2))
+    return _with_tokenizer(model, tmp_path / "mixtral", tokenizer)
+
+
+@pytest.fixture
+def llama(tmp_path, tokenizer) -> Path:
+    torch.manual_seed(4)
+    return _with_tokenizer(LlamaForCausalLM(LlamaConfig(**SHAPE)), tmp_path / "llama", tokenizer)
+
+
+def _with_tokenizer(model, directory: Path, tokenizer: Path) -> Path:
+    model.save_pretrained(directory, max_shard_size="60KB")
+    for file in tokenizer.iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    return directory
+
+
+def _tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def _run(*arguments: str) -> None:
+    assert main(list(arguments)) == 0
+
+
+def _refused(capsys, tmp_path: Path, *arguments: str) -> str:
+    """One sentence, exit code 2, and nothing that was not there before."""
+    before = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "Traceback" not in said
+    assert sorted(tmp_path.rglob("*")) == before
+    return said
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_round_trip_is_bitwise(tmp_path, tokenizer, dtype, capsys):
+    """Catches a tensor that an import or an export moves, rounds or loses: Hugging Face → native → Hugging Face."""
+    torch.manual_seed(3)
+    model = MixtralForCausalLM(MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2))
+    model.to(torch.float32 if dtype == "fp32" else torch.bfloat16)
+    original = _with_tokenizer(model, tmp_path / "original", tokenizer)
+    native, exported = tmp_path / "native", tmp_path / "exported"
+    _run("import", f"checkpoint={original}", f"output={native}")
+    _run("export", f"checkpoint={native}", f"output={exported}", f"dtype={dtype}")
+    expected, found = _tensors(original), _tensors(exported)
+    assert found.keys() == expected.keys()
+    assert all(t.dtype == found[name].dtype and torch.equal(t, found[name]) for name, t in expected.items())
+    assert {p.name for p in native.iterdir()} == {"checkpoints", "tokenizer", "import.json"}
+    for file in (native / "tokenizer").iterdir():
+        assert file.read_bytes() == (tokenizer / file.name).read_bytes()
+
+
+def test_the_receipt_names_every_tensor_once(tmp_path, mixtral, capsys):
+    """Catches a receipt that leaves a tensor out, or has the digest of another one."""
+    _run("import", f"checkpoint={mixtral}", f"output={tmp_path / 'native'}")
+    receipt = json.loads((tmp_path / "native" / "import.json").read_text())
+    sources = [name for entry in receipt["tensors"].values() for name in entry["from"]]
+    assert sorted(sources) == sorted(_tensors(mixtral))
+    native = open_source(tmp_path / "native")
+    assert list(receipt["tensors"]) == native.names()
+    name = "model.layers.1.mlp.experts.down_proj"
+    digest = hashlib.sha256(native.tensor(name).numpy().tobytes()).hexdigest()
+    assert receipt["tensors"][name]["sha256"] == digest
+    assert receipt["files"] == sorted(path.name for path in mixtral.glob("*.safetensors"))
+    said = capsys.readouterr().out
+    assert "made 21 parameters" in said and "float32" in said
+
+
+def test_text_can_be_generated_from_an_import(tmp_path, mixtral, capsys):
+    """Catches a directory that looks like a run's, and is none to the other commands."""
+    _run("import", f"checkpoint={mixtral}", f"output={tmp_path / 'native'}")
+    texts = []
+    for path in (mixtral, tmp_path / "native"):
+        capsys.readouterr()
+        _run("generate", f"checkpoint={path}", "prompt=import ", "max_new_tokens=8", "temperature=0", "device=cpu")
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and texts[0].startswith("import ")
+
+
+def test_a_dense_model_becomes_a_mixture_of_the_same_function(tmp_path, llama, capsys):
+    """Catches a mixture that does not compute what its base does, or a receipt that does not say so."""
+    _run("upcycle", f"checkpoint={llama}", f"output={tmp_path / 'up'}", "num_experts=4")
+    receipt = json.loads((tmp_path / "up" / "upcycle.json").read_text())
+    assert receipt["logits"]["relative_difference"] < 1e-5 and receipt["logits"]["must_be_equal"]
+    assert receipt["parameters"]["after"]["total"] > receipt["parameters"]["after"]["active"]
+    assert receipt["tensors"]["model.layers.0.mlp.experts.down_proj"]["made_of"] == "4 copies of the dense block"
+    said = capsys.readouterr().out
+    assert "the same function" in said and f"{receipt['parameters']['after']['total']:,}" in said
+    _run("export", f"checkpoint={tmp_path / 'up'}", f"output={tmp_path / 'hf'}")
+    theirs = MixtralForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    tokens = torch.arange(40).view(1, 40)
+    with torch.no_grad():
+        expected = LlamaForCausalLM.from_pretrained(llama).eval()(tokens).logits
+        assert (theirs(tokens).logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_a_changed_copy_says_how_far_it_is(tmp_path, llama, capsys):
+    """Catches a difference that nobody is told of."""
+    _run("upcycle", f"checkpoint={llama}", f"output={tmp_path / 'up'}", "num_experts=4", "reinitialize=0.5")
+    receipt = json.loads((tmp_path / "up" / "upcycle.json").read_text())
+    assert receipt["logits"]["relative_difference"] > 0.01 and not receipt["logits"]["must_be_equal"]
+    assert "another function, as asked for" in capsys.readouterr().out
+
+
+def test_a_mixture_gets_more_experts(tmp_path, mixtral, capsys):
+    """Catches an import that can not be upcycled, and copies that can not part without a word about it."""
+    _run("import", f"checkpoint={mixtral}", f"output={tmp_path / 'native'}")
+    _run("upcycle", f"checkpoint={tmp_path / 'native'}", f"output={tmp_path / 'up'}", "num_experts=8")
+    assert "give noise=0.01" in capsys.readouterr().out
+    config = open_source(tmp_path / "up").config
+    assert (config.num_experts, config.num_experts_per_tok) == (8, 4)
+
+
+def test_a_mixture_that_is_wrong_is_not_written(tmp_path, llama, monkeypatch, capsys):
+    """Catches a receipt that says that the function is kept, whatever was measured."""
+    original = UpcycledModel._base_experts
+    monkeypatch.setattr(UpcycledModel, "_base_experts", lambda *args: original(*args) * 1.001)
+    assert main(["upcycle", f"checkpoint={llama}", f"output={tmp_path / 'up'}"]) == 1
+    assert "must compute what its base does" in capsys.readouterr().err
+    assert not (tmp_path / "up").exists() and not list(tmp_path.glob(".tmp-*"))
+
+
+# Bad input
+
+
+def test_faults_of_the_checkpoint_leave_nothing_behind(tmp_path, mixtral, capsys):
+    """Catches half an import under the name of a whole one, and a traceback where a sentence belongs."""
+    arguments = ("import", f"checkpoint={mixtral}", f"output={tmp_path / 'native'}")
+    shard = sorted(mixtral.glob("model-*.safetensors"))[0]
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2])
+    assert f"{shard.name}: can not be read" in _refused(capsys, tmp_path, *arguments)
+    shard.unlink()
+    assert f"{shard.name}: can not be read (No such file" in _refused(capsys, tmp_path, *arguments)
+    shard.write_bytes(content)
+    raw = json.loads((mixtral / "config.json").read_text())
+    (mixtral / "config.json").write_text(json.dumps({**raw, "model_type": "qwen2_moe"}))
+    assert "model_type='qwen2_moe' is not supported" in _refused(capsys, tmp_path, *arguments)
+    (mixtral / "config.json").unlink()
+    assert "config.json: can not be read" in _refused(capsys, tmp_path, *arguments)
+
+
+def test_the_output_must_be_free(tmp_path, mixtral, llama, capsys):
+    """Catches an import over somebody's files."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name in ("full", "file"):
+        output = f"output={tmp_path / name}"
+        assert "is not empty" in _refused(capsys, tmp_path, "import", f"checkpoint={mixtral}", output)
+        assert "is not empty" in _refused(capsys, tmp_path, "upcycle", f"checkpoint={llama}", output)
+    (tmp_path / "empty").mkdir()
+    _run("import", f"checkpoint={mixtral}", f"output={tmp_path / 'empty'}")
+    assert (tmp_path / "empty" / "import.json").exists()
+
+
+def test_a_disk_that_fills_leaves_nothing_behind(tmp_path, mixtral, monkeypatch, capsys):
+    """Catches a temporary directory of gigabytes that stays after a failure."""
+
+    def full(path, tensors):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(store, "write_tensors", full)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["import", f"checkpoint={mixtral}", f"output={tmp_path / 'native'}"]) == 1
+    assert "No space left" in capsys.readouterr().err and sorted(tmp_path.rglob("*")) == before
+
+
+def test_other_mistakes_are_sentences(tmp_path, mixtral, llama, tokenizer, capsys):
+    """Catches a traceback for a wrong directory, a native checkpoint, a foreign tokenizer or a plan that does not
+    fit.
+    """
+    out = f"output={tmp_path / 'out'}"
+    assert "there is no such directory" in _refused(capsys, tmp_path, "import", f"checkpoint={tmp_path / 'no'}", out)
+    assert "output: is required" in _refused(capsys, tmp_path, "import", f"checkpoint={mixtral}")
+    assert "holds no complete checkpoint" in _refused(capsys, tmp_path, "import", f"checkpoint={tokenizer}", out)
+    options = ("upcycle", f"checkpoint={mixtral}", out)
+    assert "num_experts=6: the base has 4 experts" in _refused(capsys, tmp_path, *options, "num_experts=6")
+    options = ("upcycle", f"checkpoint={llama}", out)
+    assert "at most num_experts=4" in _refused(capsys, tmp_path, *options, "num_experts=4", "num_experts_per_tok=5")
+    _run("import", f"checkpoint={mixtral}", f"output={tmp_path / 'native'}")
+    assert "is a native checkpoint already" in _refused(
+        capsys, tmp_path, "import", f"checkpoint={tmp_path / 'native'}", out
+    )
+    small = MixtralForCausalLM(MixtralConfig(**{**SHAPE, "vocab_size": 100}, num_local_experts=2))
+    _with_tokenizer(small, tmp_path / "small", tokenizer)
+    assert "do not belong together" in _refused(capsys, tmp_path, "import", f"checkpoint={tmp_path / 'small'}", out)
+
+
+def test_a_model_without_a_tokenizer_is_imported(tmp_path, mixtral, capsys):
+    """Catches a refusal: weights can be looked at and upcycled without one; only text needs one, and says so."""
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (mixtral / name).unlink()
+    _run("import", f"checkpoint={mixtral}", f"output={tmp_path / 'native'}")
+    assert "tokenizer:  none" in capsys.readouterr().out
+    said = _refused(capsys, tmp_path, "generate", f"checkpoint={tmp_path / 'native'}", "prompt=x", "device=cpu")
+    assert "there is no tokenizer.model beside the model" in said

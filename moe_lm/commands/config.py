@@ -128,6 +128,8 @@ class GenerateConfig:
     """Run directory (its newest checkpoint), one checkpoint directory, or an exported Hugging Face directory."""
     prompt: str = ""
     """Text to continue."""
+    chat: bool = False
+    """Whether the prompt is a user's message, rendered by the tokenizer's chat template; only the answer is printed."""
     max_new_tokens: int = 200
     """Most tokens to make; the text may end before."""
     temperature: float = 0.8
@@ -141,6 +143,8 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         _require_given("checkpoint", self.checkpoint)
+        if self.chat and not self.prompt.strip():
+            raise InputError("prompt='': with chat=true give the user's message.")
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens={self.max_new_tokens}: must be at least 1.")
         if self.temperature < 0:

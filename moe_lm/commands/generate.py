@@ -1,4 +1,4 @@
-"""`moe-lm generate`: continue a text."""
+"""`moe-lm generate`: continue a text, or answer a message."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import torch
 
 from moe_lm.commands.config import GenerateConfig
 from moe_lm.commands.model_source import open_model
+from moe_lm.data.chat_template import encode_prompt
 from moe_lm.errors import InputError
 from moe_lm.evaluation.generation import generate
 from moe_lm.parallel.runtime import Runtime
@@ -13,13 +14,16 @@ from moe_lm.training.config import Device
 
 
 def run(config: GenerateConfig) -> int:
-    """Print the prompt and its continuation."""
+    """Print the prompt and its continuation, or in a chat the answer alone."""
     assert config.checkpoint is not None
     if config.device is Device.cuda and not torch.cuda.is_available():
         raise InputError("device=cuda: no CUDA device is visible here; use device=auto or cpu.")
     device: torch.device = Runtime(config.device.value).device
     model, tokenizer = open_model(Path(config.checkpoint), device)
-    prompt_ids = [tokenizer.bos_id, *tokenizer.encode(config.prompt)]
+    if config.chat:
+        prompt_ids = encode_prompt(tokenizer, config.prompt)
+    else:
+        prompt_ids = [tokenizer.bos_id, *tokenizer.encode(config.prompt)]
     context = model.config.max_position_embeddings
     if len(prompt_ids) + config.max_new_tokens > context:
         raise InputError(
@@ -36,5 +40,5 @@ def run(config: GenerateConfig) -> int:
         config.seed,
         tokenizer.generated_ids,
     )
-    print(config.prompt + tokenizer.decode(list(new_ids)))
+    print(("" if config.chat else config.prompt) + tokenizer.decode(list(new_ids)))
     return 0

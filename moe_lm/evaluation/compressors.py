@@ -22,12 +22,15 @@ def xz_bits_per_byte(content: bytes) -> float:
 
 
 def document_bytes(shards: Sequence[TokenShard], tokenizer: Tokenizer) -> bytes:
-    """The documents of shards end to end, decoded; exactly the bytes that bits per byte are counted over.
+    """The documents of shards (of conversations, what the assistant says) end to end, decoded; exactly the bytes that
+    bits per byte are counted over.
 
     (Exactly, unless a text holds U+2581, which the tokenizer's format gives back as a space.)
     """
     texts = []
     for shard in shards:
-        ends = np.append(shard.starts[1:], shard.num_tokens)
-        texts += [tokenizer.decode(shard.tokens[a + 1 : b - 1].tolist()) for a, b in zip(shard.starts, ends)]
+        parts = shard.spans
+        if parts is None:  # without the two marks of each document
+            parts = np.stack([shard.starts + 1, np.append(shard.starts[1:], shard.num_tokens) - 1], axis=1)
+        texts += [tokenizer.decode(shard.tokens[begin:end].tolist()) for begin, end in parts]
     return "".join(texts).encode()

@@ -139,7 +139,10 @@ class Telemetry:
         values = {"validation_bits_per_byte": figures.bits_per_byte, "validation_loss": figures.loss}
         self._write({"step": step, **values, "complete": complete})
         extent = "whole validation set" if complete else "estimate"
-        self._display.line(f"step {step}: validation {figures.bits_per_byte:.4f} bits per byte ({extent})")
+        said = f"{figures.bits_per_byte:.4f} bits per byte"
+        if all(shard.spans is not None for shard in self._run.data.validation):
+            said = f"loss {figures.loss:.4f} nats per assistant token"
+        self._display.line(f"step {step}: validation {said} ({extent})")
         self.restart_clock()
 
     def close_data(self) -> None:

@@ -310,8 +310,8 @@ def test_a_worker_that_dies_is_a_sentence(config: DataConfig, tmp_path: Path, mo
     shutil.rmtree(tmp_path / "set/data")
     original = Encoder.submit
 
-    def submit(self: Encoder, texts: list[str]) -> object:
-        future = original(self, texts)
+    def submit(self: Encoder, texts: list[str], form: None) -> object:
+        future = original(self, texts, form)
         assert self._pool is not None
         for process in list(self._pool._processes.values()):
             process.kill()

@@ -31,7 +31,8 @@ class Batch:
     document_ids: Tensor
     """From 1 within each row, 0 in padding; attention stays among equal ids. All 1 if documents are not masked."""
     routing_mask: Tensor
-    """bool: real tokens, which count in balancing and telemetry; False in padding."""
+    """bool: tokens that count in balancing and telemetry: all real ones, or (by `route_prompts`) of conversations only
+    those before the assistant's; False in padding."""
     domain_ids: Tensor
     """Number of each token's domain; 0 in padding."""
 
@@ -62,6 +63,7 @@ def make_batch(
     mask_documents: bool = True,
     pad_id: int = 0,
     domain_ids: dict[str, int] | None = None,
+    route_prompts: bool = True,
 ) -> Batch:
     """Puts pieces together to rows; what they leave free is padding.
 
@@ -72,6 +74,7 @@ def make_batch(
         mask_documents: Whether positions and document ids restart at each document.
         pad_id: Id of padding.
         domain_ids: Number of each domain; null gives 0 to all.
+        route_prompts: Whether tokens of conversations that predict nothing of the assistant's count in routing.
 
     Raises:
         InputError: A shard's file is not what was written.
@@ -80,6 +83,7 @@ def make_batch(
     size = num_rows * sequence_length
     input_T, label_T = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
     used_B = np.zeros(num_rows, dtype=np.int64)
+    unrouted_T = np.zeros(size, dtype=np.bool_)
     segments = [_Segments(np.arange(num_rows) * sequence_length, np.zeros(num_rows, dtype=np.int64))]
     for array, (row_P, column_P, first_P, length_P) in pieces:
         array.check(first_P, first_P + length_P)
@@ -91,14 +95,17 @@ def make_batch(
         np.maximum.at(used_B, row_P, column_P + length_P)
         segments.append(_find_segments(array, place_P, first_P, length_P, label_T, domain_ids))
         if array.spans is not None:
-            label_T[_find_others(array.spans, place_P, first_P, length_P, size)] = IGNORED
+            others_T = _find_others(array.spans, place_P, first_P, length_P, size)
+            label_T[others_T] = IGNORED
+            unrouted_T |= others_T
     _pad(input_T, label_T, used_B, sequence_length, pad_id)
-    routing_BS = np.arange(sequence_length) < used_B[:, None]
+    real_BS = np.arange(sequence_length) < used_B[:, None]
     document_BS, position_BS, domain_BS = _number_segments(segments, num_rows, sequence_length, mask_documents)
     if used_B.min(initial=sequence_length) < sequence_length:
         for numbers_BS in (document_BS, position_BS, domain_BS):
-            numbers_BS *= routing_BS
+            numbers_BS *= real_BS
     shape = (num_rows, sequence_length)
+    routing_BS = real_BS if route_prompts else real_BS & ~unrouted_T.reshape(shape)
     return Batch(
         input_ids=torch.from_numpy(input_T.reshape(shape)),
         labels=torch.from_numpy(label_T.reshape(shape)),

@@ -83,7 +83,7 @@ def choose_template(tokenizer: Tokenizer, path: str | None) -> str:
         option, template = f"data.chat_template={path}", _read(path)
     elif tokenizer.chat_template is not None:
         option, template = "tokenizer.path", tokenizer.chat_template
-    elif set(ROLE_MARKS) <= set(tokenizer.control_strings):
+    elif _has_role_marks(tokenizer):
         return DEFAULT_TEMPLATE
     else:
         raise InputError(
@@ -148,6 +148,11 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     Raises:
         InputError: The tokenizer has no template that can be used, or the template fails.
     """
+    if tokenizer.chat_template is None and not _has_role_marks(tokenizer):
+        raise InputError(
+            "chat=true: the model's tokenizer has no chat template, and not the role marks of moe-lm's own (<|user|> "
+            "…); leave it out, or give a model that was fine-tuned on chat data."
+        )
     template = choose_template(tokenizer, None)
     messages = [{"role": Role.user.value, "content": prompt}]
     breaker = _breaker(messages)
@@ -206,6 +211,10 @@ def _render(
         **special_tokens,
     )
     return texts[0], spans[0] if marked else []
+
+
+def _has_role_marks(tokenizer: Tokenizer) -> bool:
+    return set(ROLE_MARKS) <= set(tokenizer.control_strings)
 
 
 def _breaker(messages: Messages) -> str | None:

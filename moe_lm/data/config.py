@@ -142,6 +142,10 @@ class DataConfig:
     """What to do about a conversation of more than sequence_length + 1 tokens: `error` names it, `skip` leaves it out,
     `cut` cuts its end off."""
 
+    route_prompts: bool = True
+    """Whether what is not the assistant's in a conversation counts in the balancing losses and in telemetry. It always
+    goes through the experts, so by default it does."""
+
     epochs: int | None = None
     """Passes over the text. Null repeats a source that is used up for as long as training lasts; a number ends the run
     when the first source has been read that often, if `trainer.max_steps` does not end it before."""

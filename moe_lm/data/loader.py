@@ -36,7 +36,7 @@ class StepBatch:
     num_targets: int
     """Targets of this share."""
     domain_tokens: NDArray[np.int64]
-    """Real input tokens of this share, of each domain."""
+    """Input tokens of this share that count in routing, of each domain."""
     live_sources: NDArray[np.int64]
     """Of each source, how many of its streams still had text at this step; where the sum over all processes is 0, the
     data ends before this step."""
@@ -67,6 +67,7 @@ class BatchShape:
     domains: Sequence[str]
     """Names of all domains, in the order of their ids."""
     mask_documents: bool = True
+    route_prompts: bool = True
     packing: Packing = Packing.sequential
     epochs: int | None = None
     rank: int = 0
@@ -99,6 +100,7 @@ class BatchShape:
             mask_documents=self.mask_documents,
             pad_id=self.pad_id,
             domain_ids=ids,
+            route_prompts=self.route_prompts,
         )
         if len(self.domains) == 1:
             domain_tokens = np.array([int(whole.routing_mask.sum())])

@@ -48,6 +48,7 @@ DATA_ONLY_CUT = (
     "sequence_length",
     "mask_documents",
     "packing",
+    "route_prompts",
     "epochs",
     "num_streams",
     "workers",

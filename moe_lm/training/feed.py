@@ -29,9 +29,9 @@ class GlobalBatch:
     num_targets: int
     """Targets over all processes: what the summed loss is divided by."""
     num_routed_tokens: int
-    """Real input tokens over all processes."""
+    """Input tokens over all processes that count in routing."""
     domain_tokens: list[int]
-    """Real input tokens of each domain, over all processes."""
+    """The same of each domain."""
     state: dict[str, Any]
     """Where this process's data stands behind this step."""
 
@@ -70,6 +70,7 @@ class Feed:
             pad_id=data.tokenizer.pad_id,
             domains=data.domains,
             mask_documents=config.data.mask_documents,
+            route_prompts=config.data.route_prompts,
             packing=config.data.packing,
             epochs=config.data.epochs,
             rank=runtime.rank,

@@ -242,7 +242,7 @@ def _sections_of_base(values: list[_Given]) -> dict[str, Any]:
         return {}
     from moe_lm.commands.model_source import describe  # it needs this module
 
-    model, tokenizer_directory = describe(Path(base).expanduser())
+    model, tokenizer_directory = describe(Path(base).expanduser(), "base")
     tokenizer = {} if tokenizer_directory is None else {"tokenizer": {"path": str(tokenizer_directory)}}
     return _escaped_texts({"model": to_plain(model), **tokenizer})
 

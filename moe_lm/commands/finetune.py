@@ -32,7 +32,7 @@ def run(config: FinetuneRunConfig) -> int:
 
     def begin(runtime: Runtime) -> Start:
         assert config.base is not None
-        base = open_source(Path(config.base).expanduser())
+        base = open_source(Path(config.base).expanduser(), "base")
         _check_model(config, base)
         runtime.on_main(lambda: _check_tokenizer(config, base))
         return FromBase(base, config.finetune, config.seed, runtime.decide(lambda: fingerprint(base)))

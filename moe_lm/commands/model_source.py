@@ -81,22 +81,22 @@ class MergedSource(NativeSource):
         return merged(name, weight, super().tensor, self.finetune.scale)
 
 
-def open_source(path: Path) -> ModelSource:
+def open_source(path: Path, option: str = "checkpoint") -> ModelSource:
     """The model that `path` names, verified: a run directory (its newest checkpoint), one of its checkpoints, a Hugging
     Face directory, or one of Mistral's own files.
 
     Raises:
         InputError: There is none, or it can not be read whole.
     """
-    _require_directory(path)
+    _require_directory(path, option)
     if _is_foreign(path):
         return HuggingFaceSource(path, find_tokenizer(path))
-    return open_native(path)
+    return open_native(path, option)
 
 
-def describe(path: Path) -> tuple[ModelConfig, Path | None]:
+def describe(path: Path, option: str = "checkpoint") -> tuple[ModelConfig, Path | None]:
     """Configuration and tokenizer's directory of what `open_source` would open, without a look at the weights."""
-    _require_directory(path)
+    _require_directory(path, option)
     if _is_foreign(path):
         return load_config(path), find_tokenizer(path)
     single = (path / "COMPLETE").exists()
@@ -108,7 +108,7 @@ def describe(path: Path) -> tuple[ModelConfig, Path | None]:
         except (CheckpointError, OSError, KeyError, TypeError):
             continue  # so will `open_source`, and say why
         return to_dataclass(ModelConfig, config), find_tokenizer(run_directory / "tokenizer")
-    source = open_native(path)
+    source = open_native(path, option)
     return source.config, source.tokenizer_directory
 
 
@@ -117,26 +117,26 @@ def _is_foreign(path: Path) -> bool:
     return any((path / name).exists() for name in ("config.json", "params.json", SINGLE, INDEX))
 
 
-def open_native(path: Path) -> NativeSource:
+def open_native(path: Path, option: str = "checkpoint") -> NativeSource:
     """Find and verify the checkpoint that `path` names: a checkpoint itself, or a run's newest."""
-    _require_directory(path)
+    _require_directory(path, option)
     if (path / "COMPLETE").exists():
         try:
             checkpoint = Checkpoint(path)
         except CheckpointError as error:
-            raise InputError(f"checkpoint={path}: {error}.") from error
+            raise InputError(f"{option}={path}: {error}.") from error
         run_directory = path.absolute().parent.parent
     else:
         store = CheckpointStore(path / "checkpoints", CheckpointConfig())
         newest = store.newest(refused=lambda reason: print(f"refused checkpoint {reason}", file=sys.stderr))
         if newest is None:
             raise InputError(
-                f"checkpoint={path}: holds no complete checkpoint; give a run directory, a step-… directory, or a "
+                f"{option}={path}: holds no complete checkpoint; give a run directory, a step-… directory, or a "
                 "Hugging Face directory."
             )
         checkpoint, run_directory = newest, path
     if "config" not in checkpoint.state:
-        raise InputError(f"checkpoint={path}: was not written by moe-lm; its state.json has no config.")
+        raise InputError(f"{option}={path}: was not written by moe-lm; its state.json has no config.")
     config = to_dataclass(ModelConfig, checkpoint.state["config"]["model"])
     finetune = to_dataclass(FinetuneConfig, checkpoint.state["config"].get("finetune", {}))
     source = NativeSource(run_directory, checkpoint, config)
@@ -231,6 +231,6 @@ def write_export(
     export(config, parameters, write_tokenizer, ids, output, dtype)
 
 
-def _require_directory(path: Path, option: str = "checkpoint") -> None:
+def _require_directory(path: Path, option: str) -> None:
     if not os.path.isdir(path):
         raise InputError(f"{option}={path}: there is no such directory.")

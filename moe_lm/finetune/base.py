@@ -156,7 +156,7 @@ def said_trained(model: ModelConfig, config: FinetuneConfig) -> str:
     parts = ", ".join(f"{part.name} {counts[part]:,}" for part in Part if part in counts)
     of_experts = f", of the experts {', '.join(config.experts)}" if config.experts else ""
     how = f"LoRA of rank {config.rank}" if config.method is Method.lora else "the weights themselves"
-    return f"training {trained:,} of {total:,} parameters ({100 * trained / total:.2g} %), {how}{of_experts}: {parts}"
+    return f"training {trained:,} of {total:,} parameters ({100 * trained / total:.3g} %), {how}{of_experts}: {parts}"
 
 
 def _check(model: ModelConfig, config: FinetuneConfig) -> None:

@@ -115,7 +115,7 @@ def step_traffic(
 def _sums(model: ModelConfig, layout: Layout, work: Work) -> Traffic:
     """Losses, expert counts and the norm."""
     counts = model.num_hidden_layers * model.num_experts if model.is_mixture else 0
-    values = 4 + counts
+    values = 5 + counts  # four losses and what was dropped
     if model.load_balancing_source is LoadSource.micro_batch:
         values += counts * work.micro_batches
     squared_norm = 8 if layout.sharded else 0  # fp64

@@ -97,6 +97,8 @@ TOLERANCES = {
     # Rounding to bf16 decides near ties otherwise once an update has been made of gradients that differ by rounding;
     # and Newton–Schulz runs in bf16, so with Muon all that follows the first update differs by as much.
     "bfloat16": {"losses": (1e-4, 1e-2), "gradient": (1e-2, 0.5), "hidden": 1e-3, "weight": 0.1},
+    # An adapter rounds two products more on every path.
+    "adapted bfloat16": {"losses": (4e-4, 1e-2), "gradient": (4e-2, 0.5), "hidden": 2e-3, "weight": 0.2},
     "muon": {"losses": (1e-6, 1e-2), "gradient": (2e-6, 0.5), "hidden": 1e-6, "weight": 2e-2},
 }
 
@@ -127,14 +129,13 @@ def test_the_layout_changes_nothing(results, case):
     """Catches a gradient counted twice or not at all, a mean instead of a sum, an expert's row sent to the wrong owner,
     a norm of one part only, a load of one process only, and a checkpoint that mixes up its parts."""
     ours, theirs = result_of(results / case.name), result_of(results / case.alone.name)
-    tolerance = TOLERANCES["muon" if case.optimizer == "muon" else case.dtype]
+    adapted = "adapted " if case.lora and case.dtype == "bfloat16" else ""
+    tolerance = TOLERANCES["muon" if case.optimizer == "muon" else adapted + case.dtype]
     assert ours.kinds() == theirs.kinds()
     assert sum(name.startswith("gradient") for name in ours.kinds()) >= 3 * 15
     for name in ours.kinds():
         kind, later = name.split("/")[0].rstrip("012"), not name.startswith("gradient0")
         allowed = tolerance[kind][later] if kind == "gradient" else tolerance[kind]
-        if case.lora and case.dtype == "bfloat16":
-            allowed *= 2  # two products more on every path are rounded
         assert _distance(ours.tensor(name), theirs.tensor(name)) <= allowed, name
     processes = ours.state["processes"]
     assert len(processes) == case.world

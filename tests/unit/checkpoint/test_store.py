@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,25 @@ def test_tensors_are_spread_over_files(store, monkeypatch):
     checkpoint = Checkpoint(path)
     for name, tensor in tensors.items():
         _assert_same(checkpoint.tensor(name), tensor)
+
+
+def test_slices_that_come_one_at_a_time_are_let_go(store):
+    """Catches a save that holds the whole model, or the file before, while it gathers the next: a conversion of a model
+    that is larger than memory would die.
+    """
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = []
+
+    def slices():
+        for number in range(20):
+            tensor = torch.full((10,), float(number))  # 40 bytes, two to a file
+            alive.add(tensor)
+            most.append(len(alive))
+            yield TensorSlice.whole(f"t{number}", tensor)
+            del tensor
+
+    path = store.save(1, slices(), {}, file_bytes=80)
+    assert len(list(path.glob("*.safetensors"))) == 10 and max(most) == 2
 
 
 def test_a_transposed_view_comes_back(store):

@@ -22,7 +22,7 @@ from moe_lm.hf.files import (
     read_into,
     read_object,
 )
-from moe_lm.hf.layout import is_derived, layout_of, slots
+from moe_lm.hf.layout import Layout, is_derived, layout_of, slots
 from moe_lm.hf.model_configuration import load_config
 from moe_lm.model.config import ModelConfig
 from moe_lm.model.decoder import CausalLM
@@ -46,8 +46,7 @@ class HuggingFaceSource:
         consolidated = has_consolidated(path)
         self._stored = find_consolidated(path) if consolidated else find_tensors(path)
         self.layout = layout_of(self._stored, consolidated)
-        if self.config.num_hidden_layers > len(self._stored):  # before any layer is built
-            raise InputError(f"{path}: has fewer tensors than its configuration has layers; bring its files back.")
+        self._check_size()
         self.on_disk: dict[str, list[str]] = {}
         """The tensors on disk that each parameter is made of."""
         self._kinds: dict[str, TensorKind] = {}
@@ -87,11 +86,24 @@ class HuggingFaceSource:
         """All parameters by name, read one at a time."""
         return ((name, self.tensor(name)) for name in self._kinds)
 
+    def _check_size(self) -> None:
+        """Refuse a configuration that asks for more layers or experts than there are tensors, before any is built."""
+        config = self.config
+        apart = config.is_mixture and self.layout in (Layout.per_expert, Layout.consolidated)
+        for name, number in (("layers", config.num_hidden_layers), ("experts", config.num_experts if apart else 0)):
+            if number > len(self._stored):
+                raise InputError(
+                    f"{self.path}: has fewer tensors than its configuration has {name}; bring its files back."
+                )
+
     def _match(self) -> None:
         """Compare what the files hold with what the configuration asks for."""
         missing, wrong = [], []
-        with torch.device("meta"):
-            model = CausalLM(self.config)
+        try:
+            with torch.device("meta"):
+                model = CausalLM(self.config)
+        except (RuntimeError, TypeError, OverflowError) as error:  # beyond what a tensor's size is counted in
+            raise InputError(f"{self.path}: no model has the sizes that its configuration asks for.") from error
         for name, parameter in model.named_parameters():
             pieces = slots(name, parameter, self.layout, self.config)
             self.on_disk[name] = [slot.name for slot in pieces]

@@ -1,5 +1,6 @@
 """The model configuration of somebody else's directory: config.json of Hugging Face, or params.json of Mistral."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,8 @@ def _field(path: Path, raw: dict[str, Any], name: str, kind: type) -> Any:
     value = raw.get(name)
     if value is None:
         raise InputError(f"{path}: {name} is missing.")
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**53:
         return float(value)
-    if type(value) is not kind:
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise InputError(f"{path}: {name}={value!r} is not of type {kind.__name__}.")
     return value

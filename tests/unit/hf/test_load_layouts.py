@@ -351,13 +351,29 @@ def test_a_truncated_shard_is_named_before_anything_is_read(mixtral, tmp_path, m
         HuggingFaceSource(tmp_path)
 
 
-def test_a_configuration_of_many_layers_is_refused_at_once(mixtral, tmp_path):
-    """Catches a configuration that makes the reader build a million layers before it looks at the files."""
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_hidden_layers": 10**9}, "fewer tensors than its configuration has layers"),
+        ({"num_local_experts": 10**9}, "fewer tensors than its configuration has experts"),
+        ({"hidden_size": 2**60, "head_dim": 6}, "no model has the sizes"),
+        ({"vocab_size": 10**30}, "no model has the sizes"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps=inf is not"),
+        ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta=nan is not"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps=1000"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_absurd_sizes_are_refused_at_once(mixtral, tmp_path, change, words):
+    """Catches a configuration that makes the reader build a million layers before it looks at the files, or a number
+    that ends in a traceback.
+    """
     mixtral.save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**raw, "num_hidden_layers": 10**9}))
-    with pytest.raises(InputError, match="fewer tensors than its configuration has layers"):
+    (tmp_path / "config.json").write_text(json.dumps({**raw, **change}))
+    with pytest.raises(InputError) as caught:
         HuggingFaceSource(tmp_path)
+    assert words in str(caught.value)
 
 
 def test_parameters_come_one_at_a_time(mixtral, tmp_path, monkeypatch):

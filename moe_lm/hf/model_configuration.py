@@ -132,6 +132,6 @@ def _field(path: Path, raw: dict[str, Any], name: str, kind: type) -> Any:
         raise InputError(f"{path}: {name} is missing.")
     if kind is float and type(value) is int and abs(value) < 2**53:
         return float(value)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+    if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
         raise InputError(f"{path}: {name}={value!r} is not of type {kind.__name__}.")
     return value

@@ -112,7 +112,14 @@ def prepare(
     settings = _settings(config, tokenizer_config, template)
     for name in ("manifest.json", "begun.json"):
         if (data / name).exists():
-            _check_settings(settings, data / name)
+            if (
+                name == "begun.json"
+                and not any(data.glob("*/*.json"))
+                and read_manifest(data / name)["settings"] != settings
+            ):
+                (data / name).unlink()  # nothing was made with the others: their first rows were refused
+            else:
+                _check_settings(settings, data / name)
             break
     complete = (data / "manifest.json").exists()
     if (data / "begun.json").exists():
@@ -412,14 +419,14 @@ def _sizes(source: Source) -> list[list[Any]]:
 
 
 def _chat_template(config: DataConfig, tokenizer_config: TokenizerConfig, directory: Path, keep_tokenizer: bool) -> str:
-    """The template of conversations, from the tokenizer that is asked for or, where that is gone, the one made of it.
+    """The template of conversations, from the tokenizer that is asked for or, where that is gone, its copy.
 
     Raises:
         InputError: There is neither, or no template that can be used.
     """
     path = Path(tokenizer_config.path).expanduser() if tokenizer_config.path is not None else None
-    stands = (keep_tokenizer or (directory / "data" / "begun.json").exists()) and (directory / "tokenizer").is_dir()
-    if stands and (path is None or not path.exists()):
+    is_gone = path is not None and not path.exists() and (directory / "data" / "begun.json").exists()
+    if is_gone or (path is None and keep_tokenizer):
         return choose_template(made_tokenizer(directory), config.chat_template)
     if path is None:
         raise InputError(

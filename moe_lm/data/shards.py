@@ -233,7 +233,7 @@ class ShardWriter:
         self.close()
         hashes = {}
         indices = {"starts": starts, "domains": domains}
-        if self._spans:
+        if self._spans and self.num_tokens:  # an empty shard says nothing, whether it was given no text or an empty one
             indices["spans"] = np.concatenate(self._spans)
         for kind, index in indices.items():
             with atomic_file(self._directory / f"{self._name}.{kind}.npy") as file:
@@ -251,7 +251,7 @@ class ShardWriter:
             starts_sha256=hashes["starts"],
             domains_sha256=hashes["domains"],
             spans_sha256=hashes.get("spans"),
-            num_targets=int((indices["spans"][:, 1] - indices["spans"][:, 0]).sum()) if self._spans else None,
+            num_targets=int(np.diff(indices["spans"]).sum()) if "spans" in indices else None,
         )
 
     def close(self, *exception: object) -> None:

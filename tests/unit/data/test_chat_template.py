@@ -26,13 +26,19 @@ from moe_lm.data.config import TooLong
 from moe_lm.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from moe_lm.errors import InputError
 
-MIXTRAL = """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}\
- [INST] {{ message['content'] }} [/INST]{% elif message['role'] == 'assistant' %} {{ message['content'] }}{{ eos_token }}{% else %}\
-{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"""
+MIXTRAL = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %} [INST] {{ message['content'] }} [/INST]"
+    "{% elif message['role'] == 'assistant' %} {{ message['content'] }}{{ eos_token }}"
+    "{% else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"
+)
 """Without marks, without a generation prompt, and with text at the edges of answers."""
 
-CHATML = """{% for message in messages %}\
-{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 FORGETFUL = "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}|{% endfor %}"
 
 WORDS = ["a", "list files", " ", "\n", "é", "한", "👩‍👩‍👧", "<", "|>", "user", "[INST]", "\ufdd0", "\u2047", "self."]

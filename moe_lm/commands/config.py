@@ -96,17 +96,36 @@ class ExportConfig:
     """`moe-lm export`."""
 
     checkpoint: str | None = None
-    """Run directory (its newest checkpoint) or one checkpoint directory."""
+    """Run directory (its newest checkpoint), one checkpoint directory, or another model that `import` takes."""
     output: str | None = None
     """Directory to write; null means `hf` in the run's directory. An earlier export there is replaced, nothing else
     is."""
     dtype: ExportType = ExportType.fp32
     """Type of the weights on disk: `fp32` is exactly what was trained, `bf16` half as large."""
+    max_shard_size: str = "4GB"
+    """Largest file of weights, such as 500MB or 4GB (powers of ten), or a number of bytes; larger models get several
+    files and an index."""
+    license: str = "unknown"
+    """Licence that the model card names, by the Hub's name of it, such as apache-2.0; `unknown` says that none was
+    stated."""
+    whole_model: bool | None = None
+    """Whether the gate runs the whole model besides each layer by itself; null means where twice its size in fp32 is at
+    most half of the memory that is free."""
 
     def __post_init__(self) -> None:
         _require_given("checkpoint", self.checkpoint)
         if self.output == "":
             raise InputError("output='': give a directory, or null for `hf` in the run's directory.")
+        if self.max_shard_bytes < 1:
+            raise InputError(f"max_shard_size={self.max_shard_size}: must be a size such as 500MB or 4GB.")
+        if not re.fullmatch(r"[\w.+-]+", self.license):
+            raise InputError(f"license={self.license!r}: must be one name, such as apache-2.0, or unknown.")
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """The size in bytes; 0 where it can not be understood."""
+        match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,3})?)([KMGT]?)B?", self.max_shard_size.strip(), re.IGNORECASE)
+        return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
 
 
 @dataclasses.dataclass
@@ -114,10 +133,22 @@ class VerifyConfig:
     """`moe-lm verify`."""
 
     checkpoint: str | None = None
-    """Run directory, or its `checkpoints` (all of them), or one checkpoint directory."""
+    """Run directory, or its `checkpoints` (all of them), or one checkpoint directory, or an export or another Hugging
+    Face directory."""
+    against: str | None = None
+    """What an export was made from, a run directory or one checkpoint directory: each of its tensors is compared with
+    that. null compares an export with its own receipt."""
+    whole_model: bool | None = None
+    """Whether to run the whole model besides each layer by itself; null means where twice its size in fp32 is at most
+    half of the memory that is free."""
+    output: str | None = None
+    """File to write the receipt into, as JSON; null only prints."""
 
     def __post_init__(self) -> None:
         _require_given("checkpoint", self.checkpoint)
+        for name in ("against", "output"):
+            if getattr(self, name) == "":
+                raise InputError(f"{name}='': give a path, or null.")
 
 
 @dataclasses.dataclass

@@ -1,21 +1,64 @@
-"""`moe-lm export`: a run's checkpoint as a Hugging Face directory."""
+"""`moe-lm export`: a checkpoint as a Hugging Face directory, behind the gate of its verification."""
 
 from pathlib import Path
 
 import torch
 
 from moe_lm.commands.config import ExportConfig, ExportType
-from moe_lm.commands.model_source import open_native, write_export
-from moe_lm.hf.export import check_output
+from moe_lm.commands.model_source import NativeSource, open_source, open_tokenizer
+from moe_lm.commands.training_facts import training_of
+from moe_lm.errors import InputError
+from moe_lm.hf.export import SHARD_BYTES, check_output, export
+from moe_lm.hf.model_card import UNKNOWN_LICENSE, model_card
+from moe_lm.hf.receipt import RECEIPT, Receipt
+from moe_lm.model.source import ModelSource
 
 
 def run(config: ExportConfig) -> int:
     """Export the checkpoint."""
     assert config.checkpoint is not None
-    source = open_native(Path(config.checkpoint))
-    output = Path(config.output) if config.output is not None else source.run_directory / "hf"
-    check_output(output)
+    source = open_source(Path(config.checkpoint).expanduser())
+    if config.output is not None:
+        output = Path(config.output).expanduser()
+    elif isinstance(source, NativeSource):
+        output = source.run_directory / "hf"
+    else:
+        raise InputError(f"output=null: {source.path} is no run that has a place for it; give output=DIRECTORY.")
     dtype = torch.float32 if config.dtype is ExportType.fp32 else torch.bfloat16
-    write_export(source.config, source.parameters(), source.tokenizer_directory, output, dtype)
-    print(f"exported {source.checkpoint.path} to {output}")
+    receipt = write_export(source, output, dtype, config.max_shard_bytes, config.license, config.whole_model)
+    print(f"exported {source.path} to {output}\n\n{receipt.table()}\n")
+    print(f"{receipt.line()}\n{receipt.why}; receipt: {output / RECEIPT}")
     return 0
+
+
+def write_export(
+    source: ModelSource,
+    output: Path,
+    dtype: torch.dtype = torch.float32,
+    max_shard_bytes: int = SHARD_BYTES,
+    license_name: str = UNKNOWN_LICENSE,
+    whole: bool | None = None,
+) -> Receipt:
+    """Export a model with the tokenizer beside it, and a model card of what its run says.
+
+    Args:
+        source: The model.
+        output: Directory to make, or an earlier export to replace.
+        dtype: Type of the weights on disk.
+        max_shard_bytes: Largest file of weights.
+        license_name: For the model card.
+        whole: Whether to run the whole model for the comparison; null means where it fits into memory.
+    """
+    check_output(output)
+    tokenizer = open_tokenizer(source.tokenizer_directory)
+    if tokenizer.vocab_size > source.config.vocab_size:
+        raise InputError(
+            f"checkpoint={source.path}: the tokenizer in {source.tokenizer_directory} has {tokenizer.vocab_size} ids, "
+            f"the model only {source.config.vocab_size}; they do not belong together."
+        )
+    training, said_type = training_of(source), str(dtype).removeprefix("torch.")
+
+    def card(receipt: Receipt) -> str:
+        return model_card(source.config, training, license_name, said_type, receipt)
+
+    return export(source, tokenizer, output, dtype, card, max_shard_bytes, whole)

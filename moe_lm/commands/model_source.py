@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,7 +20,6 @@ from moe_lm.errors import InputError
 from moe_lm.finetune.base import choose_trained, fingerprint
 from moe_lm.finetune.config import FinetuneConfig, Method
 from moe_lm.finetune.lora import adapter_names, is_adapter, merged
-from moe_lm.hf.export import export
 from moe_lm.hf.files import INDEX, SINGLE
 from moe_lm.hf.load import HuggingFaceSource
 from moe_lm.hf.model_configuration import load_config
@@ -212,23 +211,6 @@ def open_tokenizer(directory: Path | None) -> Tokenizer:
             "read; put the one that it was trained with there."
         )
     return load_tokenizer(directory)
-
-
-def write_export(
-    config: ModelConfig,
-    parameters: Iterable[tuple[str, Tensor]],
-    tokenizer_directory: Path | None,
-    output: Path,
-    dtype: torch.dtype = torch.float32,
-) -> None:
-    """Export with the control ids of the tokenizer in `tokenizer_directory`."""
-    tokenizer = open_tokenizer(tokenizer_directory)
-
-    def write_tokenizer(directory: Path) -> None:
-        tokenizer.save(directory, config.max_position_embeddings)
-
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    export(config, parameters, write_tokenizer, ids, output, dtype)
 
 
 def _require_directory(path: Path, option: str) -> None:

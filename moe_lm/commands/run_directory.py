@@ -16,7 +16,7 @@ from moe_lm.commands.changes import NEVER_TO_CHANGE, check_allowed, differences
 from moe_lm.config import load_saved, save
 from moe_lm.errors import InputError, RunError, Stopped
 from moe_lm.files import locked, write_json
-from moe_lm.hf.export import check_output
+from moe_lm.hf.export import check_expressible, check_output
 from moe_lm.interrupts import STOPPED
 from moe_lm.training.config import ResumePolicy, RunConfig
 from moe_lm.training.requests import STOP_FILE
@@ -63,6 +63,7 @@ def open_directory(config: RunConfig, directory: Path, held: ExitStack, beginnin
         else:
             _check_not_lost(directory)
         if config.finish.export:
+            check_expressible(config.model, "give finish.export=false, or model.capacity_factor=null")
             check_output(directory / "hf", "give another run_name=, or finish.export=false")
     except OSError as error:
         raise InputError(

@@ -1,22 +1,30 @@
-"""Write a model as a Hugging Face directory, complete or not at all."""
+"""Write a model as a Hugging Face directory: complete and verified, or not at all."""
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moe_lm.checkpoint.tensor_file import write_tensors
-from moe_lm.errors import InputError
-from moe_lm.files import sync_directory, write_json
+from moe_lm.errors import InputError, RunError
+from moe_lm.files import sync_directory, write_atomically, write_json
 from moe_lm.hf.layout import model_type, to_disk, to_hf_config
+from moe_lm.hf.receipt import RECEIPT, Receipt, VerificationError
+from moe_lm.hf.tokenizer_parity import TextTokenizer
+from moe_lm.hf.verification import token_ids, verify_export
 from moe_lm.model.config import ModelConfig
+from moe_lm.model.source import ModelSource
 
-SHARD_BYTES = 4 * 2**30
-"""Largest file of an export, unless one tensor alone is larger."""
+SHARD_BYTES = 4 * 10**9
+"""Largest file of weights, unless one tensor alone is larger."""
+
+CARD = "README.md"
+"""The model card's file."""
 
 MARK = "moe_lm_export.json"
 """Written into every export: names its files, so that a later export may replace them and nothing else."""
@@ -57,26 +65,68 @@ def _earlier_export(mark: Path) -> set[str]:
         return set()
 
 
-def export(
-    config: ModelConfig,
-    tensors: Iterable[tuple[str, Tensor]],
-    write_tokenizer: Callable[[Path], None],
-    token_ids: dict[str, int],
-    output: Path,
-    dtype: torch.dtype,
-) -> None:
-    """Write weights, configuration, generation defaults and tokenizer; the directory appears under its name when
-    complete, and an earlier export stays there until then.
+def check_expressible(config: ModelConfig, remedy: str) -> None:
+    """Refuse a model that computes what Mixtral's format has no words for: another program would compute something
+    else from the same weights, and nobody would be told.
 
     Args:
         config: the model.
-        tensors: its parameters by native name; a tied output head is absent.
-        write_tokenizer: writes the tokenizer's files into the directory that it is given.
-        token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`.
+        remedy: what the user can do, for the sentence.
+    """
+    for name, expressible, effect in _INEXPRESSIBLE:
+        if (value := getattr(config, name)) != expressible:
+            raise InputError(f"model.{name}={value}: {effect}, which Mixtral's format can not express; {remedy}.")
+
+
+_INEXPRESSIBLE = (("capacity_factor", None, "drops tokens in the forward pass"),)
+"""Fields of the model, the one value of each that an export can have, and what the others do."""
+
+
+def export(
+    source: ModelSource,
+    tokenizer: TextTokenizer,
+    output: Path,
+    dtype: torch.dtype,
+    card: Callable[[Receipt], str],
+    max_shard_bytes: int = SHARD_BYTES,
+    whole: bool | None = None,
+) -> Receipt:
+    """Write weights, configuration, generation defaults and tokenizer; read them back and compare them with the source;
+    only then the directory appears under its name. An earlier export stays there until then.
+
+    Args:
+        source: the model.
+        tokenizer: what it was trained with.
         output: directory to make, or an earlier export to replace.
         dtype: type of the weights on disk.
+        card: makes the text of README.md from the receipt.
+        max_shard_bytes: largest file of weights, unless one tensor alone is larger.
+        whole: whether the whole model is run for the comparison; null means where it fits into memory.
+
+    Raises:
+        InputError: the directory can not be written, or the model can not be expressed.
+        RunError: what was written is not the model; nothing is left of it.
     """
     check_output(output)
+    check_expressible(source.config, "go on training with model.capacity_factor=null by `finetune`, and export that")
+    with new_export(output) as directory:
+        _write_weights(directory, source.parameters(), dtype, max_shard_bytes)
+        _write_configs(directory, source.config, token_ids(tokenizer), dtype)
+        tokenizer.save(directory, source.config.max_position_embeddings)
+        try:
+            receipt = verify_export(directory, source, tokenizer, dtype, whole)
+        except VerificationError as error:
+            raise RunError(f"{error}; nothing was written to {output}") from error
+        write_json(directory / RECEIPT, receipt.to_json())
+        write_atomically(directory / CARD, card(receipt).encode())
+    return receipt
+
+
+@contextmanager
+def new_export(output: Path) -> Iterator[Path]:
+    """An empty directory that takes the output's name, and an earlier export's place, when the block has filled it; it
+    is gone if the block fails.
+    """
     output = output.resolve()
     temporary, replaced = output.with_name(f".tmp-{output.name}"), output.with_name(f".old-{output.name}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -85,9 +135,7 @@ def export(
     except OSError as error:
         raise InputError(f"{output}: can not be written ({error.strerror}); give another output=.") from error
     try:
-        _write_weights(temporary, tensors, dtype)
-        _write_configs(temporary, config, token_ids, dtype)
-        write_tokenizer(temporary)
+        yield temporary
         files = sorted(p.name for p in temporary.iterdir())
         write_json(temporary / MARK, {"files": files})
         sync_directory(temporary)
@@ -101,7 +149,9 @@ def export(
     sync_directory(output.parent)
 
 
-def _write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> None:
+def _write_weights(
+    directory: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, max_shard_bytes: int
+) -> None:
     """Stream tensors into shards; a single shard is named model.safetensors, several get an index."""
     shards: list[list[str]] = []
     total = 0
@@ -117,7 +167,7 @@ def _write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], dtype
     for name, tensor in to_disk(tensors):
         # A view of a stacked tensor would drag the whole stack into the file: store a matrix of its own.
         own = tensor.detach().to("cpu", dtype, copy=True).contiguous()
-        if batch and size + own.nbytes > SHARD_BYTES:
+        if batch and size + own.nbytes > max_shard_bytes:
             close()
         batch[name] = own
         size += own.nbytes

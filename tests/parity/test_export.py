@@ -20,6 +20,7 @@ from moe_lm.hf.model_configuration import load_config
 from moe_lm.model.config import ModelConfig, ModelFamily
 from moe_lm.model.decoder import CausalLM
 from moe_lm.model.initialization import initialize
+from tests.models import InMemory
 
 SHAPE = {
     "vocab_size": 500,
@@ -79,15 +80,7 @@ def exported(request, tokenizer, tmp_path_factory) -> Exported:
     ours = CausalLM(CONFIGS[request.param])
     initialize(ours, seed=11)
     directory = tmp_path_factory.mktemp(request.param) / "hf"
-    ids = {"bos_token_id": trained.bos_id, "eos_token_id": trained.eos_id, "pad_token_id": trained.pad_id}
-    export(
-        ours.config,
-        ours.named_parameters(),
-        lambda output: save_tokenizer_files(trained, output, SHAPE["max_position_embeddings"]),
-        ids,
-        directory,
-        torch.float32,
-    )
+    export(InMemory(ours), trained, directory, torch.float32, lambda receipt: receipt.table())
     theirs, report = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )

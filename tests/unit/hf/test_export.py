@@ -12,7 +12,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import moe_lm.hf.export as export_module
 from moe_lm.errors import InputError
 from moe_lm.hf.export import MARK, check_output
 
@@ -72,12 +71,11 @@ def test_the_file_holds_each_matrix_once(exporter):
     assert num_bytes < (exporter.output / SINGLE).stat().st_size < num_bytes + 10_000
 
 
-def test_large_models_are_sharded_with_an_index(exporter, monkeypatch):
+def test_large_models_are_sharded_with_an_index(exporter):
     """Catches a shard above the limit, a tensor lost between shards, or an index that names the wrong file."""
     whole = exporter()
     expected = load_file(exporter.output / SINGLE)
-    monkeypatch.setattr(export_module, "SHARD_BYTES", 3000)
-    exporter()
+    exporter(max_shard_bytes=3000)
     index = json.loads((exporter.output / INDEX).read_text())
     files = sorted(set(index["weight_map"].values()))
     assert files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
@@ -155,15 +153,13 @@ def test_an_export_names_all_its_files(exporter):
     """Catches a file that a later export would take for somebody else's."""
     exporter()
     assert set(json.loads((exporter.output / MARK).read_text())["files"]) == _names(exporter.output) - {MARK}
-    assert (exporter.output / "tokenizer.model").read_bytes() == b"not read by the export"
+    assert {"tokenizer.json", "README.md", "verification.json"} < _names(exporter.output)
     check_output(exporter.output)
 
 
-def test_an_earlier_export_is_replaced_whole(exporter, monkeypatch):
+def test_an_earlier_export_is_replaced_whole(exporter):
     """Catches files of the earlier export that stay beside the new one: an old index would win over the new weights."""
-    with monkeypatch.context() as patch:
-        patch.setattr(export_module, "SHARD_BYTES", 3000)
-        exporter()
+    exporter(max_shard_bytes=3000)
     exporter("dense")
     assert not list(exporter.output.glob("model-*")) and INDEX not in _names(exporter.output)
     assert json.loads((exporter.output / "config.json").read_text())["model_type"] == "mistral"
@@ -214,10 +210,10 @@ def _fails_midway():
 def test_a_tokenizer_that_fails_leaves_nothing_behind(exporter, monkeypatch):
     """Catches an export that appears although its last part failed."""
 
-    def fails(directory):
+    def fails(directory, model_max_length):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exporter, "_write_tokenizer", fails)
+    monkeypatch.setattr(exporter.tokenizer, "save", fails)
     with pytest.raises(OSError, match="No space left"):
         exporter()
     assert _names(exporter.output.parent) == set()

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import moe_lm.hf.export as export_module
 from moe_lm.errors import InputError
 from moe_lm.hf.load import load_model
 from moe_lm.hf.model_configuration import load_config
@@ -25,10 +24,9 @@ def directory(exporter) -> Path:
 
 
 @pytest.fixture
-def sharded(exporter, monkeypatch) -> Path:
+def sharded(exporter) -> Path:
     """The same in several files."""
-    monkeypatch.setattr(export_module, "SHARD_BYTES", 3000)
-    exporter()
+    exporter(max_shard_bytes=3000)
     return exporter.output
 
 
@@ -57,10 +55,9 @@ def _refused(directory: Path) -> str:
 
 @pytest.mark.parametrize("family", ["mixture", "tied", "dense"])
 @pytest.mark.parametrize("shard_bytes", [3000, 10**9])
-def test_a_model_comes_back_bit_for_bit(exporter, monkeypatch, family, shard_bytes):
+def test_a_model_comes_back_bit_for_bit(exporter, family, shard_bytes):
     """Catches a parameter that is misplaced, left as it was, or a field of the configuration that is lost."""
-    monkeypatch.setattr(export_module, "SHARD_BYTES", shard_bytes)
-    model = exporter(family)
+    model = exporter(family, max_shard_bytes=shard_bytes)
     config = load_config(exporter.output)
     for name in ("width_of_head", "rope_theta", "rms_norm_eps", "sliding_window", "tie_word_embeddings", "family"):
         assert getattr(config, name) == getattr(model.config, name), name

@@ -1,0 +1,286 @@
+"""Whether a directory in Hugging Face's format is the model that it is said to be: checks, in tiers, and their receipt.
+
+Always, and in the memory of the largest parameter and layer: nothing that can run code, the configuration as
+transformers reads it, every tensor bit for bit, the vocabulary, the tokenizer's ids, each layer against transformers'.
+Where the model fits into memory, the whole of it. It is the gate that an export has to pass, and `moe-lm verify`.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_lm.checkpoint.tensor_file import TensorKind
+from moe_lm.errors import InputError
+from moe_lm.hf.files import StoredTensor, find_tensors, read_into, read_object
+from moe_lm.hf.layout import is_derived, model_type, to_disk, to_hf_config
+from moe_lm.hf.model_configuration import load_config
+from moe_lm.hf.parity import DiskModel, check_layers, check_model
+from moe_lm.hf.receipt import LAYERS, RECEIPT, WHOLE, Check, Receipt, StoredDigest, VerificationError
+from moe_lm.hf.silence import quiet_transformers
+from moe_lm.hf.tokenizer_parity import TextTokenizer, check_tokenizer
+from moe_lm.model.accounting import count_parameters
+from moe_lm.model.config import ModelConfig
+from moe_lm.model.source import ModelSource
+
+_CAN_RUN_CODE = re.compile(r".*\.(bin|pt|pth|pkl|pickle|ckpt|py)")
+
+_SHAPE = (
+    "family vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "width_of_head max_position_embeddings rope_theta rms_norm_eps sliding_window tie_word_embeddings"
+).split()
+_ROUTING = ["num_experts", "num_experts_per_tok"]
+"""Fields that decide what a model computes."""
+
+_ONLY = {"hidden_act": "silu", "attention_dropout": 0.0, "router_jitter_noise": 0.0, "attention_bias": False}
+"""Fields of transformers' configurations, some of which each has, and the value that moe-lm's models have."""
+
+
+def verify_export(
+    directory: Path, source: ModelSource, tokenizer: TextTokenizer, dtype: torch.dtype, whole: bool | None = None
+) -> Receipt:
+    """Compare a directory with the source that it was made from.
+
+    Args:
+        directory: In Hugging Face's format.
+        source: What it shall hold.
+        tokenizer: The source's.
+        dtype: What the source's values were rounded to.
+        whole: Whether to run the whole model; null means where it fits into half of the memory that is free.
+
+    Raises:
+        VerificationError: A check does not hold.
+    """
+    try:
+        stored = find_tensors(directory)
+        checks = [check_files(directory), check_configuration(directory, source.config, tokenizer)]
+        compared, tensors = check_tensors(stored, source, dtype)
+    except InputError as error:  # of the readers: the directory is not one that they take
+        raise VerificationError("tensors", str(error).rstrip(".")) from error
+    checks += [compared, check_vocabulary(stored, tokenizer), check_tokenizer(directory, tokenizer)]
+    return _run(_on_disk(directory, stored), source, dtype, whole, checks, tensors)
+
+
+def verify_alone(
+    directory: Path, source: ModelSource, tokenizer: TextTokenizer | None, whole: bool | None = None
+) -> Receipt:
+    """Look at a directory without what it was made from: does moe-lm read from it the model that transformers does.
+
+    Where it has a receipt, its tensors are compared with those that the receipt was written for.
+
+    Args:
+        directory: In Hugging Face's format.
+        source: The same directory, opened.
+        tokenizer: The same directory's, if it has one.
+        whole: As for `verify_export`.
+
+    Raises:
+        VerificationError: A check does not hold.
+    """
+    stored = find_tensors(directory)
+    checks = [check_files(directory), check_configuration(directory, source.config, None)]
+    compared, tensors = check_digests(stored, directory / RECEIPT)
+    checks.append(compared)
+    if tokenizer is not None:
+        checks += [check_vocabulary(stored, tokenizer), check_tokenizer(directory, tokenizer)]
+    return _run(_on_disk(directory, stored), source, torch.float32, whole, checks, tensors)
+
+
+def verify_native(source: ModelSource, whole: bool | None = None) -> Receipt:
+    """Compare what moe-lm and transformers compute from a source's parameters, without writing anything.
+
+    Args:
+        source: The model.
+        whole: As for `verify_export`.
+
+    Raises:
+        VerificationError: A check does not hold.
+    """
+
+    def read(prefix: str) -> dict[str, Tensor]:
+        names = (name for name in source.names() if name.startswith(prefix))
+        return dict(to_disk((name, source.tensor(name)) for name in names))
+
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(model_type(source.config), **to_hf_config(source.config))
+    return _run(DiskModel(config, read, None), source, torch.float32, whole, [], {})
+
+
+def _run(
+    theirs: DiskModel,
+    source: ModelSource,
+    dtype: torch.dtype,
+    whole: bool | None,
+    checks: list[Check],
+    tensors: dict[str, StoredDigest],
+) -> Receipt:
+    """The checks that run the model, as far as memory reaches."""
+    checks = [*checks, check_layers(theirs, source, dtype)]
+    needed, free = 2 * 4 * count_parameters(source.config).total, available_memory()
+    if whole is None:
+        whole = needed <= free // 2
+        why = (
+            f"running it whole takes {needed / 1e9:,.3g} GB, and half of the {free / 1e9:,.3g} GB that are free may go"
+        )
+    else:
+        why = f"whole_model={'true' if whole else 'false'} was given"
+    if whole:
+        checks.append(check_model(theirs, source, dtype))
+    return Receipt(WHOLE if whole else LAYERS, why, checks, tensors)
+
+
+def _on_disk(directory: Path, stored: Mapping[str, StoredTensor]) -> DiskModel:
+    def read(prefix: str) -> dict[str, Tensor]:
+        return {name: _read(name, stored) for name in stored if name.startswith(prefix) and not is_derived(name)}
+
+    return DiskModel(_their_config(directory), read, directory)
+
+
+def _their_config(directory: Path) -> Any:
+    from transformers import AutoConfig
+
+    with quiet_transformers():
+        try:
+            return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # whatever a damaged file makes of its readers
+            raise VerificationError("configuration", f"transformers can not read config.json ({error})") from error
+
+
+def _read(name: str, stored: Mapping[str, StoredTensor]) -> Tensor:
+    kind = stored[name].kind
+    tensor = torch.empty(kind.shape, dtype=kind.dtype)
+    read_into({name: tensor}, stored)
+    return tensor
+
+
+def available_memory() -> int:
+    """Bytes of memory that are free on this machine; all it has, where the system does not say."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_files(directory: Path) -> Check:
+    """Nothing in the directory can run code when it is opened."""
+    names = sorted(path.name for path in directory.iterdir())
+    for name in names:
+        if _CAN_RUN_CODE.fullmatch(name):
+            raise VerificationError("files", f"{name} can run code when it is opened")
+        if name.endswith("config.json") and "auto_map" in read_object(directory / name):
+            raise VerificationError("files", f"{name} names code to run (auto_map)")
+    return Check("files", f"{len(names)} files: no pickle, no code")
+
+
+def check_configuration(directory: Path, config: ModelConfig, tokenizer: TextTokenizer | None) -> Check:
+    """config.json says this model, by our reading and by transformers'; its marks are the tokenizer's, if given."""
+    ours, theirs = load_config(directory), _their_config(directory)
+    for name in [*_SHAPE, *(_ROUTING if config.is_mixture else [])]:
+        if (found := getattr(ours, name)) != (meant := getattr(config, name)):
+            raise VerificationError("configuration", f"{name} is {found} in config.json, and {meant} is meant")
+    meant_values = {**to_hf_config(config), **{name: v for name, v in _ONLY.items() if hasattr(theirs, name)}}
+    if tokenizer is not None:
+        meant_values |= {"model_type": model_type(config), **token_ids(tokenizer)}
+    else:  # what training alone asks for is not known of somebody else's
+        meant_values = {n: v for n, v in meant_values.items() if n not in ("router_aux_loss_coef", "initializer_range")}
+    for name, meant in meant_values.items():
+        found = getattr(theirs, name, None)
+        if isinstance(meant, dict):
+            found = {key: found.get(key) for key in meant} if isinstance(found, dict) else found
+        if found != meant:
+            raise VerificationError("configuration", f"{name} is {found} by transformers, and {meant} is meant")
+    if tokenizer is not None:
+        _check_generation(directory, tokenizer)
+    kind = f"{config.num_experts} experts, {config.num_experts_per_tok} per token" if config.is_mixture else "dense"
+    return Check("configuration", f"{theirs.model_type}, {kind}: {len(meant_values)} fields as transformers reads them")
+
+
+def _check_generation(directory: Path, tokenizer: TextTokenizer) -> None:
+    """generation_config.json ends a text where the tokenizer does."""
+    from transformers import GenerationConfig
+
+    with quiet_transformers():
+        try:
+            defaults = GenerationConfig.from_pretrained(directory, local_files_only=True)
+        except Exception as error:  # whatever a damaged file makes of its reader
+            raise VerificationError("configuration", f"generation_config.json can not be read ({error})") from error
+    for name, meant in token_ids(tokenizer).items():
+        if (found := getattr(defaults, name)) != meant:
+            raise VerificationError("configuration", f"{name} is {found} in generation_config.json, not {meant}")
+
+
+def token_ids(tokenizer: TextTokenizer) -> dict[str, int]:
+    """The tokenizer's marks by transformers' names."""
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+
+
+def check_tensors(
+    stored: Mapping[str, StoredTensor], source: ModelSource, dtype: torch.dtype
+) -> tuple[Check, dict[str, StoredDigest]]:
+    """Every tensor of the source is there once, rounded to the type and otherwise bit for bit, and nothing else is."""
+    digests: dict[str, StoredDigest] = {}
+    for name, tensor in to_disk(source.parameters()):
+        if name not in stored:
+            raise VerificationError("tensors", f"{name} is missing")
+        expected = tensor.to(dtype).contiguous()
+        if (kind := stored[name].kind) != (meant := TensorKind.of(expected)):
+            raise VerificationError("tensors", f"{name} is {kind}, and {meant} is meant")
+        found = _read(name, stored)
+        if not torch.equal(_bytes(found), _bytes(expected)):
+            wrong = (_bytes(found) != _bytes(expected)).view(-1, dtype.itemsize).any(dim=1).sum().item()
+            raise VerificationError("tensors", f"{name} is not the source's in {wrong:,} of {found.numel():,} values")
+        digests[name] = _digest(name, found)
+    if unknown := sorted(stored.keys() - digests.keys()):
+        raise VerificationError("tensors", f"{unknown[0]} is in no parameter of the source")
+    files = len({where.path for where in stored.values()})
+    said = str(dtype).removeprefix("torch.")
+    return Check("tensors", f"{len(digests):,} in {files} file(s), each once, equal to the source's in {said}"), digests
+
+
+def check_digests(stored: Mapping[str, StoredTensor], receipt: Path) -> tuple[Check, dict[str, StoredDigest]]:
+    """Every tensor has finite values, and is the one that the receipt was written for, if there is a receipt."""
+    digests = {name: _digest(name, _read(name, stored)) for name in stored}
+    if not receipt.exists():
+        return Check("tensors", f"{len(digests):,}, all values finite; no {RECEIPT} to compare them with"), digests
+    recorded = read_object(receipt).get("tensors")
+    if not isinstance(recorded, dict) or not recorded:
+        raise VerificationError("tensors", f"{RECEIPT} has no digests of tensors")
+    for name in sorted(recorded.keys() | digests.keys()):
+        if name not in digests or name not in recorded:
+            raise VerificationError("tensors", f"{name} is {'missing' if name in recorded else f'not in {RECEIPT}'}")
+        if recorded[name] != digests[name]._asdict():
+            raise VerificationError(
+                "tensors", f"{name} is not the one that {RECEIPT} was written for (SHA-256 differs)"
+            )
+    return Check("tensors", f"{len(digests):,}, each the one that {RECEIPT} was written for, by SHA-256"), digests
+
+
+def check_vocabulary(stored: Mapping[str, StoredTensor], tokenizer: TextTokenizer) -> Check:
+    """The embedding and the head have a row for each of the tokenizer's ids."""
+    names = [name for name in ("model.embed_tokens.weight", "lm_head.weight") if name in stored]
+    rows = {name: stored[name].kind.shape[0] for name in names}
+    for name, number in rows.items():
+        if number < tokenizer.vocab_size:
+            raise VerificationError(
+                "vocabulary", f"{name} has {number:,} rows, and the tokenizer {tokenizer.vocab_size:,} ids"
+            )
+    spare = min(rows.values(), default=0) - tokenizer.vocab_size
+    return Check("vocabulary", f"{tokenizer.vocab_size:,} ids, a row for each in {' and '.join(names)}, {spare} spare")
+
+
+def _digest(name: str, tensor: Tensor) -> StoredDigest:
+    if not tensor.isfinite().all():
+        raise VerificationError("tensors", f"{name} has values that are not finite")
+    digest = hashlib.sha256(memoryview(_bytes(tensor).numpy().data)).hexdigest()
+    return StoredDigest(str(tensor.dtype).removeprefix("torch."), list(tensor.shape), digest)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.flatten().view(torch.uint8)

@@ -13,6 +13,7 @@ its first character, by a noncharacter of Unicode that the conversation does not
 together again as text (`tokenizer_rendered.py`).
 """
 
+import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,12 +228,17 @@ def _breaker(messages: Messages) -> str | None:
 
 def _broken(messages: Messages, tokenizer: Tokenizer, breaker: str) -> Messages:
     """The messages with their control strings broken."""
-    # At every place where one begins: two may share characters.
-    begins = re.compile(f"(?=(?:{'|'.join(map(re.escape, tokenizer.control_strings)) or '(?!)'}))(.)", re.DOTALL)
+    begins = _begins(tuple(tokenizer.control_strings))
     return [
         {name: value if name == "role" else begins.sub(rf"\1{breaker}", value) for name, value in message.items()}
         for message in messages
     ]
+
+
+@functools.cache
+def _begins(strings: tuple[str, ...]) -> re.Pattern[str]:
+    """Finds the first character of control strings, at every place where one begins: two may share characters."""
+    return re.compile(f"(?=(?:{'|'.join(map(re.escape, strings)) or '(?!)'}))(.)", re.DOTALL)
 
 
 def _read(path: str) -> str:

@@ -1,12 +1,15 @@
-"""Memory and time of conversions: a synthetic Mixtral checkpoint of some gigabytes, imported.
+"""Memory and time of conversions: a synthetic Mixtral checkpoint of some gigabytes, imported; and one of that size made
+of a dense model.
 
     python scripts/benchmark_conversion.py [GIGABYTES [GIGABYTES_OF_A_SHARD]]
 
-Memory is the most that the command's process was resident with, Python and torch (some 0.3 GiB) included. It must stay
-under twice the largest shard plus 1 GiB. Times are of this machine and hour.
+Memory is the most that the command's process was resident with, Python and torch (some 0.3 GiB) included. That of an
+import must stay under twice the largest shard plus 1 GiB. Times are of this machine and hour.
 """
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,7 +22,7 @@ from moe_lm.checkpoint.tensor_file import write_tensors
 from moe_lm.files import write_json
 from moe_lm.hf.layout import model_type, to_disk, to_hf_config
 from moe_lm.model.accounting import count_parameters
-from moe_lm.model.config import ModelConfig
+from moe_lm.model.config import ModelConfig, ModelFamily
 from moe_lm.model.decoder import CausalLM
 
 GIB = 2**30
@@ -43,7 +46,14 @@ def main() -> None:
         largest = write_checkpoint(directory / "hf", config, int(shard * 1e9))
         count = count_parameters(config).total
         print(f"{count:,} parameters, {2 * count / 1e9:.2f} GB in bf16, the largest shard {largest / 1e9:.2f} GB")
-        measure("import", largest, f"checkpoint={directory / 'hf'}", f"output={directory / 'native'}")
+        bound = 2 * largest + GIB
+        peak = measure("import", f"checkpoint={directory / 'hf'}", f"output={directory / 'native'}")
+        print(f"  {'under' if peak < bound else 'OVER'} the bound of {bound / GIB:.2f} GiB")
+        shutil.rmtree(directory / "native")
+        dense = dataclasses.replace(config, family=ModelFamily.dense)
+        write_checkpoint(directory / "dense", dense, int(shard * 1e9))
+        print(f"{count_parameters(dense).total:,} parameters of a dense model, to the same mixture")
+        measure("upcycle", f"checkpoint={directory / 'dense'}", f"output={directory / 'native'}")
 
 
 def config_of(num_bytes: int) -> ModelConfig:
@@ -78,16 +88,16 @@ def write_checkpoint(directory: Path, config: ModelConfig, shard_bytes: int) -> 
     return max(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
-def measure(command: str, largest: int, *options: str) -> None:
-    """Run a command in a process of its own, and print what it took."""
+def measure(command: str, *options: str) -> int:
+    """Run a command in a process of its own, and print what it took; returns its peak memory, in bytes."""
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", COMMAND, command, *options], capture_output=True, text=True)
     seconds = time.perf_counter() - start
     if done.returncode:
         sys.exit(f"{command} failed: {done.stdout}{done.stderr}")
-    peak, bound = int(done.stdout.rsplit("peak ", 1)[1]), 2 * largest + GIB
-    verdict = "under" if peak < bound else "OVER"
-    print(f"{command}: {seconds:.1f} s, peak {peak / GIB:.2f} GiB, {verdict} the bound of {bound / GIB:.2f} GiB")
+    peak = int(done.stdout.rsplit("peak ", 1)[1])
+    print(f"{command}: {seconds:.1f} s, peak {peak / GIB:.2f} GiB")
+    return peak
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Upcycling: which function the mixture computes, what is copied where, and what is drawn anew."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from moe_lm.finetune.upcycle import UpcycledModel, UpcyclePlan
 from moe_lm.model.config import ModelConfig, ModelFamily
 from moe_lm.model.decoder import CausalLM
 from moe_lm.model.initialization import initialize
-from moe_lm.model.streamed import streamed_logits
+from tests.models import InMemory
 
 SHAPE = {
     "vocab_size": 60,
@@ -29,23 +28,10 @@ MIXTURE = ModelConfig(**SHAPE, num_experts=3, num_experts_per_tok=2)
 TOKENS = torch.randint(60, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
-class InMemory:
-    """A `ModelSource` whose parameters are a model's."""
-
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
-        self.model = CausalLM(config)
-        initialize(self.model, seed=3)
-        self.model.to(dtype)
-        self.path, self.config, self.tokenizer_directory = Path("base"), config, None
-
-    def names(self):
-        return [name for name, _ in self.model.named_parameters()]
-
-    def tensor(self, name):
-        return self.model.get_parameter(name).detach().clone()
-
-    def parameters(self):
-        return ((name, self.tensor(name)) for name in self.names())
+def _base(config: ModelConfig, dtype: torch.dtype = torch.float32) -> InMemory:
+    model = CausalLM(config)
+    initialize(model, seed=3)
+    return InMemory(model.to(dtype))
 
 
 def _whole(source) -> CausalLM:
@@ -65,30 +51,23 @@ def _difference(upcycled: UpcycledModel) -> float:
     return ((_logits(_whole(upcycled)) - expected).abs().max() / expected.abs().max()).item()
 
 
-@pytest.mark.parametrize("config", [DENSE, TIED, MIXTURE], ids=["window", "tied", "mixture"])
-def test_logits_layer_by_layer_are_those_of_the_whole_model(config):
-    """Catches a window, a tied head or a norm that the streamed forward pass leaves out."""
-    source = InMemory(config)
-    assert torch.allclose(streamed_logits(source, TOKENS), _logits(source.model), rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize("experts", [(8, None), (4, 1), (5, 5)], ids=str)
 @pytest.mark.parametrize("config", [DENSE, TIED], ids=["window", "tied"])
 def test_copies_of_a_dense_block_compute_its_function(config, experts):
     """Catches a gate and up that are swapped, weights that do not sum to one, a head or a norm that is not copied."""
-    upcycled = UpcycledModel(InMemory(config), UpcyclePlan(*experts))
+    upcycled = UpcycledModel(_base(config), UpcyclePlan(*experts))
     assert upcycled.keeps_function and _difference(upcycled) < 1e-5
     assert upcycled.config.num_experts_per_tok == (experts[1] or 2)
 
 
 def test_the_router_is_random_and_spreads_tokens():
     """Catches a router of zeros, with which all tokens go to the same experts, and copies never differ."""
-    upcycled = UpcycledModel(InMemory(DENSE), UpcyclePlan(4))
+    upcycled = UpcycledModel(_base(DENSE), UpcyclePlan(4))
     model = _whole(upcycled)
     with torch.no_grad():
         count_LE = model(TOKENS).statistics.count_E
     assert (count_LE > 0).all() and model.model.layers[0].mlp.gate.weight.std() > 0.1
-    other = UpcycledModel(InMemory(DENSE), UpcyclePlan(4, seed=1))
+    other = UpcycledModel(_base(DENSE), UpcyclePlan(4, seed=1))
     name = "model.layers.0.mlp.gate.weight"
     assert torch.equal(upcycled.tensor(name), upcycled.tensor(name))
     assert not torch.equal(upcycled.tensor(name), other.tensor(name))
@@ -96,7 +75,7 @@ def test_the_router_is_random_and_spreads_tokens():
 
 def test_noise_is_a_share_of_each_matrixs_own_deviation():
     """Catches one deviation for gate and up together, the same noise for every expert, or noise on what is copied."""
-    base = InMemory(DENSE)
+    base = _base(DENSE)
     with torch.no_grad():
         base.model.model.layers[0].mlp.gate_proj.weight.mul_(100)
     upcycled = UpcycledModel(base, UpcyclePlan(6, noise=0.1))
@@ -117,7 +96,7 @@ def test_reinitialisation_draws_the_same_dimensions_of_all_three_matrices_anew()
     """Catches other dimensions in down than in gate and up (a neuron half kept), the same ones in every expert, another
     share, or values of another mean and deviation than those they replace.
     """
-    base = InMemory(dataclasses.replace(DENSE, intermediate_size=200))
+    base = _base(dataclasses.replace(DENSE, intermediate_size=200))
     with torch.no_grad():
         base.model.model.layers[1].mlp.down_proj.weight.add_(0.5)
     upcycled = UpcycledModel(base, UpcyclePlan(3, reinitialize=0.4))
@@ -142,14 +121,14 @@ def test_reinitialisation_draws_the_same_dimensions_of_all_three_matrices_anew()
 
 def test_a_mixture_with_more_experts_computes_its_function():
     """Catches copies whose router rows belong to other experts, and a choice of fewer experts than all copies."""
-    upcycled = UpcycledModel(InMemory(MIXTURE), UpcyclePlan(9))
+    upcycled = UpcycledModel(_base(MIXTURE), UpcyclePlan(9))
     assert upcycled.config.num_experts_per_tok == 6
     assert upcycled.keeps_function and upcycled.copies_never_part and _difference(upcycled) < 1e-5
 
 
 def test_fewer_experts_per_token_compute_another_function():
     """Catches a claim that is not so: copies of the best expert push the second-best out."""
-    upcycled = UpcycledModel(InMemory(MIXTURE), UpcyclePlan(6, 2, noise=0.01))
+    upcycled = UpcycledModel(_base(MIXTURE), UpcyclePlan(6, 2, noise=0.01))
     assert not upcycled.keeps_function and not upcycled.copies_never_part
     assert _difference(upcycled) > 0.01
     rows = upcycled.tensor("model.layers.0.mlp.gate.weight")
@@ -159,7 +138,7 @@ def test_fewer_experts_per_token_compute_another_function():
 
 def test_what_a_mixture_has_learned_stays():
     """Catches noise on the trained experts themselves."""
-    base = InMemory(MIXTURE)
+    base = _base(MIXTURE)
     upcycled = UpcycledModel(base, UpcyclePlan(6, noise=0.1, reinitialize=0.5))
     for name in ("gate_up_proj", "down_proj"):
         stack = upcycled.tensor(f"model.layers.0.mlp.experts.{name}")
@@ -172,18 +151,18 @@ def test_what_a_mixture_has_learned_stays():
 
 def test_bf16_stays_bf16_and_equal():
     """Catches a router or an expert that is widened, and copies that are rounded apart."""
-    upcycled = UpcycledModel(InMemory(DENSE, torch.bfloat16), UpcyclePlan(4))
+    upcycled = UpcycledModel(_base(DENSE, torch.bfloat16), UpcyclePlan(4))
     assert {tensor.dtype for _, tensor in upcycled.parameters()} == {torch.bfloat16}
-    assert _difference(UpcycledModel(InMemory(DENSE, torch.bfloat16), UpcyclePlan(4))) < 1e-5
+    assert _difference(UpcycledModel(_base(DENSE, torch.bfloat16), UpcyclePlan(4))) < 1e-5
 
 
 def test_each_parameter_says_what_it_is_made_of():
     """Catches a report that is not of this plan."""
-    plain = UpcycledModel(InMemory(DENSE), UpcyclePlan(4))
+    plain = UpcycledModel(_base(DENSE), UpcyclePlan(4))
     assert plain.origin("model.norm.weight") == "copied"
     assert plain.origin("model.layers.1.mlp.gate.weight") == "random, N(0, 0.2²)"
     assert plain.origin("model.layers.1.mlp.experts.down_proj") == "4 copies of the dense block"
-    more = UpcycledModel(InMemory(MIXTURE), UpcyclePlan(6, noise=0.1, reinitialize=0.5))
+    more = UpcycledModel(_base(MIXTURE), UpcyclePlan(6, noise=0.1, reinitialize=0.5))
     said = more.origin("model.layers.1.mlp.experts.down_proj")
     assert said.startswith("2 copies of each expert, the first as it was, noise of 0.1") and "0.5 of their" in said
 
@@ -206,5 +185,5 @@ def test_each_parameter_says_what_it_is_made_of():
 def test_plans_that_can_not_be_carried_out_are_refused(config, plan, words):
     """Catches a traceback, or a mixture that is not what was asked for."""
     with pytest.raises(InputError) as caught:
-        UpcycledModel(InMemory(config), UpcyclePlan(**plan))
+        UpcycledModel(_base(config), UpcyclePlan(**plan))
     assert words in str(caught.value)

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,15 @@ from moe_lm.data.tokenizer import MODEL_FILE, load_tokenizer
 from moe_lm.data.tokenizer_huggingface import COMPANIONS, TEMPLATE_FILE, TOKENIZER_FILE
 from moe_lm.errors import InputError
 from moe_lm.files import sync_directory, write_atomically
+from moe_lm.model.accounting import count_parameters
 from moe_lm.model.config import ModelConfig
 from moe_lm.training.config import to_plain
 from moe_lm.training.state import MODEL
 
 FILE_BYTES = 2**29
 """Size of the files written, and so about what memory holds besides the parameter that is read."""
+
+SECONDS_BETWEEN_LINES = 30.0
 
 TOKENIZER_FILES = (MODEL_FILE, TOKENIZER_FILE, TEMPLATE_FILE, *COMPANIONS)
 
@@ -75,8 +79,21 @@ def save_parameters(
     written: dict[str, dict[str, Any]] = {}
     state = {"config": {"model": to_plain(config)}, "origin": origin}
     store = CheckpointStore(directory / "checkpoints", CheckpointConfig())
-    store.save(0, _recorded(parameters, written), state, FILE_BYTES)
+    total = count_parameters(config).total
+    store.save(0, _recorded(_reported(parameters, total), written), state, FILE_BYTES)
     return written
+
+
+def _reported(parameters: Iterable[tuple[str, Tensor]], total: int) -> Iterator[tuple[str, Tensor]]:
+    """The parameters as they come; where they take long, a line now and then says how far it is."""
+    done, last = 0, time.monotonic()
+    for name, tensor in parameters:
+        done += tensor.numel()
+        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            print(f"made {done / 1e9:,.1f} of {total / 1e9:,.1f} billion parameters", flush=True)
+        yield name, tensor
+        del tensor  # before the next is made
 
 
 def _recorded(parameters: Iterable[tuple[str, Tensor]], written: dict[str, dict[str, Any]]) -> Iterator[TensorSlice]:

@@ -128,16 +128,22 @@ def open_native(path: Path, option: str = "checkpoint") -> NativeSource:
     else:
         store = CheckpointStore(path / "checkpoints", CheckpointConfig())
         newest = store.newest(refused=lambda reason: print(f"refused checkpoint {reason}", file=sys.stderr))
+        if newest is None and (path / "adapter_config.json").exists():
+            raise InputError(
+                f"{option}={path}: holds an adapter of PEFT and no model; merge it into its base with peft "
+                "(merge_and_unload), save that, and give its directory."
+            )
         if newest is None:
             raise InputError(
                 f"{option}={path}: holds no complete checkpoint; give a run directory, a step-… directory, or a "
                 "Hugging Face directory."
             )
         checkpoint, run_directory = newest, path
-    if "config" not in checkpoint.state:
+    saved = checkpoint.state.get("config")
+    if not isinstance(saved, dict):
         raise InputError(f"{option}={path}: was not written by moe-lm; its state.json has no config.")
-    config = to_dataclass(ModelConfig, checkpoint.state["config"]["model"])
-    finetune = to_dataclass(FinetuneConfig, checkpoint.state["config"].get("finetune", {}))
+    config = to_dataclass(ModelConfig, saved.get("model"))
+    finetune = to_dataclass(FinetuneConfig, saved.get("finetune", {}))
     source = NativeSource(run_directory, checkpoint, config)
     if finetune.method is Method.lora:
         source = MergedSource(run_directory, checkpoint, config, _open_base(checkpoint), finetune)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from tests.runs import ENVIRONMENT, TINY, children_of, final_tensors, metrics, moe_lm, wait_for, write_corpus
 
@@ -124,3 +125,34 @@ def start(place, *options):
     return subprocess.Popen(
         command, cwd=place, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
+
+
+def test_conversations_become_a_model_that_answers(place):
+    """Catches a remedy that the directory then refuses, a resumed run that learns from other tokens, a figure that is
+    not the assistant's, and an export or `generate` that renders a question in another way than training did."""
+    moe_lm(*OPTIONS, "trainer.max_steps=2", "run_name=words", cwd=place)
+    rows = [{"prompt": f"say {i} times a", "completion": "a" * (1 + i % 9)} for i in range(200)]
+    (place / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [o for o in TINY if not o.startswith(("model.", "tokenizer.", "data"))]
+    options = ["finetune", *given, "base=runs/words", "data=chat", "data.paths=[chats.jsonl]", "run_name=chat"]
+    refused = moe_lm(*options, "data.sequence_length=8", cwd=place, check=False)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert (
+        "chats.jsonl, line 1: the conversation has" in refused.stderr and "data.too_long=skip or cut." in refused.stderr
+    )
+    options += ["data.sequence_length=32", "optimizer.learning_rate=0.02", "schedule=constant"]
+    moe_lm(*options, "trainer.max_steps=6", cwd=place)
+    longer = [*options, "trainer.max_steps=30", "resume.allow_change=[trainer.max_steps]"]
+    done = moe_lm(*longer, cwd=place)
+    assert "resumed" in done.stdout and "nats per assistant token (whole validation set)" in done.stderr
+    moe_lm(*longer, "run_name=whole", cwd=place)
+    ours, theirs = (metrics(place / run, "validation_loss") for run in ("runs/chat", "runs/whole"))
+    assert len(ours) > 5 and all(ours[step] == theirs[step] for step in ours) and ours[30] < theirs[0] / 2
+    ask = ["chat=true", "prompt=say 3 times a", "temperature=0", "max_new_tokens=12"]
+    answers = [moe_lm("generate", f"checkpoint={d}", *ask, cwd=place).stdout for d in ("runs/chat", "runs/chat/hf")]
+    assert answers[0] == answers[1] and set(answers[0].strip()) == {"a"}
+    loaded = AutoTokenizer.from_pretrained(place / "runs/chat/hf")
+    rendered = loaded.apply_chat_template([{"role": "user", "content": "say 3 times a"}], tokenize=False)
+    assert rendered == "<s><|user|>say 3 times a<|end|>"
+    no_chat = moe_lm("generate", "checkpoint=runs/chat", "chat=true", cwd=place, check=False)
+    assert no_chat.returncode == 2 and "prompt='': with chat=true give the user's message." in no_chat.stderr

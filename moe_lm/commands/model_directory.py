@@ -23,7 +23,7 @@ from moe_lm.checkpoint.tensor_file import DTYPES
 from moe_lm.data.tokenizer import MODEL_FILE, load_tokenizer
 from moe_lm.data.tokenizer_huggingface import COMPANIONS, TEMPLATE_FILE, TOKENIZER_FILE
 from moe_lm.errors import InputError
-from moe_lm.files import sync_directory, write_atomically
+from moe_lm.files import locked, sync_directory, write_atomically
 from moe_lm.model.accounting import count_parameters
 from moe_lm.model.config import ModelConfig
 from moe_lm.training.config import to_plain
@@ -42,24 +42,28 @@ def new_model_directory(output: Path) -> Iterator[Path]:
     """A temporary directory, which is renamed to `output` when the block ends without an exception.
 
     Raises:
-        InputError: `output` holds something, or can not be written.
+        InputError: `output` holds something, can not be written, or is being written by another process.
     """
     output = output.resolve()
     temporary = output.with_name(f".tmp-{output.name}")
-    try:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise InputError(f"output={output}: is not empty; give another one, or remove it.")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"output={output}: can not be written ({error.strerror}); give another one.") from error
-    try:
-        yield temporary
-        sync_directory(temporary)
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    sync_directory(output.parent)
+    with contextlib.ExitStack() as held:
+        try:
+            if output.exists() and (not output.is_dir() or any(output.iterdir())):
+                raise InputError(f"output={output}: is not empty; give another one, or remove it.")
+            temporary.mkdir(parents=True, exist_ok=True)
+            if not held.enter_context(locked(temporary)):
+                raise InputError(f"output={output}: another process is writing it; wait for it, or give another one.")
+            for leftover in temporary.iterdir():  # of one that was killed
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        except OSError as error:
+            raise InputError(f"output={output}: can not be written ({error.strerror}); give another one.") from error
+        try:
+            yield temporary
+            sync_directory(temporary)
+            temporary.rename(output)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        sync_directory(output.parent)
 
 
 def save_parameters(

@@ -16,6 +16,7 @@ from moe_lm.cli import main
 from moe_lm.commands.model_source import open_source
 from moe_lm.data.tokenizer import train_tokenizer
 from moe_lm.data.tokenizer_export import save_tokenizer_files
+from moe_lm.files import locked
 from moe_lm.finetune.upcycle import UpcycledModel
 
 SHAPE = {
@@ -211,6 +212,22 @@ def test_a_disk_that_fills_leaves_nothing_behind(tmp_path, mixtral, monkeypatch,
     before = sorted(tmp_path.rglob("*"))
     assert main(["import", f"checkpoint={mixtral}", f"output={tmp_path / 'native'}"]) == 1
     assert "No space left" in capsys.readouterr().err and sorted(tmp_path.rglob("*")) == before
+
+
+def test_two_at_once_do_not_meet(tmp_path, mixtral, capsys):
+    """Catches a second process that removes what the first is writing; and leftovers of a killed one that get into the
+    result.
+    """
+    temporary = tmp_path / ".tmp-native"
+    (temporary / "checkpoints" / "step-00000009").mkdir(parents=True)
+    (temporary / "stale.json").write_text("{}")
+    arguments = ("import", f"checkpoint={mixtral}", f"output={tmp_path / 'native'}")
+    with locked(temporary) as free:
+        assert free and "another process is writing it" in _refused(capsys, tmp_path, *arguments)
+    _run(*arguments)
+    assert {p.name for p in (tmp_path / "native").iterdir()} == {"checkpoints", "tokenizer", "import.json"}
+    assert [p.name for p in (tmp_path / "native" / "checkpoints").iterdir()] == ["step-00000000"]
+    assert not temporary.exists()
 
 
 def test_other_mistakes_are_sentences(tmp_path, mixtral, llama, tokenizer, capsys):

@@ -146,7 +146,7 @@ def test_sources_are_dealt_evenly_to_processes_and_streams() -> None:
 @settings(deadline=None, max_examples=20)
 @given(begin=WEIGHTS, data=st.data())
 def test_scheduled_weights_follow_the_line(begin: list[float], data: st.DataObject) -> None:
-    """Catches a schedule that lags, jumps, or forgets a source: any window of 1,000 rows is within 4 of its target."""
+    """Catches a schedule that lags, jumps, or forgets a source: any window of 1,000 rows is within 5 of its target."""
     num_rows, num_sources = 50_000, len(begin)
     final = data.draw(
         st.lists(st.floats(0, 100), min_size=num_sources, max_size=num_sources).filter(
@@ -158,7 +158,7 @@ def test_scheduled_weights_follow_the_line(begin: list[float], data: st.DataObje
     progress = (np.arange(num_rows) // FRAME + 0.5) * FRAME / num_rows
     target = np.concatenate([np.zeros((1, num_sources)), np.cumsum(first + progress[:, None] * (last - first), axis=0)])
     off = counts[WINDOW:] - counts[:-WINDOW] - (target[WINDOW:] - target[:-WINDOW])
-    assert np.abs(off).max() <= 4
+    assert np.abs(off).max() <= 5
     for frame in (0, 25, 49):  # whole frames are exact
         there = counts[(frame + 1) * FRAME] - counts[frame * FRAME]
         assert np.abs(there - FRAME * (first + progress[frame * FRAME] * (last - first))).max() <= 1.1

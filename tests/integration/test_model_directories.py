@@ -13,11 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 import moe_lm.checkpoint.store as store
 from moe_lm.cli import main
-from moe_lm.commands.model_source import open_source
+from moe_lm.commands.model_source import describe, open_source
 from moe_lm.data.tokenizer import train_tokenizer
 from moe_lm.data.tokenizer_export import save_tokenizer_files
 from moe_lm.files import locked
 from moe_lm.finetune.upcycle import UpcycledModel
+from tests.runs import TINY, moe_lm, write_corpus
 
 SHAPE = {
     "vocab_size": 400,
@@ -122,6 +123,31 @@ def test_text_can_be_generated_from_an_import(tmp_path, mixtral, capsys):
         _run("generate", f"checkpoint={path}", "prompt=import ", "max_new_tokens=8", "temperature=0", "device=cpu")
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] and texts[0].startswith("import ")
+
+
+def test_a_model_is_described_as_it_is_opened(tmp_path, mixtral, capsys):
+    """Catches a base whose configuration or tokenizer is another before its weights are read than afterwards."""
+    _run("import", f"checkpoint={mixtral}", f"output={tmp_path / 'native'}")
+    checkpoint = tmp_path / "native" / "checkpoints" / "step-00000000"
+    for path in (mixtral, tmp_path / "native", checkpoint):
+        source = open_source(path)
+        assert describe(path) == (source.config, source.tokenizer_directory)
+        assert source.config.num_experts == 4 and source.tokenizer_directory is not None
+
+
+def test_a_run_goes_on_from_an_import_in_bf16(tmp_path, tokenizer, capsys):
+    """Catches weights of a type that a run can not begin from, and a run that does not begin from them."""
+    torch.manual_seed(3)
+    model = MixtralForCausalLM(MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2)).to(torch.bfloat16)
+    _with_tokenizer(model, tmp_path / "mixtral", tokenizer)
+    _run("import", f"checkpoint={tmp_path / 'mixtral'}", f"output={tmp_path / 'native'}")
+    write_corpus(tmp_path / "corpus")
+    options = [option for option in TINY if not option.startswith(("model.", "tokenizer.", "checkpoint."))]
+    options += ["data.paths=[corpus]", "trainer.max_steps=1", "optimizer.learning_rate=1e-9", "finish.export=false"]
+    moe_lm("finetune", "base=native", "run_name=on", *options, cwd=tmp_path)
+    base, trained = open_source(tmp_path / "native"), open_source(tmp_path / "runs" / "on")
+    for name, tensor in base.parameters():
+        assert torch.allclose(trained.tensor(name), tensor.float(), atol=1e-6), name
 
 
 def test_a_dense_model_becomes_a_mixture_of_the_same_function(tmp_path, llama, capsys):

@@ -88,7 +88,7 @@ def open_source(path: Path, option: str = "checkpoint") -> ModelSource:
         InputError: There is none, or it can not be read whole.
     """
     _require_directory(path, option)
-    if _is_foreign(path):
+    if is_foreign(path):
         return HuggingFaceSource(path, find_tokenizer(path))
     return open_native(path, option)
 
@@ -96,7 +96,7 @@ def open_source(path: Path, option: str = "checkpoint") -> ModelSource:
 def describe(path: Path, option: str = "checkpoint") -> tuple[ModelConfig, Path | None]:
     """Configuration and tokenizer's directory of what `open_source` would open, without a look at the weights."""
     _require_directory(path, option)
-    if _is_foreign(path):
+    if is_foreign(path):
         return load_config(path), find_tokenizer(path)
     single = (path / "COMPLETE").exists()
     checkpoints = [path] if single else CheckpointStore(path / "checkpoints", CheckpointConfig()).paths()[::-1]
@@ -111,7 +111,7 @@ def describe(path: Path, option: str = "checkpoint") -> tuple[ModelConfig, Path 
     return source.config, source.tokenizer_directory
 
 
-def _is_foreign(path: Path) -> bool:
+def is_foreign(path: Path) -> bool:
     """Whether a directory is somebody else's model, rather than a run or a checkpoint."""
     return any((path / name).exists() for name in ("config.json", "params.json", SINGLE, INDEX))
 

@@ -1,37 +1,105 @@
-"""`moe-lm verify`: is a checkpoint, byte for byte, what was written, and is it whole?"""
+"""`moe-lm verify`: is a checkpoint, byte for byte, what was written, is it whole, and is it the same model to
+transformers? Is an export still the model that it was made from?
+"""
 
 import time
 from pathlib import Path
+
+import torch
 
 from moe_lm.checkpoint.checkpoint import Checkpoint
 from moe_lm.checkpoint.config import CheckpointConfig
 from moe_lm.checkpoint.store import CheckpointStore
 from moe_lm.checkpoint.tensor_file import CheckpointError
 from moe_lm.commands.config import VerifyConfig
+from moe_lm.commands.model_source import is_foreign, open_native, open_source, open_tokenizer
 from moe_lm.config import to_dataclass
 from moe_lm.errors import InputError, RunError
+from moe_lm.files import write_json
+from moe_lm.finetune.base import choose_trained
+from moe_lm.finetune.config import FinetuneConfig, Method
+from moe_lm.finetune.lora import is_adapter
+from moe_lm.hf.export import check_expressible
+from moe_lm.hf.files import has_consolidated
+from moe_lm.hf.load import HuggingFaceSource
+from moe_lm.hf.receipt import Receipt, VerificationError
+from moe_lm.hf.verification import verify_alone, verify_export, verify_native
 from moe_lm.model.config import ModelConfig
+from moe_lm.model.decoder import CausalLM
 from moe_lm.training.config import OptimizerConfig
 from moe_lm.training.state import check_state
 
 
 def run(config: VerifyConfig) -> int:
-    """Check one checkpoint, or all of a run; say of each what was found."""
+    """Check a directory in Hugging Face's format, one checkpoint, or all of a run; say of each what was found."""
     assert config.checkpoint is not None
-    damaged = [path for path in _checkpoints(Path(config.checkpoint)) if not _is_good(path)]
-    if damaged:
-        raise RunError(f"checkpoint={config.checkpoint}: {len(damaged)} can not be trusted ({damaged[-1].name})")
+    path = Path(config.checkpoint).expanduser()
+    if not path.is_dir():
+        raise InputError(f"checkpoint={path}: {'is no directory' if path.exists() else 'there is no such directory'}.")
+    output = None if config.output is None else Path(config.output).expanduser()
+    if output is not None and not output.absolute().parent.is_dir():
+        raise InputError(f"output={output}: there is no directory {output.parent}; make it, or give another one.")
+    try:
+        receipt = _of_directory(path, config) if is_foreign(path) else _of_checkpoints(path, config)
+    except VerificationError as error:
+        raise RunError(f"checkpoint={path}: {error}") from error
+    if receipt is not None:
+        print(f"{receipt.table()}\n\n{receipt.line()}\n{receipt.why}")
+        if output is not None:
+            write_json(output, receipt.to_json())
     return 0
+
+
+def _of_directory(path: Path, config: VerifyConfig) -> Receipt:
+    """An export, or another directory in Hugging Face's format."""
+    if has_consolidated(path):
+        raise InputError(
+            f"checkpoint={path}: is in Mistral's own layout, which transformers does not read; `import` it, and verify "
+            "what that writes."
+        )
+    directory = open_source(path)
+    assert isinstance(directory, HuggingFaceSource)
+    print(f"{path}:")
+    if config.against is None:
+        tokenizer_directory = directory.tokenizer_directory
+        tokenizer = None if tokenizer_directory is None else open_tokenizer(tokenizer_directory)
+        return verify_alone(path, directory, tokenizer, config.whole_model)
+    source = open_source(Path(config.against).expanduser(), "against")
+    types = {kind.dtype for kind in directory.kinds().values()}
+    if len(types) > 1:
+        raise VerificationError("tensors", f"an export has one type, and these have {len(types)}")
+    return verify_export(path, source, open_tokenizer(source.tokenizer_directory), types.pop(), config.whole_model)
+
+
+def _of_checkpoints(path: Path, config: VerifyConfig) -> Receipt | None:
+    """One checkpoint, or all of a run; the newest is run against transformers, where its format can express it."""
+    if config.against is not None:
+        raise InputError(
+            f"against={config.against}: is for an export, and {path} is a native checkpoint; leave it out."
+        )
+    paths = _checkpoints(path)
+    damaged = [one for one in paths if not _is_good(one)]
+    if damaged:
+        raise RunError(f"checkpoint={path}: {len(damaged)} can not be trusted ({damaged[-1].name})")
+    source = open_native(paths[-1])
+    try:
+        check_expressible(source.config, "it is not run against transformers")
+    except InputError as error:
+        print(f"note: {error}")
+        return None
+    print(f"\n{paths[-1]}, against transformers:")
+    return verify_native(source, config.whole_model)
 
 
 def _checkpoints(path: Path) -> list[Path]:
     """The checkpoint that a path is, or those of the run."""
-    if not path.is_dir():
-        raise InputError(f"checkpoint={path}: {'is no directory' if path.exists() else 'there is no such directory'}.")
     stores = (CheckpointStore(directory, CheckpointConfig()) for directory in (path / "checkpoints", path))
     paths = next((found for store in stores if (found := store.paths())), [])
     if not paths and not any((path / name).exists() for name in ("COMPLETE", "manifest.json", "index.json")):
-        raise InputError(f"checkpoint={path}: holds no checkpoint; give a run directory or a step-… directory.")
+        raise InputError(
+            f"checkpoint={path}: holds no checkpoint; give a run directory, a step-… directory, or a Hugging Face "
+            "directory."
+        )
     return paths or [path]
 
 
@@ -40,14 +108,7 @@ def _is_good(path: Path) -> bool:
     try:
         checkpoint = Checkpoint(path)
         rate = checkpoint.num_bytes / (time.perf_counter() - start)
-        written_by = checkpoint.state.get("config")
-        if not isinstance(written_by, dict):
-            raise CheckpointError("state.json: has no configuration of a run")
-        model, optimizer = (
-            to_dataclass(schema, written_by.get(section))
-            for schema, section in ((ModelConfig, "model"), (OptimizerConfig, "optimizer"))
-        )
-        check_state(checkpoint, model, optimizer)
+        _check_whole(checkpoint)
     except (CheckpointError, InputError) as error:
         print(f"{path}: REFUSED: {str(error).removeprefix(f'{path}: ')}")
         return False
@@ -57,3 +118,31 @@ def _is_good(path: Path) -> bool:
         "configuration asks for"
     )
     return True
+
+
+def _check_whole(checkpoint: Checkpoint) -> None:
+    """The checkpoint has all tensors of its run, whose configuration is in it; or, of a model that was imported or
+    upcycled, all parameters.
+    """
+    written_by = checkpoint.state.get("config")
+    if not isinstance(written_by, dict):
+        raise CheckpointError("state.json: has no configuration of a run")
+    if "origin" in checkpoint.state:
+        open_native(checkpoint.path)
+        return
+    config, optimizer, finetune = (
+        to_dataclass(schema, written_by.get(section, default))
+        for schema, section, default in (
+            (ModelConfig, "model", None),
+            (OptimizerConfig, "optimizer", None),
+            (FinetuneConfig, "finetune", {}),
+        )
+    )
+    if config.num_hidden_layers > len(checkpoint.kinds()):  # before any layer is built
+        raise CheckpointError(f"{checkpoint.path}: has fewer tensors than its configuration has layers")
+    with torch.device("meta"):
+        model = CausalLM(config)
+        if "finetune" in written_by:
+            choose_trained(model, finetune)
+    lora = finetune.method is Method.lora
+    check_state(checkpoint, model, optimizer, is_saved=lambda name: is_adapter(name) or not lora)

@@ -5,10 +5,11 @@ transformers reads it, every tensor bit for bit, the vocabulary, the tokenizer's
 Where the model fits into memory, the whole of it. It is the gate that an export has to pass, and `moe-lm verify`.
 """
 
+import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +57,24 @@ def verify_export(
     Raises:
         VerificationError: A check does not hold.
     """
-    try:
+    with _named("files"):
+        checks = [check_files(directory)]
+    with _named("configuration"):
+        checks.append(check_configuration(directory, source.config, tokenizer))
+    with _named("tensors"):
         stored = find_tensors(directory)
-        checks = [check_files(directory), check_configuration(directory, source.config, tokenizer)]
         compared, tensors = check_tensors(stored, source, dtype)
-    except InputError as error:  # of the readers: the directory is not one that they take
-        raise VerificationError("tensors", str(error).rstrip(".")) from error
     checks += [compared, check_vocabulary(stored, tokenizer), check_tokenizer(directory, tokenizer)]
     return _run(_on_disk(directory, stored), source, dtype, whole, checks, tensors)
+
+
+@contextlib.contextmanager
+def _named(check: str) -> Iterator[None]:
+    """What a reader refuses in the block is a finding of this check."""
+    try:
+        yield
+    except InputError as error:
+        raise VerificationError(check, str(error).rstrip(".")) from error
 
 
 def verify_alone(
@@ -192,6 +203,8 @@ def check_configuration(directory: Path, config: ModelConfig, tokenizer: TextTok
         meant_values = {n: v for n, v in meant_values.items() if n not in ("router_aux_loss_coef", "initializer_range")}
     for name, meant in meant_values.items():
         found = getattr(theirs, name, None)
+        if name == "head_dim" and found is None:  # its classes then divide, as ours do
+            continue
         if isinstance(meant, dict):
             found = {key: found.get(key) for key in meant} if isinstance(found, dict) else found
         if found != meant:

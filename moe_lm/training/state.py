@@ -2,7 +2,7 @@
 
 import hashlib
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -104,18 +104,23 @@ def _read(checkpoint: Checkpoint, name: str, shard: ParameterShard, local: Tenso
         box.of(local).copy_(checkpoint.box(name, box.offsets, box.lengths))
 
 
-def check_state(checkpoint: Checkpoint, model: ModelConfig, optimizer: OptimizerConfig) -> None:
+def check_state(
+    checkpoint: Checkpoint, model: CausalLM, optimizer: OptimizerConfig, is_saved: Callable[[str], bool]
+) -> None:
     """Compare a checkpoint with what a run of this configuration saves; nothing is loaded.
+
+    Args:
+        checkpoint: To be compared.
+        model: On the meta device, trained in the parts that the run trains.
+        optimizer: The run's.
+        is_saved: Whether its checkpoints hold the parameter of a name.
 
     Raises:
         CheckpointError: Tensors are missing, too many, or of another type or shape, or the progress is unreadable.
     """
     progress = progress_of(checkpoint)
-    if model.num_hidden_layers > len(checkpoint.kinds()):  # before any layer is built
-        raise CheckpointError(f"{checkpoint.path}: has fewer tensors than its configuration has layers")
-    with torch.device("meta"):
-        empty = CausalLM(model)
-    checkpoint.expect(expected_tensors(model, Optimizer(whole_shards(empty), optimizer), progress.updates > 0))
+    shards = [shard for shard in whole_shards(model) if is_saved(shard.name)]
+    checkpoint.expect(expected_tensors(model.config, Optimizer(shards, optimizer), progress.updates > 0))
 
 
 def progress_of(checkpoint: Checkpoint) -> Progress:

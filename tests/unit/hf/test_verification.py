@@ -1,0 +1,349 @@
+"""The gate of an export, and the same checks by hand: each can fail, and says which tensor, field or file is wrong."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+import moe_lm.hf.export as export_module
+import moe_lm.hf.verification as verification_module
+from moe_lm.errors import InputError, RunError
+from moe_lm.hf.layout import to_disk, to_hf_config
+from moe_lm.hf.load import HuggingFaceSource
+from moe_lm.hf.parity import DiskModel, check_layers, check_model
+from moe_lm.hf.receipt import LAYERS, WHOLE, VerificationError
+from moe_lm.hf.verification import verify_alone, verify_export, verify_native
+from moe_lm.model.config import ModelConfig
+from tests.models import CHARACTERS, InMemory, write_tokenizer
+from tests.unit.hf.conftest import CONFIGS, SHAPE, make_model
+
+SINGLE = "model.safetensors"
+EXPERT = "model.layers.1.block_sparse_moe.experts.2"
+
+
+def _change_weights(directory: Path, change) -> None:
+    weights = load_file(directory / SINGLE)
+    change(weights)
+    save_file(weights, directory / SINGLE, metadata={"format": "pt"})
+
+
+def _swap(*names: str):
+    def change(weights):
+        first, second = (weights[name] for name in names)
+        weights[names[0]], weights[names[1]] = second.clone(), first.clone()
+
+    return change
+
+
+def _flip_bit(weights) -> None:
+    weights[f"{EXPERT}.w2.weight"].view(torch.int32)[3, 5] ^= 1
+
+
+def _set(name: str, value):
+    def change(weights):
+        weights[name] = value(weights.get(name))
+
+    return change
+
+
+WEIGHT_FAULTS = {
+    "swapped": (_swap(f"{EXPERT}.w1.weight", f"{EXPERT}.w3.weight"), f"{EXPERT}.w1.weight is not the source's in "),
+    "permuted": (
+        _swap(f"{EXPERT}.w2.weight", "model.layers.1.block_sparse_moe.experts.0.w2.weight"),
+        "model.layers.1.block_sparse_moe.experts.0.w2.weight is not the source's in 192 of 192 values",
+    ),
+    "bit": (_flip_bit, f"{EXPERT}.w2.weight is not the source's in 1 of 192 values"),
+    "missing": (lambda weights: weights.pop(f"{EXPERT}.w3.weight"), f"{EXPERT}.w3.weight is missing"),
+    "extra": (_set("model.layers.1.bias", lambda _: torch.zeros(3)), "model.layers.1.bias is in no parameter"),
+    "type": (_set("model.norm.weight", torch.Tensor.bfloat16), "model.norm.weight is bfloat16 [16], and float32 [16]"),
+    "shape": (_set("model.norm.weight", lambda w: w[:8].clone()), "model.norm.weight is float32 [8]"),
+}
+
+
+def _json(name: str, **changes):
+    def change(directory: Path) -> None:
+        path = directory / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def _file(name: str):
+    return lambda directory: (directory / name).write_bytes(b"\x80\x04N.")
+
+
+def _truncate(directory: Path) -> None:
+    content = (directory / SINGLE).read_bytes()
+    (directory / SINGLE).write_bytes(content[:-7])
+
+
+FILE_FAULTS = {
+    "theta": (_json("config.json", rope_parameters={"rope_type": "default", "rope_theta": 1e4}), "configuration: rope"),
+    "top_k": (_json("config.json", num_experts_per_tok=1), "configuration: num_experts_per_tok is 1 in config.json"),
+    "eps": (_json("config.json", rms_norm_eps=1e-6), "configuration: rms_norm_eps is 1e-06 in config.json"),
+    "window": (_json("config.json", sliding_window=8), "configuration: sliding_window is 8 in config.json"),
+    "auxiliary": (_json("config.json", router_aux_loss_coef=0.5), "configuration: router_aux_loss_coef is 0.5 by"),
+    "dropout": (_json("config.json", attention_dropout=0.5), "configuration: attention_dropout is 0.5 by"),
+    "activation": (_json("config.json", hidden_act="gelu"), "configuration: "),
+    "begin": (_json("config.json", bos_token_id=2), "configuration: bos_token_id is 2 by transformers"),
+    "kind": (_json("config.json", model_type="qwen2_moe"), "configuration: "),
+    "end": (_json("generation_config.json", eos_token_id=3), "configuration: eos_token_id is 3 in generation_config"),
+    "truncated": (_truncate, f"tensors: .*{SINGLE}"),
+    "pickle": (_file("pytorch_model.bin"), "files: pytorch_model.bin can run code"),
+    "python": (_file("modeling_mine.py"), "files: modeling_mine.py can run code"),
+    "code": (_json("config.json", auto_map={"AutoConfig": "mine.Mine"}), r"files: config.json names code to run"),
+    "tokenizer_code": (_json("tokenizer_config.json", auto_map={}), "files: tokenizer_config.json names code"),
+    "tokenizer": (lambda directory: write_tokenizer(directory, CHARACTERS[::-1]), "tokenizer: '.*' is .* in training"),
+    "broken": (
+        lambda directory: (directory / "tokenizer.json").write_text("{"),
+        "tokenizer: transformers can not load",
+    ),
+}
+
+
+@pytest.fixture
+def with_fault(monkeypatch):
+    """Puts a fault into what an export has written, before it is read back."""
+
+    def put(fault) -> None:
+        def verify(directory, *arguments):
+            fault(directory)
+            return verify_export(directory, *arguments)
+
+        monkeypatch.setattr(export_module, "verify_export", verify)
+
+    return put
+
+
+def _content(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+# The gate
+
+
+@pytest.mark.parametrize("case", WEIGHT_FAULTS)
+def test_a_wrong_tensor_stops_the_export(exporter, with_fault, case):
+    """Catches a gate that lets a wrong tensor through, or does not say which it is."""
+    change, words = WEIGHT_FAULTS[case]
+    with_fault(lambda directory: _change_weights(directory, change))
+    with pytest.raises(RunError) as caught:
+        exporter()
+    assert f"verification failed: tensors: {words}" in str(caught.value)
+    assert "nothing was written to" in str(caught.value) and not list(exporter.output.parent.iterdir())
+
+
+@pytest.mark.parametrize("case", FILE_FAULTS)
+def test_a_wrong_file_stops_the_export(exporter, with_fault, case):
+    """Catches a gate that looks at weights alone; an earlier export stays as it was."""
+    exporter("dense")
+    before = _content(exporter.output)
+    change, words = FILE_FAULTS[case]
+    with_fault(change)
+    with pytest.raises(RunError, match=f"verification failed: {words}"):
+        exporter()
+    assert _content(exporter.output) == before and len(list(exporter.output.parent.iterdir())) == 1
+
+
+def test_a_shard_or_its_entry_that_is_missing_stops_the_export(exporter, with_fault):
+    """Catches an index that is written for other files than those that are there."""
+    index = "model.safetensors.index.json"
+
+    def drop_entry(directory: Path) -> None:
+        weight_map = json.loads((directory / index).read_text())["weight_map"]
+        weight_map.pop("model.norm.weight")
+        (directory / index).write_text(json.dumps({"weight_map": weight_map}))
+
+    def drop_shard(directory: Path) -> None:
+        next(directory.glob("model-00002*")).unlink()
+
+    for fault, words in ((drop_entry, "no entry for model.norm.weight"), (drop_shard, "model-00002-of")):
+        with_fault(fault)
+        with pytest.raises(RunError, match=f"verification failed: tensors: .*{words}"):
+            exporter(max_shard_bytes=3000)
+
+
+def test_a_vocabulary_beyond_the_embedding_stops_the_export(exporter, tmp_path):
+    """Catches a tokenizer with ids that the model has no row for."""
+    exporter.tokenizer = write_tokenizer(tmp_path / "larger", CHARACTERS + "pqrst")
+    with pytest.raises(RunError, match=r"vocabulary: model.embed_tokens.weight has 20 rows, and the tokenizer 25 ids"):
+        exporter()
+
+
+def test_a_value_that_is_not_finite_stops_the_export(exporter):
+    """Catches a diverged model that is published."""
+    model = make_model("mixture")
+    tensors = ((n, t * float("nan") if n == "model.norm.weight" else t) for n, t in model.named_parameters())
+    with pytest.raises(RunError, match=r"tensors: model.norm.weight has values that are not finite"):
+        exporter(tensors=list(tensors))
+
+
+def test_a_wrong_layout_is_found_by_running_the_layers(exporter, monkeypatch):
+    """Catches gate and up swapped in the mapping itself, where each tensor is what the mapping says."""
+
+    def swapped(tensors):
+        names = {"w1": "w3", "w3": "w1"}
+        for name, tensor in to_disk(tensors):
+            *head, matrix, tail = name.split(".")
+            yield ".".join([*head, names.get(matrix, matrix), tail]), tensor
+
+    for module in (export_module, verification_module):
+        monkeypatch.setattr(module, "to_disk", swapped)
+    with pytest.raises(RunError, match=r"layers: model.layers.0 differs from transformers' MixtralDecoderLayer by"):
+        exporter()
+
+
+# What runs the model
+
+
+def _theirs(source: InMemory, drop: str = "", **changes) -> DiskModel:
+    values = {**to_hf_config(source.config), **changes}
+    tensors = {name: tensor for name, tensor in to_disk(source.parameters()) if name != drop}
+    config = AutoConfig.for_model("mixtral", **values)
+    return DiskModel(config, lambda prefix: {n: t for n, t in tensors.items() if n.startswith(prefix)}, None)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_experts_per_tok": 1},
+        {"rms_norm_eps": 1e-6},
+        {"sliding_window": 20},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 4e4}},
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8},
+    ],
+    ids=str,
+)
+def test_layers_that_compute_something_else_are_found(changes):
+    """Catches a parity check that is too short, or too coarse, to see a field of the configuration."""
+    source = InMemory(make_model("mixture"))
+    assert check_layers(_theirs(source), source, torch.float32).figures["layers"] < 1e-5
+    with pytest.raises(VerificationError, match=r"layers: model.layers.0"):
+        check_layers(_theirs(source, **changes), source, torch.float32)
+
+
+def test_a_layer_that_is_not_filled_is_found():
+    """Catches an expert or a norm that transformers leaves random without an error."""
+    source = InMemory(make_model("mixture"))
+    for name in (f"{EXPERT}.w1.weight", "model.layers.1.input_layernorm.weight"):
+        with pytest.raises(VerificationError, match=r"layers: model.layers.1.*transformers"):
+            check_layers(_theirs(source, drop=name), source, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"])
+def test_parts_outside_the_layers_are_run_with_the_whole_model(name):
+    """Catches a final norm or a head that no layer alone would show."""
+    source = InMemory(make_model("mixture"))
+    theirs = _theirs(source)
+    check = check_model(theirs, source, torch.float32)
+    assert set(check.figures) == {"logits", "loss", "auxiliary loss"} and max(check.figures.values()) < 1e-5
+    with pytest.raises(VerificationError, match=rf"model: {name}: transformers reports missing"):
+        check_model(_theirs(source, drop=name), source, torch.float32)
+    changed = {**theirs.read(""), name: theirs.read("")[name] * 1.001}
+    with pytest.raises(VerificationError, match=r"model: logits and transformers' are .* apart"):
+        check_model(theirs._replace(read=lambda _: changed), source, torch.float32)
+
+
+def test_equal_experts_are_compared_and_near_ties_are_not():
+    """Catches a good model that is refused because two implementations may break a tie either way."""
+    model = make_model("mixture")
+    gates = [layer.mlp.gate.weight for layer in model.model.layers]
+    with torch.no_grad():
+        for gate in gates:
+            gate[1] = gate[0]  # an upcycled mixture has such routers
+    source = InMemory(model)
+    assert check_layers(_theirs(source), source, torch.float32)
+    with torch.no_grad():
+        for gate in gates:
+            gate[:] = gate[0] * (1 + 1e-6 * torch.arange(3)[:, None])
+    with pytest.raises(VerificationError, match=r"model.layers.0.mlp.gate: its choices of experts are all but ties"):
+        check_layers(_theirs(source), source, torch.float32)
+
+
+# Receipts
+
+
+def test_the_receipt_names_the_tier(exporter):
+    """Catches a receipt that claims more than was checked."""
+    exporter()
+    receipt = json.loads((exporter.output / "verification.json").read_text())
+    names = ["files", "configuration", "tensors", "vocabulary", "tokenizer", "layers"]
+    assert receipt["tier"] == WHOLE and [check["name"] for check in receipt["checks"]] == [*names, "model"]
+    assert receipt["tensors"].keys() == load_file(exporter.output / SINGLE).keys()
+    source = InMemory(make_model("mixture"))
+    partly = verify_export(exporter.output, source, exporter.tokenizer, torch.float32, whole=False)
+    assert partly.tier == LAYERS and [check.name for check in partly.checks] == names
+    assert "whole_model=false" in partly.why
+
+
+def test_memory_decides_the_tier(exporter, monkeypatch):
+    """Catches a whole model that is loaded where it does not fit."""
+    source = InMemory(make_model("mixture"))
+    for free, tier in ((10_000, LAYERS), (10**9, WHOLE)):
+        monkeypatch.setattr(verification_module, "available_memory", lambda free=free: free)
+        assert verify_native(source).tier == tier
+
+
+# By hand
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_an_export_is_good_by_itself(exporter, family):
+    """Catches a hand check that refuses what the gate let through."""
+    exporter(family, torch.bfloat16, max_shard_bytes=1500)
+    receipt = verify_alone(exporter.output, HuggingFaceSource(exporter.output, None), exporter.tokenizer)
+    assert receipt.tier == WHOLE and "each the one that verification.json was written for" in receipt.table()
+
+
+def test_a_bit_that_flipped_later_is_named(exporter):
+    """Catches damage after the export: every file still opens, and the model still runs."""
+    exporter()
+    _change_weights(exporter.output, _flip_bit)
+    with pytest.raises(VerificationError, match=rf"tensors: {EXPERT}.w2.weight is not the one .* \(SHA-256 differs\)"):
+        verify_alone(exporter.output, HuggingFaceSource(exporter.output, None), exporter.tokenizer)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"tensors": {}}', '{"tensors": 3}'])
+def test_a_broken_receipt_is_named(exporter, content):
+    """Catches a receipt without digests that passes for one."""
+    exporter()
+    (exporter.output / "verification.json").write_text(content)
+    with pytest.raises((VerificationError, InputError), match=r"verification.json"):
+        verify_alone(exporter.output, HuggingFaceSource(exporter.output, None), exporter.tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "llama"])
+def test_what_transformers_wrote_is_good(tmp_path, kind):
+    """Catches a check that takes its own exports alone; and old files' values that belong to no parameter."""
+    torch.manual_seed(1)
+    if kind == "mixtral":
+        model = MixtralForCausalLM(MixtralConfig(**SHAPE, num_local_experts=4))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    model.save_pretrained(tmp_path)
+    inverse = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    _change_weights(tmp_path, _set(inverse, lambda _: torch.ones(2)))
+    receipt = verify_alone(tmp_path, HuggingFaceSource(tmp_path, None), None)
+    assert receipt.tier == WHOLE and f"{kind.capitalize()}DecoderLayer" in receipt.table()
+    assert "no verification.json to compare them with" in receipt.table()
+
+
+def test_capacity_can_not_be_expressed(exporter):
+    """Catches an export whose tokens are dropped in training, and nowhere else."""
+    source = InMemory(make_model("mixture"))
+    source.config = dataclasses.replace(source.config, capacity_factor=1.5)
+    with pytest.raises(InputError, match=r"model.capacity_factor=1.5: drops tokens .* by `finetune`"):
+        export_module.export(source, exporter.tokenizer, exporter.output, torch.float32, lambda receipt: "")
+    assert isinstance(source.config, ModelConfig) and not exporter.output.exists()
+
+
+def test_a_copy_of_an_export_is_as_good(exporter, tmp_path):
+    """Catches a receipt that is tied to a place."""
+    exporter()
+    copy = shutil.copytree(exporter.output, tmp_path / "copy")
+    assert verify_alone(copy, HuggingFaceSource(copy, None), exporter.tokenizer).tier == WHOLE

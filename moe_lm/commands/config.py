@@ -98,8 +98,10 @@ class ExportConfig:
     checkpoint: str | None = None
     """Run directory (its newest checkpoint), one checkpoint directory, or another model that `import` takes."""
     output: str | None = None
-    """Directory to write; null means `hf` in the run's directory. An earlier export there is replaced, nothing else
-    is."""
+    """Directory to write; null means `hf` in the run's directory, of adapters `adapter`. An earlier export there is
+    replaced, nothing else is."""
+    adapter: bool = False
+    """Write the adapters of a LoRA run alone, as peft's files, instead of the model that they are merged into."""
     dtype: ExportType = ExportType.fp32
     """Type of the weights on disk: `fp32` is exactly what was trained, `bf16` half as large."""
     max_shard_size: str = "4GB"

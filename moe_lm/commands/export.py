@@ -5,10 +5,11 @@ from pathlib import Path
 import torch
 
 from moe_lm.commands.config import ExportConfig, ExportType
-from moe_lm.commands.model_source import NativeSource, open_source, open_tokenizer
+from moe_lm.commands.model_source import MergedSource, NativeSource, open_source, open_tokenizer
 from moe_lm.commands.training_facts import training_of
 from moe_lm.errors import InputError
-from moe_lm.hf.export import SHARD_BYTES, check_output, export
+from moe_lm.finetune.adapter import write_adapter
+from moe_lm.hf.export import SHARD_BYTES, check_output, export, new_export
 from moe_lm.hf.model_card import UNKNOWN_LICENSE, model_card
 from moe_lm.hf.receipt import RECEIPT, Receipt
 from moe_lm.model.source import ModelSource
@@ -21,14 +22,40 @@ def run(config: ExportConfig) -> int:
     if config.output is not None:
         output = Path(config.output).expanduser()
     elif isinstance(source, NativeSource):
-        output = source.run_directory / "hf"
+        output = source.run_directory / ("adapter" if config.adapter else "hf")
     else:
         raise InputError(f"output=null: {source.path} is no run that has a place for it; give output=DIRECTORY.")
+    if config.adapter:
+        if not isinstance(source, MergedSource):
+            raise InputError(f"adapter=true: {source.path} has no adapters, for it is of no LoRA run; leave it out.")
+        export_adapter(source, output)
+        print(f"exported the adapters of {source.path} to {output}; they belong on {base_of_adapter(source)}")
+        return 0
     dtype = torch.float32 if config.dtype is ExportType.fp32 else torch.bfloat16
     receipt = write_export(source, output, dtype, config.max_shard_bytes, config.license, config.whole_model)
     print(f"exported {source.path} to {output}\n\n{receipt.table()}\n")
     print(f"{receipt.line()}\n{receipt.why}; receipt: {output / RECEIPT}")
     return 0
+
+
+def export_adapter(source: MergedSource, output: Path) -> None:
+    """Write a LoRA run's adapters as peft's files, with the tokenizer; read back before they take their name.
+
+    Args:
+        source: The run's checkpoint.
+        output: Directory to make, or an earlier export to replace.
+    """
+    check_output(output)
+    with new_export(output) as directory:
+        write_adapter(directory, source.checkpoint, source.config, source.finetune, base_of_adapter(source))
+        open_tokenizer(source.tokenizer_directory).save(directory, source.config.max_position_embeddings)
+
+
+def base_of_adapter(source: MergedSource) -> str:
+    """What peft shall load the adapters on: the base in Hugging Face's format, where there is one."""
+    base = source.base
+    exported = base.run_directory / "hf" if isinstance(base, NativeSource) else base.path
+    return str((exported if exported.is_dir() else base.path).absolute())
 
 
 def write_export(

@@ -12,8 +12,8 @@ from moe_lm.checkpoint.checkpoint import Checkpoint
 from moe_lm.checkpoint.saver import said
 from moe_lm.checkpoint.store import most_kept
 from moe_lm.checkpoint.tensor_file import CheckpointError
-from moe_lm.commands.export import write_export
-from moe_lm.commands.model_source import open_model, open_source
+from moe_lm.commands.export import base_of_adapter, export_adapter, write_export
+from moe_lm.commands.model_source import MergedSource, open_model, open_source
 from moe_lm.commands.output import lasting_output, output_to_file
 from moe_lm.commands.prepare import PreparationDisplay
 from moe_lm.commands.run_directory import (
@@ -299,12 +299,17 @@ def _finish(training: Run, validation: Validation, say: Say) -> None:
         say(f"\nsample:\n{_sample(training, finish.sample_prompt, finish.sample_tokens)}\n")
     if finish.export:
         # From the checkpoint: a process of a sharded run has only a part of the model.
-        receipt = write_export(open_source(training.store.path(training.progress.step)), directory / "hf")
+        source = open_source(training.store.path(training.progress.step))
+        receipt = write_export(source, directory / "hf")
+        if isinstance(source, MergedSource):
+            export_adapter(source, directory / "adapter")
     write_state(training, "finished", step=training.progress.step, exit_code=0, validation=figures)
     say(f"run directory:      {directory}")
     if finish.export:
         say(f"Hugging Face model: {directory / 'hf'}")
         say(f"                    {receipt.line()}")
+        if isinstance(source, MergedSource):
+            say(f"adapter for peft:   {directory / 'adapter'} (on {base_of_adapter(source)})")
 
 
 def _sample(training: Run, prompt: str, tokens: int) -> str:

@@ -64,7 +64,8 @@ def open_directory(config: RunConfig, directory: Path, held: ExitStack, beginnin
             _check_not_lost(directory)
         if config.finish.export:
             check_expressible(config.model, "give finish.export=false, or model.capacity_factor=null")
-            check_output(directory / "hf", "give another run_name=, or finish.export=false")
+            for name in ("hf", "adapter"):
+                check_output(directory / name, "give another run_name=, or finish.export=false")
     except OSError as error:
         raise InputError(
             f"output_dir={config.output_dir}: {directory} can not be written ({error.strerror}); give another one."

@@ -8,10 +8,13 @@ is nested: `experts.base_layer.lora_A` is that of `gate_up_proj`, `experts.lora_
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from moe_lm.checkpoint.checkpoint import Checkpoint
 from moe_lm.checkpoint.tensor_file import write_tensors
+from moe_lm.errors import RunError
 from moe_lm.files import write_json
 from moe_lm.finetune.config import FinetuneConfig, Part
 from moe_lm.finetune.lora import A
@@ -40,6 +43,10 @@ def write_adapter(
     tensors = {peft_name(name): to_peft(name, checkpoint.tensor(MODEL + name)) for name in names}
     write_tensors(directory / WEIGHTS_FILE, tensors)
     write_json(directory / CONFIG_FILE, peft_config(model, config, base))
+    with safe_open(directory / WEIGHTS_FILE, framework="pt") as written:
+        names_there = set(written.keys())
+        if names_there != set(tensors) or not all(torch.equal(written.get_tensor(n), t) for n, t in tensors.items()):
+            raise RunError(f"{directory / WEIGHTS_FILE}: does not hold the adapters that were written; try again")
 
 
 def peft_name(name: str) -> str:

@@ -1,0 +1,173 @@
+"""Whole runs of `moe-lm finetune` as processes: from a run, from its export, all of it and LoRA, resumed, exported."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from moe_lm.commands.model_source import open_source
+from tests.runs import ENVIRONMENT, TINY, final_tensors, metrics, moe_lm, wait_for, write_corpus
+
+OPTIONS = [option for option in TINY if not option.startswith(("model.", "tokenizer."))]
+LORA = ["finetune=lora", "finetune.rank=4", "optimizer.learning_rate=0.02"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with a corpus, and a model that was trained a little."""
+    directory = tmp_path_factory.mktemp("finetune")
+    write_corpus(directory / "corpus")
+    moe_lm("pretrain", *TINY, "data.paths=[corpus]", "trainer.max_steps=10", "run_name=base", cwd=directory)
+    return directory
+
+
+def _finetune(place, name, *options, base="runs/base", **how):
+    fixed = [*OPTIONS, "data.paths=[corpus]", "trainer.max_steps=12", f"base={base}", f"run_name={name}"]
+    return moe_lm("finetune", *fixed, *options, cwd=place, **how)
+
+
+@pytest.fixture(scope="module")
+def lora(place):
+    """A finished LoRA run."""
+    return _finetune(place, "lora", *LORA)
+
+
+def test_a_model_goes_on_learning_from_where_it_stood(place):
+    """Catches a base whose weights are not those that training begins with, from whatever format: the same run from a
+    run and from its export ends with the same bytes, and its first validation is the base's last.
+    """
+    coefficient = "model.router_aux_loss_coef=0.01"  # an export does not say what it was trained with
+    done = _finetune(place, "full", coefficient)
+    _finetune(place, "from-export", coefficient, base="runs/base/hf")
+    before, figures = metrics(place / "runs/base", "validation_loss"), metrics(place / "runs/full", "validation_loss")
+    assert figures[0] == pytest.approx(before[10], rel=1e-5)
+    assert figures[12] < figures[0] - 0.1
+    assert f"validation loss: {figures[0]:.3f} before, {figures[12]:.3f} now" in done.stdout
+    assert "training 106,144 of 106,144 parameters (100 %)" in done.stdout
+    ours, theirs = final_tensors(place / "runs/full"), final_tensors(place / "runs/from-export")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_lora_trains_adapters_alone_and_exports_the_whole(place, lora):
+    """Catches a checkpoint that holds the base as well, a base that moved, a merged export that is not the model that
+    was trained, and an adapter that is not written."""
+    run = place / "runs/lora"
+    names = {name.removeprefix("model/") for name in final_tensors(run) if name.startswith("model/")}
+    assert names and all("lora_" in name for name in names)
+    figures = metrics(run, "validation_loss")
+    assert figures[12] < figures[0]
+    assert "LoRA of rank 4: attention" in lora.stdout
+    theirs = AutoModelForCausalLM.from_pretrained(run / "hf")
+    merged, base = dict(open_source(run).parameters()), dict(open_source(place / "runs/base").parameters())
+    state = theirs.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in merged.items())
+    changed = {name for name in merged if not torch.equal(merged[name], base[name])}
+    assert changed == {name for name in merged if ".self_attn." in name or ".mlp." in name}
+
+
+def test_the_adapter_on_the_exported_base_is_the_merged_model(place, lora):
+    """Catches an adapter that peft can not load, loads on another base, or loads as another model; and an export of it
+    by hand that differs from the one at the run's end."""
+    run = place / "runs/lora"
+    merged = AutoModelForCausalLM.from_pretrained(run / "hf")
+    said = json.loads((run / "adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert said == str(place / "runs/base/hf")
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(said), run / "adapter")
+    tokens = torch.randint(50, 400, (2, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours, theirs = merged(tokens).logits, adapted(tokens).logits
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    moe_lm("export", "checkpoint=runs/lora", "adapter=true", "output=by-hand", cwd=place)
+    for name in ("adapter_model.safetensors", "adapter_config.json", "tokenizer.model"):
+        assert (place / "by-hand" / name).read_bytes() == (run / "adapter" / name).read_bytes()
+    done = moe_lm("export", "checkpoint=runs/base", "adapter=true", cwd=place, check=False)
+    assert done.returncode == 2 and "has no adapters" in done.stderr
+    assert "good" in moe_lm("verify", "checkpoint=runs/lora", cwd=place).stdout
+
+
+@pytest.mark.parametrize("options", [[], LORA, ["finetune.experts=[1,3]", "model.router_drift_coef=0.1"]], ids=str)
+def test_a_killed_run_goes_on_bit_for_bit(place, options):
+    """Catches state that a checkpoint of fine-tuning misses: the adapters' moments, what is frozen, the router that the
+    penalty keeps near."""
+    name = f"resumed{len(options)}"
+    _finetune(place, f"{name}-whole", *options)
+    command = [*OPTIONS, "data.paths=[corpus]", "trainer.max_steps=12", "base=runs/base", f"run_name={name}", *options]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moe_lm", "finetune", *command], cwd=place, env=ENVIRONMENT, stdout=subprocess.DEVNULL
+    )
+    checkpoints = place / f"runs/{name}/checkpoints"
+    wait_for(lambda: any(checkpoints.glob("step-*")) or process.poll() is not None)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert "resumed" in moe_lm("finetune", *command, cwd=place).stdout
+    ours, theirs = final_tensors(place / f"runs/{name}"), final_tensors(place / f"runs/{name}-whole")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_two_processes_adapt_as_one_does(place, lora):
+    """Catches adapters that processes do not share, or sum twice: experts on both, and checkpoints in parts."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = [*LORA, "trainer.micro_batch_size=6", "parallel=fsdp_ep"]
+    _finetune(place, "two", *options, launcher=launcher)
+    ours, theirs = metrics(place / "runs/two"), metrics(place / "runs/lora")
+    assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=1e-4)
+    for name, value in open_source(place / "runs/lora").parameters():
+        assert torch.allclose(value, open_source(place / "runs/two").tensor(name), atol=1e-3)
+
+
+def test_another_base_is_refused(place, lora):
+    """Catches adapters that go on, or are merged, on a model that they were not trained on."""
+    state = place / "runs/lora/checkpoints/step-00000012/state.json"
+    assert json.loads(state.read_text())["start"]["base"] == str(place / "runs/base/checkpoints/step-00000010")
+    moe_lm("pretrain", *TINY, "data.paths=[corpus]", "trainer.max_steps=4", "run_name=other", "seed=2", cwd=place)
+    longer = ["trainer.max_steps=20", "resume.allow_change=[trainer.max_steps,base,tokenizer.path,data]"]
+    done = _finetune(
+        place, "lora", *LORA, *longer, "tokenizer.path=runs/base/tokenizer", base="runs/other", check=False
+    )
+    assert done.returncode == 2 and "its weights are not those that" in done.stderr, done.stderr
+    moved = place / "runs/base"
+    moved.rename(place / "runs/hidden")
+    try:
+        done = moe_lm("generate", "checkpoint=runs/lora", "prompt=line", cwd=place, check=False)
+        assert done.returncode == 2 and "holds adapters alone, and their base is not in" in done.stderr
+    finally:
+        (place / "runs/hidden").rename(moved)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["base=runs/none"], "base=runs/none: there is no such directory"),
+        (["base="], "base: is required"),
+        (["base=corpus"], "holds no complete checkpoint"),
+        (["model.hidden_size=64"], "model.hidden_size=64: the base in runs/base has 32; leave it out."),
+        (["model.num_experts_per_tok=1"], "model.num_experts_per_tok=1: the base in runs/base has 2"),
+        (["model=dense"], "there is no option 'model'"),
+        (["finetune.experts=[9]"], "finetune.experts=[9]: the base has 8 experts"),
+        (["finetune=qlora"], "there is no such finetune; choose from full, lora"),
+        (["finetune.rank=0"], "finetune.rank=0: must be at least 1"),
+        (["model.router_drift_coef=1", "finetune.parts=[attention]"], "finetune.parts leaves the router out"),
+        (["tokenizer.path=other.model"], "is another tokenizer than that of the base"),
+    ],
+)
+def test_a_mistake_is_one_sentence(place, options, sentence):
+    """Catches a traceback, a run that begins all the same, and a directory that stays."""
+    other = place / "other.model"
+    if not other.exists():
+        moe_lm("prepare", "data=text", "data.paths=[corpus]", "tokenizer.vocab_size=390", "output=set", cwd=place)
+        other.write_bytes((place / "set/tokenizer/tokenizer.model").read_bytes())
+    done = _finetune(place, "wrong", *options, check=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and sentence in done.stderr, done.stderr
+    assert not (place / "runs/wrong").exists()
+
+
+def test_a_run_from_scratch_has_no_router_to_stay_near(place):
+    """Catches a penalty that does nothing, or pulls a router towards zeros."""
+    options = [*TINY, "data.paths=[corpus]", "model.router_drift_coef=1"]
+    done = moe_lm("pretrain", *options, cwd=place, check=False)
+    assert done.returncode == 2 and "a run from scratch has no router to stay near" in done.stderr

@@ -1,6 +1,7 @@
 """Bits per byte, compressors and sampling."""
 
 import gzip
+import json
 import lzma
 import math
 import sysconfig
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_lm.data.encode import encode
+from moe_lm.data.chat_template import DEFAULT_TEMPLATE, ChatFormat
+from moe_lm.data.config import TooLong
+from moe_lm.data.encode import encode, encode_conversations
 from moe_lm.data.loader import validation_batches
 from moe_lm.data.shards import ShardWriter, TokenShard
 from moe_lm.data.tokenizer import train_tokenizer
@@ -119,3 +122,31 @@ def test_generation_ends_at_the_end_mark(held_out):
     first = _sampled(model, 8)
     assert len(first) == 8
     assert list(generate(model, [1, 7, 9], 8, end_id=first[3])) == first[: first.index(first[3])]
+
+
+def test_conversations_are_scored_on_what_the_assistant_says(held_out, tmp_path):
+    """Catches prompts that count, answers cut off from their prompts by rows, and bytes that are not the answers':
+    against each conversation by itself with full logits, whatever the row length."""
+    model, _, tokenizer, _ = held_out
+    questions = ["what is this?" * (1 + number % 3) for number in range(7)]
+    chats = [
+        json.dumps([{"role": "user", "content": text}, {"role": "assistant", "content": f"ä{text[:5]}"}])
+        for text in questions
+    ]
+    encoded = encode_conversations(tokenizer, chats, ChatFormat(DEFAULT_TEMPLATE, 80, TooLong.error))
+    assert encoded.num_bytes is not None and encoded.num_bytes.tolist() == [7] * 7 and encoded.spans is not None
+    writer = ShardWriter(tmp_path, "chat", tokenizer.vocab_size)
+    writer.add(encoded, ["chat"] * 7, int(encoded.num_bytes.sum()))
+    shards = [TokenShard(tmp_path, "chat", writer.finish(), tokenizer.pad_id)]
+    nats, targets = 0.0, 0
+    ends = encoded.lengths.cumsum()
+    for end, length, (first, last) in zip(ends, encoded.lengths, encoded.spans):
+        ids = torch.from_numpy(encoded.tokens[end - length : end].astype("int64"))[None]
+        with torch.no_grad():
+            probability = model.logits(model(ids[:, :-1]).hidden_BSD).double().log_softmax(-1)
+        cost = -probability.gather(2, ids[:, 1:, None])[0, first - (end - length) - 1 : last - (end - length) - 1]
+        nats, targets = nats + cost.sum().item(), targets + len(cost)
+    for row in (80, 200):
+        figures = evaluate(model, validation_batches(shards, 2, row, pad_id=tokenizer.pad_id), shards, Runtime("cpu"))
+        assert figures.loss == pytest.approx(nats / targets, rel=1e-5)
+        assert figures.bits_per_byte == pytest.approx(nats / math.log(2) / 49, rel=1e-5)

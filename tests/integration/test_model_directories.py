@@ -4,6 +4,7 @@ import argparse
 import ast
 import hashlib
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import moe_lm.checkpoint.store as store
+import moe_lm.commands.model_directory as model_directory
 from moe_lm.cli import main
 from moe_lm.commands.model_source import describe, open_source
 from moe_lm.data.tokenizer import train_tokenizer
 from moe_lm.data.tokenizer_export import save_tokenizer_files
 from moe_lm.files import locked
 from moe_lm.finetune.upcycle import UpcycledModel
+from moe_lm.hf.load import HuggingFaceSource
 from tests.runs import TINY, moe_lm, write_corpus
 
 SHAPE = {
@@ -112,6 +115,27 @@ def test_the_receipt_names_every_tensor_once(tmp_path, mixtral, capsys):
     assert receipt["files"] == sorted(path.name for path in mixtral.glob("*.safetensors"))
     said = capsys.readouterr().out
     assert "made 21 parameters" in said and "float32" in said
+
+
+def test_memory_holds_one_parameter_at_a_time(tmp_path, mixtral, monkeypatch, capsys):
+    """Catches a conversion whose memory grows with the model: someone on the way keeps what was read before."""
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most: list[int] = []
+    original = HuggingFaceSource.tensor
+
+    def tensor(self, name):
+        most.append(len(alive))
+        read = original(self, name)
+        alive.add(read)
+        return read
+
+    monkeypatch.setattr(HuggingFaceSource, "tensor", tensor)
+    monkeypatch.setattr(model_directory, "FILE_BYTES", 1)
+    _run("import", f"checkpoint={mixtral}", f"output={tmp_path / 'native'}")
+    assert len(most) == 21 and max(most) == 0
+    most.clear()
+    _run("upcycle", f"checkpoint={mixtral}", f"output={tmp_path / 'up'}", "num_experts=8")
+    assert max(most[:21]) == 0  # what follows is the comparison
 
 
 def test_text_can_be_generated_from_an_import(tmp_path, mixtral, capsys):

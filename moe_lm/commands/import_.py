@@ -54,7 +54,7 @@ def _report(source: HuggingFaceSource, written: dict[str, Any], output: Path) ->
     print(f"  tensors:    {tensors:,} on disk ({source.layout.value}) made {len(written):,} parameters, each once")
     print(f"  types:      {', '.join(sorted({entry['dtype'] for entry in written.values()}))}, kept as they were")
     if source.ignored:
-        print(f"  ignored:    {', '.join(source.ignored)}: computed from the rest")
+        print(f"  ignored:    {', '.join(source.ignored)}, which transformers does not use either")
     if source.has_code:
         print("  code:       config.json names Python of its own (auto_map); it was not run, and is not needed")
     print(f"  tokenizer:  {said_tokenizer(source.tokenizer_directory)}")

@@ -34,7 +34,8 @@ def print_help(command: str, summary: str, arguments: list[str]) -> None:
 def describe(schema: Any, values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str | None, str]]:
     """(name, value, meaning) of every field of a dataclass, in order; a section has no value."""
     documentation = field_documentation(schema)
-    for field in dataclasses.fields(schema):
+    # A command's own options come before those that it shares with another.
+    for field in sorted(dataclasses.fields(schema), key=lambda field: field.name not in schema.__annotations__):
         value = values[field.name]
         if dataclasses.is_dataclass(field.type):
             yield prefix + field.name, None, inspect.getdoc(field.type) or ""
@@ -55,8 +56,10 @@ def _choices(kind: Any) -> str:
 
 def field_documentation(schema: type) -> dict[str, str]:
     """The string that stands under each field of a dataclass, from its source."""
+    documentation: dict[str, str] = {}
+    for inherited in filter(dataclasses.is_dataclass, schema.__bases__):
+        documentation |= field_documentation(inherited)
     body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(schema)).body[0]).body
-    documentation = {}
     for statement, follower in zip(body, [*body[1:], None]):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             text = ""

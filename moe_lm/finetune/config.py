@@ -82,7 +82,8 @@ class FinetuneRunConfig(RunConfig):
 
     base: str | None = None
     """Model to begin from: a run directory (its newest checkpoint), one checkpoint, or a directory in Hugging Face's or
-    Mistral's own layout."""
+    Mistral's own layout. The model's shape and the tokenizer are its own; what training alone knows of the model, such
+    as router_aux_loss_coef, may be given anew."""
     finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
 
     def __post_init__(self) -> None:

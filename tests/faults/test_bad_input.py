@@ -192,7 +192,7 @@ def test_arguments_that_are_no_options_are_quoted(complain, given):
         ("model.load_balancing=", "one of per_layer, pooled, none"),
         ("resume.policy=always", "one of auto, never"),
         ("tracker.mode=[online]", "one of online, offline"),
-        ("data.source=csv", "one of stdlib, text, jsonl, parquet, arrow, huggingface, prepared"),
+        ("data.source=csv", "one of stdlib, text, jsonl, chat, parquet, arrow, huggingface, prepared"),
         ("seed=${trainer.device}", "a whole number"),
         ("seed=${run_name}", "a whole number"),
     ],

@@ -34,8 +34,10 @@ def print_help(command: str, summary: str, arguments: list[str]) -> None:
 def describe(schema: Any, values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str | None, str]]:
     """(name, value, meaning) of every field of a dataclass, in order; a section has no value."""
     documentation = field_documentation(schema)
-    # A command's own options come before those that it shares with another.
-    for field in sorted(dataclasses.fields(schema), key=lambda field: field.name not in schema.__annotations__):
+    # Sections come last, and before them a command's own options go before those that it shares with another.
+    own = schema.__annotations__
+    ordered = sorted(dataclasses.fields(schema), key=lambda f: (dataclasses.is_dataclass(f.type), f.name not in own))
+    for field in ordered:
         value = values[field.name]
         if dataclasses.is_dataclass(field.type):
             yield prefix + field.name, None, inspect.getdoc(field.type) or ""

@@ -1,10 +1,11 @@
-"""Memory and time of conversions: a synthetic Mixtral checkpoint of some gigabytes, imported; and one of that size made
-of a dense model.
+"""Memory and time of conversions: a synthetic Mixtral checkpoint of some gigabytes, imported, exported behind its gate
+and verified by hand; and one of that size made of a dense model.
 
     python scripts/benchmark_conversion.py [GIGABYTES [GIGABYTES_OF_A_SHARD]]
 
 Memory is the most that the command's process was resident with, Python and torch (some 0.3 GiB) included. That of an
-import must stay under twice the largest shard plus 1 GiB. Times are of this machine and hour.
+import, an export and a verification must stay under twice the largest shard plus 1 GiB; so the gate runs each layer by
+itself, and not the whole model. Times are of this machine and hour.
 """
 
 import dataclasses
@@ -19,6 +20,8 @@ from pathlib import Path
 import torch
 
 from moe_lm.checkpoint.tensor_file import write_tensors
+from moe_lm.data.tokenizer import train_tokenizer
+from moe_lm.data.tokenizer_export import save_tokenizer_files
 from moe_lm.files import write_json
 from moe_lm.hf.layout import model_type, to_disk, to_hf_config
 from moe_lm.model.accounting import count_parameters
@@ -47,8 +50,18 @@ def main() -> None:
         count = count_parameters(config).total
         print(f"{count:,} parameters, {2 * count / 1e9:.2f} GB in bf16, the largest shard {largest / 1e9:.2f} GB")
         bound = 2 * largest + GIB
-        peak = measure("import", f"checkpoint={directory / 'hf'}", f"output={directory / 'native'}")
-        print(f"  {'under' if peak < bound else 'OVER'} the bound of {bound / GIB:.2f} GiB")
+        texts = [Path(module.__file__).read_text() for module in (dataclasses, json, shutil, subprocess, tempfile)]
+        save_tokenizer_files(train_tokenizer(texts, 400, directory / "hf"), directory / "hf", 4096)
+        native, output = f"checkpoint={directory / 'native'}", directory / "export"
+        options = ("dtype=bf16", f"max_shard_size={int(shard * 1e9)}", "whole_model=false")
+        for command in (
+            ("import", f"checkpoint={directory / 'hf'}", f"output={directory / 'native'}"),
+            ("export", native, f"output={output}", *options),
+            ("verify", f"checkpoint={output}", "whole_model=false"),
+        ):
+            peak = measure(*command)
+            print(f"  {'under' if peak < bound else 'OVER'} the bound of {bound / GIB:.2f} GiB")
+        shutil.rmtree(output)
         shutil.rmtree(directory / "native")
         dense = dataclasses.replace(config, family=ModelFamily.dense)
         write_checkpoint(directory / "dense", dense, int(shard * 1e9))

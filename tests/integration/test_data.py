@@ -145,8 +145,8 @@ def test_conversations_become_a_model_that_answers(place):
     longer = [*options, "trainer.max_steps=30", "resume.allow_change=[trainer.max_steps]"]
     done = moe_lm(*longer, cwd=place)
     assert "resumed" in done.stdout and "nats per assistant token (whole validation set)" in done.stderr
-    moe_lm(*longer, "run_name=whole", cwd=place)
-    ours, theirs = (metrics(place / run, "validation_loss") for run in ("runs/chat", "runs/whole"))
+    moe_lm(*longer, "run_name=chat-whole", cwd=place)
+    ours, theirs = (metrics(place / run, "validation_loss") for run in ("runs/chat", "runs/chat-whole"))
     assert len(ours) > 5 and all(ours[step] == theirs[step] for step in ours) and ours[30] < theirs[0] / 2
     ask = ["chat=true", "prompt=say 3 times a", "temperature=0", "max_new_tokens=12"]
     answers = [moe_lm("generate", f"checkpoint={d}", *ask, cwd=place).stdout for d in ("runs/chat", "runs/chat/hf")]

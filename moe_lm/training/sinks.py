@@ -73,7 +73,9 @@ class MetricsFile:
 def _step_of(line: bytes) -> float:
     try:
         values = json.loads(line)
-        return float(values["step"]) if line.endswith(b"\n") and not values.get("complete") else float("inf")
+        step = float(values["step"])
+        closing = values.get("complete") and step > 0  # that of step 0 says how good a model the run began from
+        return float("inf") if closing or not line.endswith(b"\n") else step
     except (ValueError, KeyError, TypeError, AttributeError):
         return float("inf")  # a line that a kill cut short
 

@@ -34,7 +34,9 @@ def test_the_groups_are_those_of_the_contract():
         "parallel",
         "experiment",
     }
-    assert {p.name for p in config_directory().iterdir() if p.is_dir()} == expected == set(group_choices("pretrain"))
+    assert {p.name for p in config_directory().iterdir() if p.is_dir()} == expected | {"finetune"}
+    assert set(group_choices("pretrain")) == expected
+    assert set(group_choices("finetune")) == (expected - {"model", "experiment"}) | {"finetune"}
 
 
 def test_command_line_wins_over_groups():

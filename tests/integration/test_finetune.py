@@ -105,8 +105,10 @@ def test_a_killed_run_goes_on_bit_for_bit(place, options):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert "resumed" in moe_lm("finetune", *command, cwd=place).stdout
-    ours, theirs = final_tensors(place / f"runs/{name}"), final_tensors(place / f"runs/{name}-whole")
+    run, whole = place / f"runs/{name}", place / f"runs/{name}-whole"
+    ours, theirs = final_tensors(run), final_tensors(whole)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert metrics(run, "validation_loss") == metrics(whole, "validation_loss")
 
 
 def test_two_processes_adapt_as_one_does(place, lora):

@@ -18,20 +18,25 @@ def training_of(source: ModelSource) -> Training:
     Args:
         source: The model; of a run, the directory beside its checkpoint is looked at.
     """
-    name = source.path.absolute().name
     if not isinstance(source, NativeSource):
-        return Training(name, f"Converted by moe-lm from the model in `{name}`.")
+        return Training(source.path.absolute().name, f"Converted by moe-lm from the model in `{_said(source.path)}`.")
     state, run = source.checkpoint.state, source.run_directory.absolute()
     if "progress" not in state:
         origin = state.get("origin", {})
         made = {"import": "Imported", "upcycle": "Upcycled"}.get(origin.get("command", ""), "Made")
-        return Training(run.name, f"{made} by moe-lm from the model in `{Path(origin.get('checkpoint', '')).name}`.")
+        return Training(run.name, f"{made} by moe-lm from the model in `{_said(Path(origin.get('checkpoint', '')))}`.")
     origin = "Trained from scratch by moe-lm."
     if base := state.get("start", {}).get("base"):
         how = "by LoRA, merged into the weights, " if isinstance(source, MergedSource) else ""
-        origin = f"Fine-tuned by moe-lm, {how}from the model in `{Path(base).name}`."
+        origin = f"Fine-tuned by moe-lm, {how}from the model in `{_said(Path(base))}`."
     configuration = {name: _without_places(v) for name, v in state["config"].items() if name in _SECTIONS}
     return Training(run.name, origin, _rows(state, run), json.dumps(configuration, indent=2))
+
+
+def _said(path: Path) -> str:
+    """The name of a model's directory; of a checkpoint, with that of its run."""
+    parts = path.absolute().parts
+    return f"{parts[-3]}/{parts[-1]}" if parts[-2:-1] == ("checkpoints",) and len(parts) > 3 else parts[-1]
 
 
 def _rows(state: dict[str, Any], run: Path) -> dict[str, str]:

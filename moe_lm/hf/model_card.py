@@ -63,8 +63,8 @@ def model_card(config: ModelConfig, training: Training, license_name: str, dtype
         if license_name != UNKNOWN_LICENSE
         else "No licence was stated when this model was exported. That of its training data is not known here either.",
         "## Verification",
-        f"Before this directory was put in place it was read back and checked against the checkpoint, {receipt.tier}: "
-        f"{receipt.why}. `verification.json` holds the same, with a SHA-256 of every tensor.",
+        f"Before this directory was put in place it was read back and checked against the checkpoint; the tier is "
+        f"{receipt.tier} ({receipt.why}). `verification.json` holds the same, with a SHA-256 of every tensor.",
         receipt.table(),
     ]
     if training.configuration:

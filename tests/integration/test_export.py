@@ -96,6 +96,21 @@ def test_a_checkpoint_is_run_against_transformers(finished, capsys):
     assert said.count(": good;") >= 1 and "MixtralDecoderLayer" in said and "whole model against transformers" in said
 
 
+def test_checkpoints_of_fine_tuning_are_good(finished, capsys, monkeypatch):
+    """Catches adapters, or moments of a part of the model, that are taken for damage; and a card without its base."""
+    monkeypatch.chdir(finished.parents[1])
+    of_base = ("model.", "tokenizer.")
+    options = [option for option in TINY if not option.startswith(of_base)]
+    options += ["data.paths=[corpus]", "trainer.max_steps=2", f"base={finished}"]
+    for name, chosen in (("lora", ["finetune=lora"]), ("part", ["finetune.parts=[attention]"])):
+        assert main(["finetune", *options, *chosen, f"run_name={name}"]) == 0
+        capsys.readouterr()
+        assert main(["verify", f"checkpoint=runs/{name}"]) == 0
+        said = capsys.readouterr().out
+        assert said.count(": good;") == 1 and "verified: 2 checks, whole model" in said
+        assert "from the model in `r/step-00000008`." in (finished.parent / name / "hf/README.md").read_text()
+
+
 def test_an_export_that_changed_is_not_trusted(exported, finished, refused):
     """Catches exit code 0 for weights that are not those that were verified."""
     weights = load_file(exported / "model.safetensors")

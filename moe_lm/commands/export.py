@@ -48,7 +48,7 @@ def export_adapter(source: MergedSource, output: Path) -> None:
     check_output(output)
     with new_export(output) as directory:
         write_adapter(directory, source.checkpoint, source.config, source.finetune, base_of_adapter(source))
-        open_tokenizer(source.tokenizer_directory).save(directory, source.config.max_position_embeddings)
+        open_tokenizer(source).save(directory, source.config.max_position_embeddings)
 
 
 def base_of_adapter(source: MergedSource) -> str:
@@ -77,7 +77,7 @@ def write_export(
         whole: Whether to run the whole model for the comparison; null means where it fits into memory.
     """
     check_output(output)
-    tokenizer = open_tokenizer(source.tokenizer_directory)
+    tokenizer = open_tokenizer(source)
     if tokenizer.vocab_size > source.config.vocab_size:
         raise InputError(
             f"checkpoint={source.path}: the tokenizer in {source.tokenizer_directory} has {tokenizer.vocab_size} ids, "

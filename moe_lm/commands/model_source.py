@@ -195,7 +195,7 @@ def open_model(path: Path, device: torch.device) -> tuple[CausalLM, Tokenizer]:
     targets = dict(model.named_parameters())
     for name, tensor in source.parameters():
         targets[name].copy_(tensor)
-    tokenizer = open_tokenizer(source.tokenizer_directory)
+    tokenizer = open_tokenizer(source)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(
             f"checkpoint={path}: the tokenizer in {source.tokenizer_directory} has {tokenizer.vocab_size} ids, the "
@@ -209,14 +209,15 @@ def find_tokenizer(directory: Path) -> Path | None:
     return directory if any((directory / name).exists() for name in (MODEL_FILE, TOKENIZER_FILE)) else None
 
 
-def open_tokenizer(directory: Path | None) -> Tokenizer:
-    """The tokenizer that stands beside a model; null where there is none."""
-    if directory is None:
+def open_tokenizer(source: ModelSource) -> Tokenizer:
+    """The tokenizer that stands beside a model."""
+    if source.tokenizer_directory is None:
+        place = source.run_directory / "tokenizer" if isinstance(source, NativeSource) else source.path
         raise InputError(
-            f"checkpoint: there is no {MODEL_FILE} beside the model, nor a {TOKENIZER_FILE}, so its text can not be "
-            "read; put the one that it was trained with there."
+            f"checkpoint: there is no {MODEL_FILE} in {place}, nor a {TOKENIZER_FILE}, so its text can not be read; "
+            "put the one that it was trained with there."
         )
-    return load_tokenizer(directory)
+    return load_tokenizer(source.tokenizer_directory)
 
 
 def _require_directory(path: Path, option: str) -> None:

@@ -61,14 +61,13 @@ def _of_directory(path: Path, config: VerifyConfig) -> Receipt:
     assert isinstance(directory, HuggingFaceSource)
     print(f"{path}:")
     if config.against is None:
-        tokenizer_directory = directory.tokenizer_directory
-        tokenizer = None if tokenizer_directory is None else open_tokenizer(tokenizer_directory)
+        tokenizer = None if directory.tokenizer_directory is None else open_tokenizer(directory)
         return verify_alone(path, directory, tokenizer, config.whole_model)
     source = open_source(Path(config.against).expanduser(), "against")
     types = {kind.dtype for kind in directory.kinds().values()}
     if len(types) > 1:
         raise VerificationError("tensors", f"an export has one type, and these have {len(types)}")
-    return verify_export(path, source, open_tokenizer(source.tokenizer_directory), types.pop(), config.whole_model)
+    return verify_export(path, source, open_tokenizer(source), types.pop(), config.whole_model)
 
 
 def _of_checkpoints(path: Path, config: VerifyConfig) -> Receipt | None:

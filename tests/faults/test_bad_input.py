@@ -17,6 +17,8 @@ from moe_lm.checkpoint.config import CheckpointConfig
 from moe_lm.checkpoint.store import CheckpointStore, TensorSlice
 from moe_lm.config import load, save
 from moe_lm.errors import InputError
+from moe_lm.model.config import ModelConfig
+from moe_lm.model.decoder import CausalLM
 
 TEXT = [
     "data=text",
@@ -443,10 +445,11 @@ def test_a_foreign_export_directory_is_refused_before_training(complain, place):
 def run(place: Path) -> Path:
     """The directory of a run that was begun with the options of `TEXT`: a configuration and a checkpoint."""
     directory = place / "runs/stdlib"
-    state = {"config": {"model": {"hidden_size": 256}}}
-    CheckpointStore(directory / "checkpoints", CheckpointConfig()).save(
-        1, [TensorSlice.whole("model/x", torch.zeros(1))], state
-    )
+    shape = {"vocab_size": 40, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 1, "num_key_value_heads": 1, "num_experts": 2}
+    model = CausalLM(ModelConfig(**shape))
+    slices = [TensorSlice.whole(f"model/{name}", value.detach()) for name, value in model.named_parameters()]
+    CheckpointStore(directory / "checkpoints", CheckpointConfig()).save(1, slices, {"config": {"model": shape}})
     save(load("pretrain", TEXT), directory / "config.yaml")
     return directory
 
@@ -571,7 +574,7 @@ def test_a_checkpoint_of_another_program_is_named(complain, place):
         1, [TensorSlice.whole("x", torch.zeros(1))], {}
     )
     for command in ("export", "generate"):
-        assert "was not written by a run of moe-lm" in complain(command, f"checkpoint={path}")
+        assert "was not written by moe-lm" in complain(command, f"checkpoint={path}")
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"model_type": "llama"}', '{"model_type": "mixtral"}'])

@@ -18,7 +18,7 @@ COMMANDS = {
     "upcycle": "make a mixture of experts of a dense model, or give a mixture more experts",
     "import": "write a Hugging Face checkpoint, or Mistral's own files, as a native one",
     "export": "write a run's checkpoint as a Hugging Face directory",
-    "verify": "check a checkpoint, or all of a run's, by hand",
+    "verify": "check a checkpoint, all of a run's, or an export by hand",
     "generate": "continue a text with a checkpoint or an export",
     "plan placement": "find which rank should own which expert, from a run's expert counts",
 }

@@ -19,6 +19,8 @@ from moe_lm.hf.parity import DiskModel, check_layers, check_model
 from moe_lm.hf.receipt import LAYERS, WHOLE, VerificationError
 from moe_lm.hf.verification import verify_alone, verify_export, verify_native
 from moe_lm.model.config import ModelConfig
+from moe_lm.model.decoder import CausalLM
+from moe_lm.model.initialization import initialize
 from tests.models import CHARACTERS, InMemory, write_tokenizer
 from tests.unit.hf.conftest import CONFIGS, SHAPE, make_model
 
@@ -245,6 +247,19 @@ def test_parts_outside_the_layers_are_run_with_the_whole_model(name):
     with pytest.raises(VerificationError, match=rf"model: {name}: transformers reports missing"):
         check_model(_theirs(source, drop=name), source, torch.float32)
     changed = {**theirs.read(""), name: theirs.read("")[name] * 1.001}
+    with pytest.raises(VerificationError, match=r"model: logits and transformers' are .* apart"):
+        check_model(theirs._replace(read=lambda _: changed), source, torch.float32)
+
+
+def test_a_model_that_amplifies_rounding_is_no_other_model():
+    """Catches a good deep model that is refused, or a bound that lets a wrong one through with it."""
+    model = CausalLM(dataclasses.replace(CONFIGS["mixture"], num_hidden_layers=16, initializer_range=0.6))
+    initialize(model, seed=5)
+    source = InMemory(model)
+    theirs = _theirs(source)
+    assert "the last bit of the embedding alone changes" in check_model(theirs, source, torch.float32).finding
+    changed = theirs.read("")
+    changed["model.layers.0.input_layernorm.weight"] *= 1.1
     with pytest.raises(VerificationError, match=r"model: logits and transformers' are .* apart"):
         check_model(theirs._replace(read=lambda _: changed), source, torch.float32)
 

@@ -53,7 +53,8 @@ def evaluate(
             return None
         batch = batch.to(runtime.device)
         output = model(batch.input_ids, batch.position_ids, batch.document_ids, batch.routing_mask)
-        sums[0] += linear_cross_entropy(output.hidden_BSD.flatten(0, 1), model.lm_head.weight, batch.labels.flatten())
+        hidden_TD, head_VD = model.lm_head.factors(output.hidden_BSD.flatten(0, 1))
+        sums[0] += linear_cross_entropy(hidden_TD, head_VD, batch.labels.flatten())
         sums[1] += (batch.labels >= 0).sum()
     runtime.sum([sums])
     nats, targets = sums.tolist()

@@ -17,7 +17,7 @@ from moe_lm.checkpoint.tensor_file import write_tensors
 from moe_lm.errors import RunError
 from moe_lm.files import write_json
 from moe_lm.finetune.config import FinetuneConfig, Part
-from moe_lm.finetune.lora import A
+from moe_lm.finetune.lora import EMBEDDING, A
 from moe_lm.model.config import ModelConfig
 from moe_lm.training.state import MODEL
 
@@ -53,6 +53,8 @@ def peft_name(name: str) -> str:
     """An adapter's parameter as peft names it."""
     stem, matrix = name[: -len("lora_A")], name[-len("lora_A") :]
     stem = stem.replace("experts.gate_up_proj_", "experts.base_layer.").replace("experts.down_proj_", "experts.")
+    if EMBEDDING in stem:
+        return f"base_model.model.{stem}{matrix.replace('lora_', 'lora_embedding_')}"
     return f"base_model.model.{stem}{matrix}.weight"
 
 
@@ -69,6 +71,8 @@ def peft_config(model: ModelConfig, config: FinetuneConfig, base: str) -> dict[s
     """What `adapter_config.json` says."""
     parts = config.chosen_parts
     modules = list(_ATTENTION) if Part.attention in parts else []
+    modules += ["embed_tokens"] if Part.embedding in parts else []
+    modules += ["lm_head"] if Part.head in parts else []
     parameters: list[str] = []
     if Part.experts in parts and model.is_mixture:
         parameters += ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

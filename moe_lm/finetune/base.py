@@ -110,8 +110,7 @@ def choose_trained(model: CausalLM, config: FinetuneConfig) -> None:
     """Add adapters where there shall be some, and freeze what is not trained, in place."""
     parts = config.chosen_parts
     if config.method is Method.lora:
-        chosen = {part.name: part in parts for part in (Part.attention, Part.experts, Part.router)}
-        adapt(model, **chosen, rank=config.rank, scale=config.scale)
+        adapt(model, parts, config.rank, config.scale)
         return
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in parts)
@@ -170,5 +169,11 @@ def _check(model: ModelConfig, config: FinetuneConfig) -> None:
             raise InputError(
                 f"finetune.experts=[{text}]: the base has {model.num_experts} experts in a layer, numbered from 0."
             )
-    if model.tie_word_embeddings and config.parts == [Part.head.name]:
+    tied = {Part.embedding, Part.head} & config.chosen_parts if model.tie_word_embeddings else set()
+    if tied and config.method is Method.lora:
+        raise InputError(
+            f"finetune.parts=[{min(part.name for part in tied)}]: the base's head is its embedding, and an adapter of "
+            "one of them would be merged into both; leave it out."
+        )
+    if tied == {Part.head}:
         raise InputError("finetune.parts=[head]: the base's head is its embedding; give embedding.")

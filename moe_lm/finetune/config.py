@@ -25,8 +25,11 @@ class Part(enum.Enum):
     head = "head"
 
 
-LORA_PARTS = (Part.attention, Part.experts, Part.router)
-"""Those that can have adapters, and all have them where nothing else is asked for."""
+LORA_PARTS = (Part.embedding, Part.attention, Part.experts, Part.router, Part.head)
+"""Those that can have adapters."""
+
+LORA_DEFAULT = (Part.attention, Part.experts, Part.router)
+"""Those that have them where nothing else is asked for."""
 
 
 @dataclasses.dataclass
@@ -37,8 +40,9 @@ class FinetuneConfig:
     """`full` changes the weights themselves; `lora` adds a low-rank matrix to each and changes that alone (LoRA, Hu et
     al. 2021). `finetune=full` and `finetune=lora` say the same."""
     parts: list[str] = dataclasses.field(default_factory=list)
-    """Which parts: embedding, attention, experts (of a dense model its feed-forward blocks), router, norms, head; for
-    LoRA of attention, experts and router. An empty list means all of these. Leaving `router` out freezes it."""
+    """Which parts: embedding, attention, experts (of a dense model its feed-forward blocks), router, norms, head. An
+    empty list means all of them; for LoRA, which has no adapters of norms, it means attention, experts and router.
+    Leaving `router` out freezes it."""
     experts: list[str] = dataclasses.field(default_factory=list)
     """Numbers of the experts to train, in every layer, such as [0,3]; an empty list means all."""
     rank: int = 8
@@ -67,7 +71,7 @@ class FinetuneConfig:
     @property
     def chosen_parts(self) -> set[Part]:
         """The parts that are trained, as far as the model has them."""
-        every = LORA_PARTS if self.method is Method.lora else tuple(Part)
+        every = LORA_DEFAULT if self.method is Method.lora else tuple(Part)
         return {Part[name] for name in self.parts} or set(every)
 
     @property

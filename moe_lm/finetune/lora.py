@@ -4,21 +4,24 @@ Stacked experts get an A and a B each, applied to the rows that the dispatcher h
 W + B·A of the whole stack in every forward pass: for 8 experts of which a token takes 2, four times the products, and a
 copy of all experts.) They are sliced like the experts themselves when processes share a model.
 
-Letters: E experts, r rank, D hidden, F intermediate, R routed rows, T tokens.
+Letters: E experts, r rank, D hidden, F intermediate, R routed rows, T tokens, V vocabulary.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_lm.finetune.config import Part
 from moe_lm.kernels.grouped_linear import grouped_linear
 from moe_lm.model.attention import Attention
-from moe_lm.model.decoder import CausalLM
+from moe_lm.model.decoder import CausalLM, OutputHead
 from moe_lm.model.moe import DenseFeedForward, Experts
 from moe_lm.model.router import Router
+
+EMBEDDING = "embed_tokens."
 
 A, B = "lora_A", "lora_B"
 """Names of an adapter's matrices, as peft has them: those of `q_proj.weight` are `q_proj.lora_A` and `q_proj.lora_B`,
@@ -73,6 +76,40 @@ class LoraExperts(Experts):
         return adapted(activation_PF, self.down_proj, self.down_proj_lora_A, self.down_proj_lora_B)
 
 
+class LoraEmbedding(nn.Embedding):
+    """An embedding with an adapter: W + scale · (B·A)ᵀ; `weight` [V, D], `lora_A` [r, V], `lora_B` [D, r]."""
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    scale: float
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids [...] to [..., D]."""
+        low_rank = F.linear(F.embedding(ids, self.lora_A.t()), self.lora_B)
+        return F.embedding(ids, self.weight) + low_rank * self.scale
+
+
+class LoraHead(OutputHead):
+    """An output head with an adapter: `weight` [V, D], `lora_A` [r, D], `lora_B` [V, r]."""
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    scale: float
+
+    def factors(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """See `OutputHead.factors`: with r columns more, which keeps what is too small to add to a bf16 weight."""
+        low_rank = F.linear(hidden, self.lora_A) * self.scale
+        return torch.cat((hidden, low_rank), dim=-1), torch.cat((self.weight, self.lora_B), dim=-1)
+
+
+def add_to_embedding(embedding: nn.Embedding, rank: int, scale: float) -> None:
+    """Give an embedding an adapter, in place."""
+    ids, hidden = embedding.weight.shape
+    _become(embedding, LoraEmbedding, scale)
+    embedding.lora_A = nn.Parameter(embedding.weight.new_empty(rank, ids))
+    embedding.lora_B = nn.Parameter(embedding.weight.new_empty(hidden, rank))
+
+
 def add_to_attention(module: Attention, rank: int, scale: float) -> None:
     """Give the four projections adapters, in place."""
     for linear in (module.q_proj, module.k_proj, module.v_proj, module.o_proj):
@@ -85,9 +122,14 @@ def add_to_dense(module: DenseFeedForward, rank: int, scale: float) -> None:
         _add_to_linear(linear, rank, scale)
 
 
-def _add_to_linear(linear: nn.Linear, rank: int, scale: float) -> None:
+def add_to_head(head: OutputHead, rank: int, scale: float) -> None:
+    """Give an output head an adapter, in place."""
+    _add_to_linear(head, rank, scale, LoraHead)
+
+
+def _add_to_linear(linear: nn.Linear, rank: int, scale: float, kind: type[nn.Linear] = LoraLinear) -> None:
     outputs, inputs = linear.weight.shape
-    _become(linear, LoraLinear, scale)
+    _become(linear, kind, scale)
     linear.lora_A = nn.Parameter(linear.weight.new_empty(rank, inputs))
     linear.lora_B = nn.Parameter(linear.weight.new_empty(outputs, rank))
 
@@ -135,10 +177,15 @@ def adapter_names(name: str) -> tuple[str, str]:
 
 
 def initial_adapter(name: str, shape: list[int], generator: torch.Generator) -> Tensor:
-    """A is uniform within ±1/√in (as in peft: Kaiming's with a = √5), B is zero; fp32, on the generator's device."""
+    """A is uniform within ±1/√in (Kaiming's with a = √5), B is zero; of an embedding A is zero, B N(0, 1). Both are as in
+    peft; fp32, on the generator's device.
+    """
     value = torch.empty(*shape, device=generator.device)
-    if name.endswith(B):
+    of_embedding = EMBEDDING in name
+    if name.endswith(A if of_embedding else B):
         return value.zero_()
+    if of_embedding:
+        return value.normal_(generator=generator)
     bound = 1 / math.sqrt(shape[-1])
     return value.uniform_(-bound, bound, generator=generator)
 
@@ -148,18 +195,24 @@ def merged(name: str, weight: Tensor, read: Callable[[str], Tensor], scale: floa
 
     Args:
         name: Of the parameter, native.
-        weight: [out, in], or [E, out, in].
+        weight: [out, in], or [E, out, in]; of an embedding [V, D].
         read: Gives a parameter of the adapter by its name.
         scale: alpha / rank.
     """
     a, b = (read(part).float() for part in adapter_names(name))
-    return (weight.float() + scale * torch.matmul(b, a)).to(weight.dtype)
+    product = torch.matmul(b, a)
+    return (weight.float() + scale * (product.t() if EMBEDDING in name else product)).to(weight.dtype)
 
 
-def adapt(model: CausalLM, *, attention: bool, experts: bool, router: bool, rank: int, scale: float) -> None:
+def adapt(model: CausalLM, parts: Collection[Part], rank: int, scale: float) -> None:
     """Add adapters to the parts of a model, and freeze everything else, in place."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    attention, experts, router = (part in parts for part in (Part.attention, Part.experts, Part.router))
+    if Part.embedding in parts:
+        add_to_embedding(model.model.embed_tokens, rank, scale)
+    if Part.head in parts:
+        add_to_head(model.lm_head, rank, scale)
     for module in list(model.modules()):
         if attention and isinstance(module, Attention):
             add_to_attention(module, rank, scale)

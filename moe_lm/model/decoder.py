@@ -62,7 +62,7 @@ class DecoderOutput(NamedTuple):
     """What a forward pass gives."""
 
     hidden_BSD: Tensor
-    """Final hidden states, normalised: `hidden · lm_head.weightᵀ` are the logits."""
+    """Final hidden states, normalised; `OutputHead.factors` says what they are multiplied with."""
     statistics: RoutingStatistics | None
     """Every layer's routing statistics, stacked: fields [L, E], [L, E], [L]. Null for a dense model."""
 
@@ -102,7 +102,7 @@ class Decoder(nn.Module):
         if position_ids_BS is None:
             position_ids_BS = torch.arange(seen, seen + length, device=input_ids_BS.device).expand_as(input_ids_BS)
         mask_BST = self._mask(input_ids_BS, document_ids_BS, seen)
-        x_BSD = F.embedding(input_ids_BS, self.embed_tokens.weight)
+        x_BSD: Tensor = self.embed_tokens(input_ids_BS)
         rotary = rotary_angles(position_ids_BS, config.width_of_head, config.rope_theta, x_BSD.dtype)
         statistics = []
         for layer in self.layers:
@@ -128,6 +128,14 @@ class Decoder(nn.Module):
         return attention_mask(document_ids_BS, key_documents_BT, seen, window)
 
 
+class OutputHead(nn.Linear):
+    """The output head. Losses multiply chunk by chunk, so it gives the factors instead of the product."""
+
+    def factors(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """X [..., D'] and W [V, D'] whose product x·Wᵀ are the logits of hidden states [..., D]."""
+        return hidden, self.weight
+
+
 class CausalLM(nn.Module):
     """The decoder with its output head."""
 
@@ -135,7 +143,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = OutputHead(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -154,4 +162,4 @@ class CausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., D]."""
-        return F.linear(hidden, self.lm_head.weight)
+        return F.linear(*self.lm_head.factors(hidden))

@@ -51,7 +51,8 @@ def loss_shares(
     """
     config = model.config
     output = model(batch.input_ids, batch.position_ids, batch.document_ids, batch.routing_mask)
-    nll = linear_cross_entropy(output.hidden_BSD.flatten(0, 1), model.lm_head.weight, batch.labels.flatten())
+    hidden_TD, head_VD = model.lm_head.factors(output.hidden_BSD.flatten(0, 1))
+    nll = linear_cross_entropy(hidden_TD, head_VD, batch.labels.flatten())
     cross_entropy = nll / num_targets
     statistics = output.statistics
     if statistics is None:

@@ -21,7 +21,7 @@ from moe_lm.checkpoint.config import CheckpointConfig
 from moe_lm.checkpoint.store import CheckpointStore, TensorSlice
 from moe_lm.data.batch import IGNORED, Batch
 from moe_lm.finetune.base import choose_trained
-from moe_lm.finetune.config import FinetuneConfig, Method
+from moe_lm.finetune.config import LORA_PARTS, FinetuneConfig, Method
 from moe_lm.model.config import LoadBalancing, LoadSource, ModelConfig, ModelFamily
 from moe_lm.model.initialization import initial_value
 from moe_lm.parallel.cost import Traffic, Work, step_traffic
@@ -60,7 +60,7 @@ class Case:
     """Experts placed otherwise in each layer, instead of in order."""
     recompute: bool = False
     lora: int = 0
-    """Rank of adapters on attention, experts and router, which alone are trained; 0 trains the model itself."""
+    """Rank of adapters on all that can have some, which alone are trained; 0 trains the model itself."""
     experts: tuple[int, ...] = ()
     """The experts that are trained; empty means all."""
     model: tuple[tuple[str, object], ...] = ()
@@ -112,7 +112,8 @@ class Case:
 
     def finetune(self) -> FinetuneConfig:
         method = Method.lora if self.lora else Method.full
-        return FinetuneConfig(method, experts=[str(number) for number in self.experts], rank=self.lora or 8)
+        parts = [part.name for part in LORA_PARTS] if self.lora else []
+        return FinetuneConfig(method, parts, [str(number) for number in self.experts], self.lora or 8)
 
     def work(self, rows_sent: int, rows_received: int) -> Work:
         size = getattr(torch, self.dtype).itemsize

@@ -30,7 +30,11 @@ SHAPE = {
 }
 
 
-@pytest.mark.parametrize("parts", [[], ["attention"], ["experts"], ["router"], ["attention", "router"]], ids=str)
+@pytest.mark.parametrize(
+    "parts",
+    [[], ["attention"], ["experts"], ["router"], ["embedding"], ["head"], ["embedding", "attention", "router", "head"]],
+    ids=str,
+)
 @pytest.mark.parametrize("family", ["mixture", "dense"])
 def test_an_adapter_gives_the_same_logits_under_peft(family, parts, tmp_path):
     """Catches experts' matrices in another order than peft's, a scale that differs, adapters that peft leaves out, and

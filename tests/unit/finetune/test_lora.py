@@ -23,7 +23,8 @@ SHAPE = {
 }
 MIXTURE = ModelConfig(**SHAPE, num_experts=4)
 DENSE = ModelConfig(**SHAPE, family=ModelFamily.dense)
-LORA = FinetuneConfig(Method.lora, rank=4, alpha=12.0)
+LORA = FinetuneConfig(Method.lora, [part.name for part in LORA_PARTS], rank=4, alpha=12.0)
+DENSE_LORA = FinetuneConfig(Method.lora, [p.name for p in LORA_PARTS if p is not Part.router], rank=4, alpha=12.0)
 
 
 def _adapted(model: ModelConfig, config: FinetuneConfig = LORA) -> CausalLM:
@@ -41,7 +42,7 @@ def _tokens() -> torch.Tensor:
 @pytest.mark.parametrize("model", [MIXTURE, DENSE], ids=["mixture", "dense"])
 def test_adapters_are_the_merged_weights(model):
     """Catches a scale left out, an A applied to another expert's rows, and a merge that is not what was trained."""
-    adapted, whole = _adapted(model), CausalLM(model)
+    adapted, whole = _adapted(model, DENSE_LORA if model is DENSE else LORA), CausalLM(model)
     parameters = dict(adapted.named_parameters())
     for name, parameter in whole.named_parameters():
         value = parameters[name]
@@ -51,7 +52,7 @@ def test_adapters_are_the_merged_weights(model):
         parameter.data = value.detach()
     ours, theirs = (m.logits(m(_tokens()).hidden_BSD) for m in (adapted, whole))
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
-    assert sum(map(is_adapter, parameters)) == 2 * 2 * (7 if model is DENSE else 4 + 1 + 2)
+    assert sum(map(is_adapter, parameters)) == 2 * (2 + 2 * (7 if model is DENSE else 4 + 1 + 2))
 
 
 def test_names_lead_there_and_back():
@@ -76,10 +77,11 @@ def test_a_fresh_adapter_changes_nothing_and_can_learn():
     adapted.logits(adapted(_tokens()).hidden_BSD).square().sum().backward()
     for name, parameter in adapted.named_parameters():
         assert (parameter.grad is not None) == is_adapter(name), name
-        if name.endswith("lora_B"):
+        first, second = ("lora_A", "lora_B") if "embed_tokens" in name else ("lora_B", "lora_A")
+        if name.endswith(first):
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
-        elif name.endswith("lora_A"):
-            assert parameter.grad is not None and not parameter.grad.any(), f"{name}: B is zero"
+        elif name.endswith(second):
+            assert parameter.grad is not None and not parameter.grad.any(), f"{name}: the other one is zero"
 
 
 @pytest.mark.parametrize("method", list(Method))
@@ -153,6 +155,11 @@ def test_a_wrong_choice_is_named(options, sentence):
     [
         (DENSE, {"parts": ["router"]}, "has no router"),
         (DENSE, {"experts": ["0"]}, "the base is a dense model"),
+        (
+            ModelConfig(**SHAPE, num_experts=4, tie_word_embeddings=True),
+            {"method": Method.lora, "parts": ["head"]},
+            "would be merged into both",
+        ),
         (MIXTURE, {"experts": ["4"]}, "finetune.experts=[4]: the base has 4 experts"),
     ],
 )

@@ -37,6 +37,8 @@ from moe_lm.errors import InputError
 from moe_lm.files import write_atomically
 
 MODEL_FILE = "tokenizer.model"
+SPACE = "\u2581"
+"""How sentencepiece writes a space in its pieces."""
 ROLE_MARKS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>")
 NUM_SPARES = 32
 CONTROL_SYMBOLS = (*ROLE_MARKS, *(f"<|spare_{index}|>" for index in range(NUM_SPARES)))
@@ -258,6 +260,11 @@ class SentencePieceTokenizer:
     def control_pattern(self) -> re.Pattern[str]:
         """Finds control strings, the longest first."""
         return re.compile("|".join(map(re.escape, sorted(self.control_strings, key=len, reverse=True))))
+
+    @cached_property
+    def has_dummy_prefix(self) -> bool:
+        """Whether the model puts a space in front of every text, as Mixtral's does."""
+        return self.piece(self.encode("a")[0]).startswith(SPACE)
 
     def encode(self, text: str) -> list[int]:
         """Encodes a text, without control ids."""

@@ -10,9 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moe_lm.data.tokenizer import MODEL_FILE, SentencePieceTokenizer
+from moe_lm.data.tokenizer import MODEL_FILE, SPACE, SentencePieceTokenizer
 from moe_lm.data.tokenizer_huggingface import write_chat_template
-from moe_lm.data.tokenizer_rendered import SPACE
 from moe_lm.errors import InputError
 from moe_lm.files import write_atomically, write_json
 
@@ -66,7 +65,7 @@ def tokenizer_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     unreplace = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     decoders: list[dict[str, Any]] = [unreplace, {"type": "ByteFallback"}, {"type": "Fuse"}]
     normalizer: dict[str, Any] = replace
-    if _has_dummy_prefix(tokenizer):
+    if tokenizer.has_dummy_prefix:
         normalizer = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, replace]}
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     controls = [token for token in range(tokenizer.vocab_size) if _is_special(tokenizer, token)]
@@ -128,10 +127,6 @@ def _merges(tokenizer: SentencePieceTokenizer) -> list[list[str]]:
 
 def _is_special(tokenizer: SentencePieceTokenizer, token: int) -> bool:
     return tokenizer.is_control(token) or tokenizer.is_unknown(token)
-
-
-def _has_dummy_prefix(tokenizer: SentencePieceTokenizer) -> bool:
-    return tokenizer.piece(tokenizer.encode("a")[0]).startswith(SPACE)
 
 
 def _check_exportable(tokenizer: SentencePieceTokenizer) -> None:

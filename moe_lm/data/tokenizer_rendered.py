@@ -14,9 +14,7 @@ import bisect
 from collections.abc import Sequence
 from itertools import accumulate
 
-from moe_lm.data.tokenizer import SentencePieceTokenizer
-
-SPACE = "\u2581"
+from moe_lm.data.tokenizer import SPACE, SentencePieceTokenizer
 
 Spans = list[tuple[int, int]]
 """[begin, end) of characters or of tokens, in order."""
@@ -66,11 +64,12 @@ def token_spans(begins: Sequence[int], ends: Sequence[int], spans: Sequence[tupl
 
 def _places(tokenizer: SentencePieceTokenizer, ids: list[int], text: str, breaker: str) -> Spans:
     """Characters [begin, end) of each token of a text; a token that is a part of a character has all of it."""
-    behind_character = [0, *accumulate(0 if char == breaker else len(char.encode()) for char in text)]
-    sizes = [1 if tokenizer.is_byte(i) else len(tokenizer.piece(i).replace(SPACE, " ").encode()) for i in ids]
-    prefix = sum(sizes) - behind_character[-1]  # one byte where the model puts a space in front
+    # The model reads a U+2581 of the text as a space, too.
+    read = text.replace(SPACE, " ")
+    behind_character = [0, *accumulate(0 if char == breaker else len(char.encode()) for char in read)]
+    sizes = (1 if tokenizer.is_byte(i) else len(tokenizer.piece(i).replace(SPACE, " ").encode()) for i in ids)
     places = []
-    end = -prefix
+    end = -1 if tokenizer.has_dummy_prefix else 0
     for size in sizes:
         begin, end = end, end + size
         first = bisect.bisect_right(behind_character, max(0, begin)) - 1

@@ -41,7 +41,23 @@ CHATML = (
 )
 FORGETFUL = "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}|{% endfor %}"
 
-WORDS = ["a", "list files", " ", "\n", "é", "한", "👩‍👩‍👧", "<", "|>", "user", "[INST]", "\ufdd0", "\u2047", "self."]
+WORDS = [
+    "a",
+    "list files",
+    " ",
+    "\n",
+    "é",
+    "한",
+    "👩‍👩‍👧",
+    "<",
+    "|>",
+    "user",
+    "[INST]",
+    "\ufdd0",
+    "\u2047",
+    "\u2581",
+    "self.",
+]
 CONTROLS = ["<|user|>", "<|assistant|>", "</s>", "<s>", "<|end|>", "<unk>", "<|spare_0|>"]
 
 
@@ -160,6 +176,20 @@ def test_templates_without_marks_are_understood(
         said = ours.decode(tokens.ids[begin:end])
         assert said.strip(" ") == plain.strip(" ") or plain.strip(" ") in said  # a token may hold a bit of the prompt
         assert len(said) <= len(plain) + 24
+
+
+@settings(deadline=None, max_examples=50)
+@given(words=st.lists(texts_of(["\u2581", " ", "\u2581\u2581é", "a"]), min_size=2, max_size=4))
+@pytest.mark.parametrize("name", ["mixtral", "chatml", "prefixed"])
+def test_the_mark_of_a_space_is_read_as_a_space(
+    exported: dict[str, Any], prefixed: Tokenizer, name: str, words: list[str]
+) -> None:
+    """Catches targets that are moved by each U+2581 (3 bytes of text, 1 of a piece), into the prompt or out of it."""
+    ours = prefixed if name == "prefixed" else exported[name][0]
+    messages = [{"role": ALL_ROLES[1 + i % 2], "content": word} for i, word in enumerate(words)]
+    spaced = [message | {"content": message["content"].replace("\u2581", " ")} for message in messages]
+    tokens, expected = tokens_of(ours, messages), tokens_of(ours, spaced)
+    assert tokens.ids == expected.ids and tokens.spans == expected.spans
 
 
 def test_a_dummy_prefix_gives_the_ids_of_transformers(prefixed: Tokenizer, tmp_path: Path) -> None:

@@ -244,7 +244,8 @@ def _sections_of_base(values: list[_Given]) -> dict[str, Any]:
 
     model, tokenizer_directory = describe(Path(base).expanduser(), "base")
     tokenizer = {} if tokenizer_directory is None else {"tokenizer": {"path": str(tokenizer_directory)}}
-    return _escaped_texts({"model": to_plain(model), **tokenizer})
+    # The penalty is against the router that a run begins with: how the base was trained says nothing about that.
+    return _escaped_texts({"model": {**to_plain(model), "router_drift_coef": 0.0}, **tokenizer})
 
 
 def _open_section(merged: Any, schema: Any, name: str) -> None:

@@ -66,10 +66,14 @@ def _moe_lm(directory: Path, *arguments: str) -> None:
 
 
 def _run(directory: Path, command: str, name: str, *options: str, steps: int) -> dict[int, float]:
-    """A run's validation bits per byte by step, of 256 evenly spread rows; of all rows at the beginning and end."""
+    """A run's validation bits per byte by step, each over all of the validation set."""
     state = directory / "runs" / name / "state.json"
     if not state.exists() or json.loads(state.read_text())["status"] != "finished":
-        rest = [f"trainer.max_steps={steps}", f"trainer.eval_interval={steps // POINTS}", "trainer.eval_sequences=256"]
+        rest = [
+            f"trainer.max_steps={steps}",
+            f"trainer.eval_interval={steps // POINTS}",
+            "trainer.eval_sequences=1000000",
+        ]
         data = ["data=stdlib"] if command == "finetune" else []
         _moe_lm(directory, command, f"run_name={name}", *data, *options, *rest, "finish.export=false")
     lines = [json.loads(line) for line in (state.parent / "metrics.jsonl").read_text().splitlines()]

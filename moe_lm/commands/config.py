@@ -100,6 +100,8 @@ class ExportConfig:
     output: str | None = None
     """Directory to write; null means `hf` in the run's directory, of adapters `adapter`. An earlier export there is
     replaced, nothing else is."""
+    base: str | None = None
+    """Where the base of a LoRA run is, if it is not where it was: a copy of it, or its fp32 export."""
     adapter: bool = False
     """Write the adapters of a LoRA run alone, as peft's files, instead of the model that they are merged into."""
     dtype: ExportType = ExportType.fp32

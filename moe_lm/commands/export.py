@@ -1,24 +1,31 @@
 """`moe-lm export`: a checkpoint as a Hugging Face directory, behind the gate of its verification."""
 
+import contextlib
 from pathlib import Path
 
 import torch
 
 from moe_lm.commands.config import ExportConfig, ExportType
-from moe_lm.commands.model_source import MergedSource, NativeSource, open_source, open_tokenizer
+from moe_lm.commands.model_source import MergedSource, NativeSource, is_foreign, open_source, open_tokenizer
 from moe_lm.commands.training_facts import training_of
 from moe_lm.errors import InputError
+from moe_lm.files import write_json
 from moe_lm.finetune.adapter import write_adapter
+from moe_lm.finetune.base import fingerprint
 from moe_lm.hf.export import SHARD_BYTES, check_output, export, new_export
 from moe_lm.hf.model_card import UNKNOWN_LICENSE, model_card
 from moe_lm.hf.receipt import RECEIPT, Receipt
 from moe_lm.model.source import ModelSource
 
+BASE = "base.json"
+"""In an adapter's directory: the model that it belongs on, and the fingerprint of its weights."""
+
 
 def run(config: ExportConfig) -> int:
     """Export the checkpoint."""
     assert config.checkpoint is not None
-    source = open_source(Path(config.checkpoint).expanduser())
+    base = None if config.base is None else Path(config.base).expanduser()
+    source = open_source(Path(config.checkpoint).expanduser(), base=base)
     if config.output is not None:
         output = Path(config.output).expanduser()
     elif isinstance(source, NativeSource):
@@ -29,7 +36,7 @@ def run(config: ExportConfig) -> int:
         if not isinstance(source, MergedSource):
             raise InputError(f"adapter=true: {source.path} has no adapters, for it is of no LoRA run; leave it out.")
         export_adapter(source, output)
-        print(f"exported the adapters of {source.path} to {output}; they belong on {base_of_adapter(source)}")
+        print(f"exported the adapters of {source.path} to {output}; they belong on {said_base(source)}")
         return 0
     dtype = torch.float32 if config.dtype is ExportType.fp32 else torch.bfloat16
     receipt = write_export(source, output, dtype, config.max_shard_bytes, config.license, config.whole_model)
@@ -47,15 +54,31 @@ def export_adapter(source: MergedSource, output: Path) -> None:
     """
     check_output(output)
     with new_export(output) as directory:
-        write_adapter(directory, source.checkpoint, source.config, source.finetune, base_of_adapter(source))
+        place = base_of_adapter(source)
+        write_adapter(directory, source.checkpoint, source.config, source.finetune, place)
+        write_json(directory / BASE, {"base": place, "base_fingerprint": source.base_fingerprint})
         open_tokenizer(source).save(directory, source.config.max_position_embeddings)
 
 
 def base_of_adapter(source: MergedSource) -> str:
-    """What peft shall load the adapters on: the base in Hugging Face's format, where there is one."""
+    """What peft shall load the adapters on: the base in Hugging Face's format, where that can be found; by its weights,
+    for the export of a run may be of another checkpoint.
+    """
     base = source.base
-    exported = base.run_directory / "hf" if isinstance(base, NativeSource) else base.path
-    return str((exported if exported.is_dir() else base.path).absolute())
+    if not isinstance(base, NativeSource):
+        return str(base.path.absolute())
+    imported = base.checkpoint.state.get("origin", {}).get("checkpoint")
+    for place in (base.run_directory / "hf", *([Path(imported)] if isinstance(imported, str) else [])):
+        with contextlib.suppress(InputError, OSError):
+            if is_foreign(place) and fingerprint(open_source(place)) == source.base_fingerprint:
+                return str(place.absolute())
+    return str(base.path.absolute())
+
+
+def said_base(source: MergedSource) -> str:
+    """Where the base of adapters is, in words."""
+    place = Path(base_of_adapter(source))
+    return str(place) if is_foreign(place) else f"an fp32 export of {place}"
 
 
 def write_export(

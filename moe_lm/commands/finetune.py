@@ -32,12 +32,48 @@ def run(config: FinetuneRunConfig) -> int:
 
     def begin(runtime: Runtime) -> Start:
         assert config.base is not None
-        base = open_source(Path(config.base).expanduser(), "base")
+        base = _open_base(config.base, runtime)
         _check_model(config, base)
         runtime.on_main(lambda: _check_tokenizer(config, base))
-        return FromBase(base, config.finetune, config.seed, runtime.decide(lambda: fingerprint(base)))
+        return FromBase(base, config.finetune, config.seed, _agreed_fingerprint(config.base, base, runtime))
 
     return run_job(config, begin)
+
+
+def _open_base(given: str, runtime: Runtime) -> ModelSource:
+    """The base, the same on every process: the main one chooses the checkpoint, for a run that is still training has
+    another newest one a moment later.
+    """
+    opened: list[ModelSource] = []
+
+    def choose() -> str:
+        opened.append(open_source(Path(given).expanduser(), "base"))
+        return str(opened[0].path)
+
+    path = runtime.decide(choose)
+    failure: Exception | None = None
+    if not opened:
+        try:
+            opened.append(open_source(Path(path), "base"))
+        except Exception as error:
+            failure = error
+    runtime.agree(failure)
+    return opened[0]
+
+
+def _agreed_fingerprint(given: str, base: ModelSource, runtime: Runtime) -> str:
+    """The fingerprint of the base, by each process's own files."""
+    found, failure = "", None
+    try:
+        found = fingerprint(base)
+    except Exception as error:  # a file that only this process's machine can not read
+        failure = error
+    runtime.agree(failure)
+    everyone = runtime.gather(found)
+    for rank, theirs in enumerate(everyone):
+        if theirs != everyone[0]:
+            raise InputError(f"base={given}: process {rank} finds other weights there than process 0; copy them anew.")
+    return found
 
 
 def _check_model(config: FinetuneRunConfig, base: ModelSource) -> None:

@@ -12,8 +12,7 @@ from moe_lm.checkpoint.checkpoint import Checkpoint
 from moe_lm.checkpoint.saver import said
 from moe_lm.checkpoint.store import most_kept
 from moe_lm.checkpoint.tensor_file import CheckpointError
-from moe_lm.commands.export import base_of_adapter, export_adapter, write_export
-from moe_lm.commands.model_source import MergedSource, open_model, open_source
+from moe_lm.commands.closing import finish
 from moe_lm.commands.output import lasting_output, output_to_file
 from moe_lm.commands.prepare import PreparationDisplay
 from moe_lm.commands.run_directory import (
@@ -34,8 +33,6 @@ from moe_lm.data.prepared import PreparedData, load
 from moe_lm.data.tokenizer import Tokenizer, load_tokenizer
 from moe_lm.errors import InputError
 from moe_lm.evaluation.bits_per_byte import Validation
-from moe_lm.evaluation.compressors import document_bytes, gzip_bits_per_byte, xz_bits_per_byte
-from moe_lm.evaluation.generation import generate
 from moe_lm.interrupts import STOPPED, interrupts
 from moe_lm.model.accounting import count_parameters
 from moe_lm.parallel.peers import BEAT
@@ -43,7 +40,6 @@ from moe_lm.parallel.placement import write_placement
 from moe_lm.parallel.runtime import Runtime
 from moe_lm.training.config import RunConfig
 from moe_lm.training.loop import train
-from moe_lm.training.machine import total_memory
 from moe_lm.training.run import Run
 from moe_lm.training.start import Start
 from moe_lm.training.state import expected_tensors
@@ -101,7 +97,7 @@ def _run(config: RunConfig, make_start: Callable[[Runtime], Start]) -> int:
             )
             with end_recorded(training, say):
                 final = _train(training)
-                runtime.on_main(lambda: _finish(training, final, say))
+                runtime.on_main(lambda: finish(training, final, say))
         runtime.barrier()  # nobody takes the process group down while a peer still listens
     return 0
 
@@ -249,7 +245,11 @@ def _open_store(training: Run) -> None:
 
 
 def _check_same_start(training: Run, checkpoint: Checkpoint) -> None:
-    """Refuse a base that is not the one that the run began from: its adapters would be those of another model."""
+    """Refuse a base that is not the one that the run began from, where the run goes on with its weights: beneath
+    adapters, or for the router to stay near.
+    """
+    if not training.has_adapters and training.config.model.router_drift_coef == 0:
+        return
     before, now = checkpoint.state.get("start", {}), training.start.state
     if before.get("base_fingerprint") != now.get("base_fingerprint"):
         raise InputError(
@@ -276,51 +276,3 @@ def _check_same_data(training: Run, checkpoint: Checkpoint, has_data: bool) -> N
             f"{made} was prepared from other text than {checkpoint.path} was trained on ({which}); bring that text "
             f"back{again}, or give another run_name= to start anew."
         )
-
-
-def _finish(training: Run, validation: Validation, say: Say) -> None:
-    """Compare, sample, export, and say where everything is."""
-    finish, directory, data = training.config.finish, training.directory, training.data
-    figures = validation._asdict()
-    if finish.compare_compressors:
-        content = document_bytes(data.validation, data.tokenizer)
-        figures |= {"gzip_9": gzip_bits_per_byte(content), "xz_9": xz_bits_per_byte(content)}
-        say(
-            f"\nheld out: {data.counts['validation_documents']} documents, {len(content):,} bytes ({data.split}), "
-            f"corpus {data.corpus_fingerprint[:12]}\n"
-            f"bits per byte: this model {validation.bits_per_byte:.3f}, gzip -9 {figures['gzip_9']:.3f}, "
-            f"xz -9 {figures['xz_9']:.3f}"
-        )
-    if (before := training.progress.start_loss) is not None:
-        figures["start_loss"] = before
-        change = 100 * (validation.loss / before - 1)
-        say(f"\nvalidation loss: {before:.3f} before, {validation.loss:.3f} now ({change:+.1f} %), nats per target")
-    if finish.sample_prompt is not None:
-        say(f"\nsample:\n{_sample(training, finish.sample_prompt, finish.sample_tokens)}\n")
-    if finish.export:
-        # From the checkpoint: a process of a sharded run has only a part of the model.
-        source = open_source(training.store.path(training.progress.step))
-        receipt = write_export(source, directory / "hf")
-        if isinstance(source, MergedSource):
-            export_adapter(source, directory / "adapter")
-    write_state(training, "finished", step=training.progress.step, exit_code=0, validation=figures)
-    say(f"run directory:      {directory}")
-    if finish.export:
-        say(f"Hugging Face model: {directory / 'hf'}")
-        say(f"                    {receipt.line()}")
-        if isinstance(source, MergedSource):
-            say(f"adapter for peft:   {directory / 'adapter'} (on {base_of_adapter(source)})")
-
-
-def _sample(training: Run, prompt: str, tokens: int) -> str:
-    tokenizer, device = training.data.tokenizer, training.runtime.device
-    model = training.parallel.module
-    if training.parallel.layout.sharded or training.has_adapters:
-        size = 4 * count_parameters(training.config.model).total
-        if size > total_memory(device) // 4:
-            return f"(none: {size / 2**30:,.0f} GiB of weights do not fit beside the training state of one process)"
-        model, _ = open_model(training.store.path(training.progress.step), device)
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    choices = tokenizer.generated_ids
-    new_ids = generate(model, ids, tokens, tokenizer.eos_id, temperature=0.7, top_k=50, choices=choices)
-    return prompt + tokenizer.decode(list(new_ids))

@@ -5,12 +5,11 @@ tokenizer/                   the tokenizer's files, as they were, if there were 
 import.json or upcycle.json  the receipt: what became of each tensor
 """
 
-import contextlib
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from moe_lm.checkpoint.tensor_file import DTYPES
 from moe_lm.data.tokenizer import MODEL_FILE, load_tokenizer
 from moe_lm.data.tokenizer_huggingface import COMPANIONS, TEMPLATE_FILE, TOKENIZER_FILE
 from moe_lm.errors import InputError
-from moe_lm.files import locked, sync_directory, write_atomically
+from moe_lm.files import new_directory, write_atomically
 from moe_lm.model.accounting import count_parameters
 from moe_lm.model.config import ModelConfig
 from moe_lm.training.config import to_plain
@@ -37,33 +36,18 @@ SECONDS_BETWEEN_LINES = 30.0
 TOKENIZER_FILES = (MODEL_FILE, TOKENIZER_FILE, TEMPLATE_FILE, *COMPANIONS)
 
 
-@contextlib.contextmanager
-def new_model_directory(output: Path) -> Iterator[Path]:
+def new_model_directory(output: Path) -> AbstractContextManager[Path]:
     """A temporary directory, which is renamed to `output` when the block ends without an exception.
 
     Raises:
         InputError: `output` holds something, can not be written, or is being written by another process.
     """
-    output = output.resolve()
-    temporary = output.with_name(f".tmp-{output.name}")
-    with contextlib.ExitStack() as held:
-        try:
-            if output.exists() and (not output.is_dir() or any(output.iterdir())):
-                raise InputError(f"output={output}: is not empty; give another one, or remove it.")
-            temporary.mkdir(parents=True, exist_ok=True)
-            if not held.enter_context(locked(temporary)):
-                raise InputError(f"output={output}: another process is writing it; wait for it, or give another one.")
-            for leftover in temporary.iterdir():  # of one that was killed
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        except OSError as error:
-            raise InputError(f"output={output}: can not be written ({error.strerror}); give another one.") from error
-        try:
-            yield temporary
-            sync_directory(temporary)
-            temporary.rename(output)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        sync_directory(output.parent)
+
+    def check() -> None:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise InputError(f"output={output}: is not empty; give another one, or remove it.")
+
+    return new_directory(output, check)
 
 
 def save_parameters(

@@ -26,9 +26,7 @@ from moe_lm.hf.model_configuration import load_config
 from moe_lm.model.config import ModelConfig
 from moe_lm.model.decoder import CausalLM
 from moe_lm.model.source import ModelSource
-
-MODEL = "model/"
-"""What the names of a model's parameters begin with in a checkpoint."""
+from moe_lm.training.state import MODEL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +69,13 @@ class MergedSource(NativeSource):
     base: ModelSource
     finetune: FinetuneConfig
 
+    @property
+    def base_fingerprint(self) -> str:
+        """Of the base's weights."""
+        return self.checkpoint.state["start"]["base_fingerprint"]
+
     def tensor(self, name: str) -> Tensor:
-        """A whole parameter, in the base's type."""
+        """A whole parameter; in fp32 where there is an adapter of it, else in the base's type."""
         weight = self.base.tensor(name)
         adapters = self.checkpoint.kinds(MODEL)
         if MODEL + adapter_names(name)[0] not in adapters:
@@ -80,9 +83,14 @@ class MergedSource(NativeSource):
         return merged(name, weight, super().tensor, self.finetune.scale)
 
 
-def open_source(path: Path, option: str = "checkpoint") -> ModelSource:
+def open_source(path: Path, option: str = "checkpoint", base: Path | None = None) -> ModelSource:
     """The model that `path` names, verified: a run directory (its newest checkpoint), one of its checkpoints, a Hugging
     Face directory, or one of Mistral's own files.
+
+    Args:
+        path: Where it is.
+        option: How the user gave it, for messages.
+        base: Where the base of a LoRA run is; null looks where it was.
 
     Raises:
         InputError: There is none, or it can not be read whole.
@@ -90,7 +98,7 @@ def open_source(path: Path, option: str = "checkpoint") -> ModelSource:
     _require_directory(path, option)
     if is_foreign(path):
         return HuggingFaceSource(path, find_tokenizer(path))
-    return open_native(path, option)
+    return open_native(path, option, base)
 
 
 def describe(path: Path, option: str = "checkpoint") -> tuple[ModelConfig, Path | None]:
@@ -116,7 +124,7 @@ def is_foreign(path: Path) -> bool:
     return any((path / name).exists() for name in ("config.json", "params.json", SINGLE, INDEX))
 
 
-def open_native(path: Path, option: str = "checkpoint") -> NativeSource:
+def open_native(path: Path, option: str = "checkpoint", base: Path | None = None) -> NativeSource:
     """Find and verify the checkpoint that `path` names: a checkpoint itself, or a run's newest."""
     _require_directory(path, option)
     if (path / "COMPLETE").exists():
@@ -146,27 +154,29 @@ def open_native(path: Path, option: str = "checkpoint") -> NativeSource:
     finetune = to_dataclass(FinetuneConfig, saved.get("finetune", {}))
     source = NativeSource(run_directory, checkpoint, config)
     if finetune.method is Method.lora:
-        source = MergedSource(run_directory, checkpoint, config, _open_base(checkpoint), finetune)
+        source = MergedSource(run_directory, checkpoint, config, _open_base(checkpoint, base), finetune)
     _check_parameters(source, finetune)
     return source
 
 
-def _open_base(checkpoint: Checkpoint) -> ModelSource:
-    """The model that a checkpoint's adapters were trained on."""
+def _open_base(checkpoint: Checkpoint, given: Path | None) -> ModelSource:
+    """The model that a checkpoint's adapters were trained on, known by its fingerprint: where it was, its export beside
+    it, or where the user says.
+    """
     start = checkpoint.state.get("start", {})
-    path = Path(start.get("base", ""))
-    if not path.is_dir():
-        raise InputError(
-            f"checkpoint={checkpoint.path}: holds adapters alone, and their base is not in {path} any more; bring it "
-            "back there."
-        )
-    base = open_source(path)
-    if fingerprint(base) != start.get("base_fingerprint"):
-        raise InputError(
-            f"checkpoint={checkpoint.path}: its adapters were trained on another base than the one in {path}; bring "
-            "that one back."
-        )
-    return base
+    recorded = Path(start.get("base", ""))
+    places = [recorded, recorded.parent.parent / "hf"] if given is None else [given]
+    present = [place for place in places if place.is_dir()]
+    for place in present:
+        base = open_source(place, "base")
+        if fingerprint(base) == start.get("base_fingerprint"):
+            return base
+    where = " or ".join(map(str, places))
+    found = f"another model than their base is in {where}" if present else f"their base is not in {where} any more"
+    raise InputError(
+        f"checkpoint={checkpoint.path}: holds adapters alone, and {found}; say where a copy or an fp32 export of it is "
+        "by `moe-lm export checkpoint=… base=DIRECTORY`, which makes a whole model of them."
+    )
 
 
 def _check_parameters(source: NativeSource, finetune: FinetuneConfig) -> None:

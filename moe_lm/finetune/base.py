@@ -74,7 +74,8 @@ class FromBase:
 
     def said(self) -> str:
         """See `Start`."""
-        return said_trained(self._base.config, self._config)
+        needed = f"; they need {self._base.path} as it is" if self._config.method is Method.lora else ""
+        return said_trained(self._base.config, self._config) + needed
 
     def is_saved(self, name: str) -> bool:
         """See `Start`."""
@@ -143,7 +144,7 @@ def trained_counts(model: ModelConfig, config: FinetuneConfig) -> tuple[dict[Par
             continue
         number = parameter.numel()
         if config.experts and ".mlp.experts." in name:
-            number = number // model.num_experts * len(set(config.experts))
+            number = number // model.num_experts * len(config.experts)
         counts[part_of(name)] = counts.get(part_of(name), 0) + number
     return counts, total
 
@@ -175,5 +176,5 @@ def _check(model: ModelConfig, config: FinetuneConfig) -> None:
             f"finetune.parts=[{min(part.name for part in tied)}]: the base's head is its embedding, and an adapter of "
             "one of them would be merged into both; leave it out."
         )
-    if tied == {Part.head}:
+    if tied == {Part.head}:  # which would train nothing, in silence
         raise InputError("finetune.parts=[head]: the base's head is its embedding; give embedding.")

@@ -58,11 +58,16 @@ class FinetuneConfig:
             if self.method is Method.lora and Part[name] not in LORA_PARTS:
                 allowed = ", ".join(part.name for part in LORA_PARTS)
                 raise InputError(f"finetune.parts=[{name}]: LoRA adapts {allowed}; choose from them.")
+        if twice := [name for name in self.parts if self.parts.count(name) > 1]:
+            raise InputError(f"finetune.parts=[{','.join(self.parts)}]: {twice[0]} stands there twice.")
         if self.experts and Part.experts not in self.chosen_parts:
             raise InputError(f"finetune.experts=[{','.join(self.experts)}]: finetune.parts leaves the experts out.")
         for text in self.experts:
             if not text.isdecimal():
                 raise InputError(f"finetune.experts=[{text}]: must be numbers of experts, from 0.")
+        numbers = [int(text) for text in self.experts]
+        if twice := [str(number) for number in numbers if numbers.count(number) > 1]:
+            raise InputError(f"finetune.experts=[{','.join(self.experts)}]: expert {twice[0]} stands there twice.")
         if self.rank < 1:
             raise InputError(f"finetune.rank={self.rank}: must be at least 1.")
         if self.alpha <= 0:

@@ -164,12 +164,6 @@ def is_adapter(name: str) -> bool:
     return name.endswith((A, B))
 
 
-def adapted_name(name: str) -> str:
-    """The parameter that an adapter's parameter belongs to."""
-    stem = name[: -len(A)]
-    return stem[:-1] if stem.endswith("_") else f"{stem}weight"
-
-
 def adapter_names(name: str) -> tuple[str, str]:
     """The adapter's two parameters of a parameter."""
     stem = f"{name.removesuffix('weight')}" if name.endswith(".weight") else f"{name}_"
@@ -177,8 +171,9 @@ def adapter_names(name: str) -> tuple[str, str]:
 
 
 def initial_adapter(name: str, shape: list[int], generator: torch.Generator) -> Tensor:
-    """A is uniform within ±1/√in (Kaiming's with a = √5), B is zero; of an embedding A is zero, B N(0, 1). Both are as in
-    peft; fp32, on the generator's device.
+    """The beginning of an adapter, as in peft; fp32, on the generator's device.
+
+    A is uniform within ±1/√in (Kaiming's with a = √5) and B zero; of an embedding A is zero and B N(0, 1).
     """
     value = torch.empty(*shape, device=generator.device)
     of_embedding = EMBEDDING in name
@@ -191,7 +186,7 @@ def initial_adapter(name: str, shape: list[int], generator: torch.Generator) -> 
 
 
 def merged(name: str, weight: Tensor, read: Callable[[str], Tensor], scale: float) -> Tensor:
-    """W + scale · B·A of one parameter, computed in fp32, in W's type.
+    """W + scale · B·A of one parameter, in fp32 whatever W's type: bf16 would round most of a small change away.
 
     Args:
         name: Of the parameter, native.
@@ -201,7 +196,7 @@ def merged(name: str, weight: Tensor, read: Callable[[str], Tensor], scale: floa
     """
     a, b = (read(part).float() for part in adapter_names(name))
     product = torch.matmul(b, a)
-    return (weight.float() + scale * (product.t() if EMBEDDING in name else product)).to(weight.dtype)
+    return weight.float() + scale * (product.t() if EMBEDDING in name else product)
 
 
 def adapt(model: CausalLM, parts: Collection[Part], rank: int, scale: float) -> None:

@@ -82,7 +82,8 @@ class Router(nn.Module):
         if self.capacity_factor is not None:
             statistics = statistics._replace(dropped=_dropped(expert_TK, statistics.count_E, self.capacity_factor))
         if self.starting_weight is not None:
-            starting_TE = F.linear(x_TD.to(logits_TE.dtype), self.starting_weight.to(logits_TE.dtype))
+            with torch.no_grad():  # a target, as a teacher's
+                starting_TE = F.linear(x_TD.to(logits_TE.dtype), self.starting_weight.to(logits_TE.dtype))
             statistics = statistics._replace(drift_sum=_drift_sum(starting_TE, logits_TE, routing_mask_T))
         return assignments, statistics
 

@@ -194,7 +194,7 @@ def _split(shards: Sequence[ParameterShard], config: OptimizerConfig) -> tuple[l
             plain.append(shard)
         elif config.name is not OptimizerName.muon or not in_layer_matrix:
             decayed.append(shard)
-        elif shard.name.endswith("gate_up_proj"):
+        elif shard.name.endswith(("gate_up_proj", "gate_up_proj_lora_B")):
             halves.append(shard)
         else:
             muon.append(shard)

@@ -44,9 +44,9 @@ class ComputeModel:
             if theirs is mine:
                 continue
             theirs.data = theirs.data.to(dtype)
-            if mine.requires_grad:
+            if mine.requires_grad:  # what is frozen was copied for good
                 theirs.register_post_accumulate_grad_hook(lambda low, high=mine: _accumulate(high, low))
-            self._pairs.append((mine, theirs))
+                self._pairs.append((mine, theirs))
 
     @torch.no_grad()
     def refresh(self) -> None:

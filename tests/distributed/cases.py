@@ -20,7 +20,7 @@ from moe_lm.checkpoint.checkpoint import Checkpoint
 from moe_lm.checkpoint.config import CheckpointConfig
 from moe_lm.checkpoint.store import CheckpointStore, TensorSlice
 from moe_lm.data.batch import IGNORED, Batch
-from moe_lm.finetune.base import choose_trained
+from moe_lm.finetune.base import FromBase
 from moe_lm.finetune.config import LORA_PARTS, FinetuneConfig, Method
 from moe_lm.model.config import LoadBalancing, LoadSource, ModelConfig, ModelFamily
 from moe_lm.model.initialization import initial_value
@@ -135,6 +135,14 @@ class Case:
         return Placement(tuple(map(tuple, owners)), self.ep)
 
 
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """As much of a base model as says what is trained."""
+
+    config: ModelConfig
+    path: Path = Path()
+
+
 def job(case: Case, output: str, source: str = "", keep_state: bool = False) -> dict:
     """What to run, the directories of what is read and written, and whether the training state shall be."""
     return {"case": dataclasses.asdict(case), "output": output, "source": source, "keep_state": keep_state}
@@ -201,7 +209,7 @@ def run_case(case: Case, runtime: Runtime, directory: Path, keep_state: bool) ->
         runtime.rank,
         runtime.device,
         dtype,
-        lambda model: choose_trained(model, case.finetune()),
+        lambda model: FromBase(Base(config), case.finetune(), 0, "").adapt(model, dtype),
     )
     parallel.module.model.recompute_layers = case.recompute
     for shard in parallel.shards:

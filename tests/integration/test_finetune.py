@@ -77,6 +77,7 @@ def test_the_adapter_on_the_exported_base_is_the_merged_model(place, lora):
     merged = AutoModelForCausalLM.from_pretrained(run / "hf")
     said = json.loads((run / "adapter/adapter_config.json").read_text())["base_model_name_or_path"]
     assert said == str(place / "runs/base/hf")
+    assert json.loads((run / "adapter/base.json").read_text())["base_fingerprint"]
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(said), run / "adapter")
     tokens = torch.randint(50, 400, (2, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -137,6 +138,12 @@ def test_another_base_is_refused(place, lora):
     try:
         done = moe_lm("generate", "checkpoint=runs/lora", "prompt=line", cwd=place, check=False)
         assert done.returncode == 2 and "holds adapters alone, and their base is not in" in done.stderr
+        options = ["checkpoint=runs/lora", "output=elsewhere", "base=runs/other"]
+        done = moe_lm("export", *options, cwd=place, check=False)
+        assert done.returncode == 2 and "another model than their base is in runs/other" in done.stderr
+        moe_lm("export", *options[:2], "base=runs/hidden/hf", cwd=place)
+        written = [place / directory / "model.safetensors" for directory in ("elsewhere", "runs/lora/hf")]
+        assert written[0].read_bytes() == written[1].read_bytes()
     finally:
         (place / "runs/hidden").rename(moved)
 

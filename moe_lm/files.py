@@ -5,10 +5,13 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from moe_lm.errors import InputError
 
 
 @contextmanager
@@ -76,21 +79,79 @@ def write_durably(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[bool]:
-    """Holds a lock on a directory while the block runs; gives False where another process holds it.
+    """Holds a lock on a directory while the block runs; gives False where another process holds it, or has just renamed
+    the directory.
 
     The lock is on the directory itself: no file is left, and the system releases it however the process ends. Where the
     file system has no locks, it gives True.
     """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        free = True
-    except OSError as error:
-        free = not isinstance(error, BlockingIOError)
-    try:
-        yield free
+        yield _lock(descriptor) and directory.exists() and os.path.samestat(os.fstat(descriptor), os.stat(directory))
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)
+    return True
+
+
+@contextmanager
+def new_directory(output: Path, check: Callable[[], None]) -> Iterator[Path]:
+    """An empty directory that takes the output's name, and the place of what is there, once the block has filled it.
+
+    Where the block fails, or the renaming does, what was there is there as before, and nothing besides it.
+
+    Args:
+        output: The directory, or a link to it.
+        check: Refuses, with an `InputError`, what must not be replaced. Asked at the beginning and again at the end,
+            for the block may take hours, in which somebody puts a file there.
+
+    Raises:
+        InputError: The directory can not be written, or another process is writing it.
+    """
+    output = output.resolve()
+    temporary, replaced = output.with_name(f".tmp-{output.name}"), output.with_name(f".old-{output.name}")
+    with ExitStack() as held:
+        try:
+            check()
+            temporary.mkdir(parents=True, exist_ok=True)
+            if not held.enter_context(locked(temporary)):
+                raise InputError(f"{output}: another process is writing it; wait for it, or give another output=.")
+            for leftover in temporary.iterdir():  # of one that was killed
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            if replaced.exists() and not output.exists():  # one was killed between its two renamings
+                replaced.rename(output)
+        except OSError as error:
+            raise InputError(f"{output}: can not be written ({error.strerror}); give another output=.") from error
+        try:
+            yield temporary
+            sync_tree(temporary)
+            check()
+            _rename_over(temporary, output, replaced)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+        sync_directory(output.parent)
+
+
+def _rename_over(new: Path, output: Path, replaced: Path) -> None:
+    """Rename a directory to a name that another may have, which is put aside; it stays where that fails."""
+    if not output.exists():
+        new.rename(output)
+        return
+    shutil.rmtree(replaced, ignore_errors=True)
+    output.rename(replaced)
+    try:
+        new.rename(output)
+    except BaseException:
+        replaced.rename(output)
+        raise
 
 
 def sha256(path: Path) -> str:
@@ -106,3 +167,14 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """Makes all files below a directory, and their names, durable: those, too, that a library wrote."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        elif path.is_dir():
+            sync_directory(path)
+    sync_directory(directory)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from moe_lm.checkpoint.tensor_file import write_tensors
 from moe_lm.errors import InputError, RunError
-from moe_lm.files import sync_directory, write_atomically, write_json
+from moe_lm.files import new_directory, write_atomically, write_json
 from moe_lm.hf.layout import model_type, to_disk, to_hf_config
 from moe_lm.hf.receipt import RECEIPT, Receipt, VerificationError
 from moe_lm.hf.tokenizer_parity import TextTokenizer
@@ -107,7 +106,6 @@ def export(
         InputError: the directory can not be written, or the model can not be expressed.
         RunError: what was written is not the model; nothing is left of it.
     """
-    check_output(output)
     check_expressible(source.config, "go on training with model.capacity_factor=null by `finetune`, and export that")
     with new_export(output) as directory:
         _write_weights(directory, source.parameters(), dtype, max_shard_bytes)
@@ -126,27 +124,13 @@ def export(
 def new_export(output: Path) -> Iterator[Path]:
     """An empty directory that takes the output's name, and an earlier export's place, when the block has filled it; it
     is gone if the block fails.
+
+    Raises:
+        InputError: What is there must not be replaced, can not be written, or is being written by another process.
     """
-    output = output.resolve()
-    temporary, replaced = output.with_name(f".tmp-{output.name}"), output.with_name(f".old-{output.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{output}: can not be written ({error.strerror}); give another output=.") from error
-    try:
-        yield temporary
-        files = sorted(p.name for p in temporary.iterdir())
-        write_json(temporary / MARK, {"files": files})
-        sync_directory(temporary)
-        if output.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            output.rename(replaced)
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(replaced, ignore_errors=True)
-    sync_directory(output.parent)
+    with new_directory(output, lambda: check_output(output)) as directory:
+        yield directory
+        write_json(directory / MARK, {"files": sorted(p.name for p in directory.iterdir())})
 
 
 def _write_weights(

@@ -185,6 +185,36 @@ def test_leftovers_of_a_killed_export_do_not_get_into_the_next(exporter):
     assert not stale.exists()
 
 
+def test_two_exports_at_once_do_not_meet(exporter, monkeypatch):
+    """Catches a second export that takes the first one's directory: the receipt of one on the weights of another."""
+    save = exporter.tokenizer.save
+
+    def save_while_another_comes(directory, model_max_length):
+        monkeypatch.setattr(exporter.tokenizer, "save", save)
+        with pytest.raises(InputError, match=r"hf: another process is writing it"):
+            exporter("dense")
+        save(directory, model_max_length)
+
+    monkeypatch.setattr(exporter.tokenizer, "save", save_while_another_comes)
+    exporter()
+    assert json.loads((exporter.output / "config.json").read_text())["model_type"] == "mixtral"
+
+
+def test_a_file_that_came_during_the_export_stays(exporter, monkeypatch):
+    """Catches notes that are deleted, since the output was looked at only before the work."""
+    exporter()
+    save = exporter.tokenizer.save
+
+    def save_slowly(directory, model_max_length):
+        (exporter.output / "notes.txt").write_text("precious")
+        save(directory, model_max_length)
+
+    monkeypatch.setattr(exporter.tokenizer, "save", save_slowly)
+    with pytest.raises(InputError, match=r"did not write \(notes.txt\)"):
+        exporter("dense")
+    assert (exporter.output / "notes.txt").read_text() == "precious" and _names(exporter.output.parent) == {"hf"}
+
+
 def test_failure_midway_leaves_nothing_behind(exporter):
     """Catches half an export under the name of a whole one."""
     with pytest.raises(OSError, match="No space left"):

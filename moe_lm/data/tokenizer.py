@@ -201,15 +201,25 @@ class Tokenizer(Protocol):
 def load_tokenizer(path: Path) -> Tokenizer:
     """Loads a tokenizer from a sentencepiece model, or from a directory in Hugging Face's layout.
 
+    Where a directory has both, as our exports do, the sentencepiece model is the tokenizer, unless the files beside it
+    have more: a base's model with the tokens and end mark of its chat derivative is the common case.
+
     Raises:
         InputError: There is none, or one that can not be used.
     """
-    from moe_lm.data.tokenizer_huggingface import TOKENIZER_FILE, HuggingFaceTokenizer, read_chat_template
+    from moe_lm.data.tokenizer_huggingface import (
+        TOKENIZER_FILE,
+        HuggingFaceTokenizer,
+        goes_beyond,
+        read_chat_template,
+    )
 
     if not path.is_dir():
         return SentencePieceTokenizer(path)
     if (path / MODEL_FILE).exists():
         tokenizer = SentencePieceTokenizer(path / MODEL_FILE)
+        if goes_beyond(path, tokenizer):
+            return HuggingFaceTokenizer(path)
         tokenizer.chat_template = read_chat_template(path)
         return tokenizer
     if (path / TOKENIZER_FILE).exists():
@@ -316,6 +326,10 @@ class SentencePieceTokenizer:
         if self._processor.id_to_piece(token) != piece:
             raise KeyError(piece)
         return token
+
+    def is_piece(self, piece: str, token: int) -> bool:
+        """Whether a piece has this id."""
+        return token in range(self.vocab_size) and self.piece(token) == piece
 
     def is_byte(self, token: int) -> bool:
         """Whether an id stands for a single byte."""

@@ -1,22 +1,29 @@
 """Tokenizers in Hugging Face's layout: tokenizer.json and the files beside it. Nothing in them is run as code."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from moe_lm.data.tokenizer import MODEL_FILE, SentencePieceTokenizer
 from moe_lm.data.tokenizer_rendered import token_spans
 from moe_lm.errors import InputError
-from moe_lm.files import write_atomically
+from moe_lm.files import write_atomically, write_json
+
+if TYPE_CHECKING:
+    import tokenizers
 
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
+CONFIG_FILE = "tokenizer_config.json"
+PLAIN_CLASS = "PreTrainedTokenizerFast"
 COMPANIONS = (
-    "tokenizer_config.json",
+    CONFIG_FILE,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -34,17 +41,8 @@ class HuggingFaceTokenizer:
         Raises:
             InputError: The files can not be read, or name no mark for a document's end.
         """
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one core each: a pool has a process per core
-        import tokenizers
-
         self.directory = directory
-        try:
-            content = (directory / TOKENIZER_FILE).read_bytes()
-            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-        except OSError as error:
-            raise InputError(f"tokenizer.path: '{error.filename}' cannot be read ({error.strerror}).") from None
-        except Exception as error:  # tokenizers raises Exception itself
-            raise InputError(f"tokenizer.path: '{directory / TOKENIZER_FILE}' is no tokenizer ({error}).") from None
+        content, self._tokenizer = _read_tokenizer(directory)
         marks = _marks(directory)
         # Control strings inside a text are text.
         self._tokenizer.encode_special_tokens = True
@@ -68,6 +66,9 @@ class HuggingFaceTokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self._marks = {token: added[token].content for token in added if added[token].special}
         self._marks |= {token: marks[name] for name, token in ids.items()}
+        # What a model without byte fallback makes of a character it does not know is no forged mark.
+        unknown = {_unknown_id(content, self._tokenizer)} - {self.bos_id, self.eos_id}
+        self._refused = self._marks.keys() - unknown
         self.chat_template = read_chat_template(directory)
         self.special_tokens = {
             f"{name}_token": text for name, text in _marks(directory, ("bos", "eos", "unk", "pad")).items()
@@ -92,14 +93,16 @@ class HuggingFaceTokenizer:
         text is cut within each.
 
         Raises:
-            InputError: Even so a mark comes out of text.
+            InputError: Even so a mark comes out of text, other than that of unknown characters.
         """
-        strings = sorted((mark for mark in self._marks.values() if len(mark) > 1), key=len, reverse=True)
-        parts = re.sub("|".join(map(re.escape, strings)), lambda m: f"{m[0][0]}\0{m[0][1:]}", text).split("\0")
+        strings = sorted(self.control_strings, key=len, reverse=True)
+        found = re.finditer("|".join(map(re.escape, strings)), text) if strings else ()
+        cuts = [0, *(match.start() + 1 for match in found), len(text)]
+        parts = [text[begin:end] for begin, end in itertools.pairwise(cuts)]
         encodings = self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)
         ids = [token for encoding in encodings for token in encoding.ids]
-        if not self._marks.keys().isdisjoint(ids):
-            mark = self._marks[min(self._marks.keys() & set(ids))]
+        if not self._refused.isdisjoint(ids):
+            mark = self._marks[min(self._refused & set(ids))]
             raise InputError(
                 f"tokenizer.path: '{self.directory}' encodes ordinary text as its mark {mark!r}; use a tokenizer that "
                 "keeps marks apart from text."
@@ -147,13 +150,39 @@ class HuggingFaceTokenizer:
 
     def save(self, directory: Path, model_max_length: int) -> None:
         """Copies the files as they are, whatever the length: the tokenizer is somebody else's. Only the template may be
-        another.
+        another, and the class is the one that reads tokenizer.json as it stands, as we do: some of transformers' own
+        (Llama's) take the vocabulary out of it and treat leading spaces in their own way.
         """
         directory.mkdir(parents=True, exist_ok=True)
-        for name in (*COMPANIONS, TOKENIZER_FILE):
+        for name in (*COMPANIONS, TOKENIZER_FILE, MODEL_FILE):
             if (self.directory / name).exists():
                 write_atomically(directory / name, (self.directory / name).read_bytes())
+        config = _read_object(directory / CONFIG_FILE)
+        if config.get("tokenizer_class", PLAIN_CLASS) != PLAIN_CLASS:
+            write_json(directory / CONFIG_FILE, config | {"tokenizer_class": PLAIN_CLASS})
         write_chat_template(directory, self.chat_template)
+
+
+def goes_beyond(directory: Path, model: SentencePieceTokenizer) -> bool:
+    """Whether the files beside a sentencepiece model have tokens that it lacks, or name other marks than it has.
+
+    Raises:
+        InputError: They do, and there is no tokenizer.json that has them; or a file can not be read.
+    """
+    has_json = (directory / TOKENIZER_FILE).exists()
+    if has_json:
+        tokens = _read_tokenizer(directory)[1].get_vocab(with_added_tokens=True)
+    else:  # as older versions of transformers left it
+        tokens = _read_object(directory / "added_tokens.json")
+    more = sorted(text for text, token in tokens.items() if not model.is_piece(text, token))
+    own = model.special_tokens
+    more += [text for name, text in _marks(directory).items() if own[f"{name}_token"] != text]
+    if more and not has_json:
+        raise InputError(
+            f"tokenizer.path: '{directory}' has added or changed {more[0]!r}, which its {MODEL_FILE} does not say, and "
+            f"no {TOKENIZER_FILE}; write one with transformers (AutoTokenizer.from_pretrained, save_pretrained)."
+        )
+    return bool(more)
 
 
 def read_chat_template(directory: Path) -> str | None:
@@ -170,7 +199,7 @@ def read_chat_template(directory: Path) -> str | None:
             raise InputError(f"tokenizer.path: '{path}' cannot be read ({error.strerror}).") from None
         except UnicodeDecodeError as error:
             raise InputError(f"tokenizer.path: '{path}' is not UTF-8 text (byte {error.start}).") from None
-    template = _read_object(directory / "tokenizer_config.json").get("chat_template")
+    template = _read_object(directory / CONFIG_FILE).get("chat_template")
     if isinstance(template, list):  # several, by name
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
         template = named[0].get("template") if named else None
@@ -183,6 +212,32 @@ def write_chat_template(directory: Path, template: str | None) -> None:
         (directory / TEMPLATE_FILE).unlink(missing_ok=True)
     else:
         write_atomically(directory / TEMPLATE_FILE, template.encode())
+
+
+def _read_tokenizer(directory: Path) -> "tuple[bytes, tokenizers.Tokenizer]":
+    """The content of tokenizer.json, and the tokenizer that it is.
+
+    Raises:
+        InputError: It can not be read, or is none.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one core each: a pool has a process per core
+    import tokenizers
+
+    try:
+        content = (directory / TOKENIZER_FILE).read_bytes()
+        return content, tokenizers.Tokenizer.from_str(content.decode())
+    except OSError as error:
+        raise InputError(f"tokenizer.path: '{error.filename}' cannot be read ({error.strerror}).") from None
+    except Exception as error:  # tokenizers raises Exception itself
+        raise InputError(f"tokenizer.path: '{directory / TOKENIZER_FILE}' is no tokenizer ({error}).") from None
+
+
+def _unknown_id(content: bytes, tokenizer: "tokenizers.Tokenizer") -> int | None:
+    """The id that the model of a tokenizer.json gives to what it does not know; null if it has none."""
+    model = json.loads(content)["model"]
+    if model.get("unk_token") is not None:
+        return tokenizer.token_to_id(model["unk_token"])
+    return model.get("unk_id")  # unigram models
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -209,7 +264,7 @@ def _marks(directory: Path, names: Sequence[str] = ("bos", "eos", "pad")) -> dic
         InputError: A file is there, but can not be read.
     """
     named: dict[str, str] = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+    for file in ("special_tokens_map.json", CONFIG_FILE):
         values = _read_object(directory / file)
         for name in names:
             token = values.get(f"{name}_token")

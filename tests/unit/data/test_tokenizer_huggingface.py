@@ -92,6 +92,26 @@ def test_marks_that_are_pieces_of_the_model_do_not_come_out_of_text(tmp_path: Pa
         assert list(tokenizer.encode_batch(["a", text])[1]) == ids
 
 
+def test_unknown_characters_are_unknown_tokens_and_nul_is_kept(tmp_path: Path) -> None:
+    """Catches text that a model without byte fallback refuses, a document that such a character ends, and a NUL that
+    is lost where a text is cut."""
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((letter, -1.0) for letter in "ab </>s\0")]
+    unigram = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+    bpe = tokenizers.Tokenizer(models.BPE({piece: i for i, (piece, _) in enumerate(pieces)}, [], unk_token="<unk>"))
+    for name, model in (("unigram", unigram), ("bpe", bpe)):
+        model.add_special_tokens(["<unk>", "<s>", "</s>"])
+        (tmp_path / name).mkdir()
+        model.save(str(tmp_path / name / "tokenizer.json"))
+        (tmp_path / name / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+        tokenizer = load_tokenizer(tmp_path / name)
+        ids = tokenizer.encode("a\0é</s>b\0")
+        assert [pieces[token][0] for token in ids] == ["a", "\0", "<unk>", *"</s>", "b", "\0"]
+        assert tokenizer.eos_id not in ids
+        (tmp_path / name / "tokenizer_config.json").write_text('{"eos_token": "<unk>"}')
+        with pytest.raises(InputError, match="encodes ordinary text as its mark '<unk>'"):
+            load_tokenizer(tmp_path / name).encode("é")
+
+
 def test_marks(directories: dict[str, Path]) -> None:
     three, one = (HuggingFaceTokenizer(directories[name]) for name in ("three", "one"))
     assert (three.bos_id, three.eos_id, three.pad_id) == (0, 1, 2)

@@ -7,7 +7,6 @@ Where the model fits into memory, the whole of it. It is the gate that an export
 
 import contextlib
 import hashlib
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from moe_lm.hf.parity import DiskModel, check_layers, check_model
 from moe_lm.hf.receipt import LAYERS, RECEIPT, WHOLE, Check, Receipt, StoredDigest, VerificationError
 from moe_lm.hf.silence import quiet_transformers
 from moe_lm.hf.tokenizer_parity import TextTokenizer, check_tokenizer
+from moe_lm.memory import available_memory
 from moe_lm.model.accounting import count_parameters
 from moe_lm.model.config import ModelConfig
 from moe_lm.model.source import ModelSource
@@ -168,15 +168,6 @@ def _read(name: str, stored: Mapping[str, StoredTensor]) -> Tensor:
     tensor = torch.empty(kind.shape, dtype=kind.dtype)
     read_into({name: tensor}, stored)
     return tensor
-
-
-def available_memory() -> int:
-    """Bytes of memory that are free on this machine; all it has, where the system does not say."""
-    try:
-        with open("/proc/meminfo") as file:
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_files(directory: Path) -> Check:

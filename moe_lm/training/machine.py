@@ -1,11 +1,12 @@
 """What this machine can do at most, the yardstick of model-FLOPs utilisation, and what of it a run has used."""
 
-import os
 import resource
 import sys
 import time
 
 import torch
+
+from moe_lm import memory
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, seconds: float = 0.3) -> float:
@@ -26,10 +27,10 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, seco
 
 
 def total_memory(device: torch.device) -> int:
-    """Memory of the GPU, or of this machine, in bytes."""
+    """Memory of the GPU, or what this process may use of the machine's, in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory.total_memory()
 
 
 def peak_memory(device: torch.device) -> int:

@@ -21,8 +21,8 @@ LAYERS = {
         *("config", "cli"),
     },
 }
-EVERYWHERE = {"errors", "files", "interrupts"}
-"""Leaves: the exceptions whose message is for the user, writing files whole, and this process's signals."""
+EVERYWHERE = {"errors", "files", "interrupts", "memory"}
+"""Leaves: the exceptions whose message is for the user, writing files whole, this process's signals and its memory."""
 ONLY_IN = {
     "hydra": ["config.py"],
     "omegaconf": ["config.py"],

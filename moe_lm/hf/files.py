@@ -145,10 +145,10 @@ def read_into(slots: Mapping[str, Tensor], stored: Mapping[str, StoredTensor]) -
         InputError: One can not be read.
     """
     for path in sorted({stored[name].path for name in slots}):
+        here = [name for name in slots if stored[name].path == path]
         try:
             with safe_open(path, framework="pt") as reader:
-                for name, slot in slots.items():
-                    if stored[name].path == path:
-                        slot.copy_(reader.get_tensor(name).view(slot.shape))
+                for name in here:
+                    slots[name].copy_(reader.get_tensor(name).view(slots[name].shape))
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: {name} can not be read ({error}).") from error
+            raise InputError(f"{path}: can not be read any more, from {here[0]} on ({error}).") from error

@@ -24,6 +24,9 @@ _SILENT: dict[str, dict[str, Any]] = {
 }
 """What transformers takes where the file is silent, and where that is not what moe-lm takes."""
 
+_PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
+"""What may stand beside the base; `type` is the older name of `rope_type`. Every other key changes the frequencies."""
+
 _PARAMS = {
     "hidden_size": "dim",
     "num_hidden_layers": "n_layers",
@@ -103,7 +106,7 @@ def _from_params(path: Path, raw: dict[str, Any]) -> tuple[dict[str, Any], str]:
         values["rope_theta"] = 1e6 if values["sliding_window"] is None else 1e4
     if values["max_position_embeddings"] is None:
         values["max_position_embeddings"] = 32768
-    for name in ("lora", "vision_encoder", "quantization", "yarn", "q_lora_rank"):
+    for name in ("lora", "vision_encoder", "quantization", "yarn", "rope_scaling", "q_lora_rank"):
         if raw.get(name):
             raise InputError(f"{path}: {name} is not supported; mixtures and dense models of text alone are.")
     values["tie_word_embeddings"] = raw.get("tied_embeddings")
@@ -118,11 +121,16 @@ def _from_params(path: Path, raw: dict[str, Any]) -> tuple[dict[str, Any], str]:
 
 def _rope_theta(path: Path, raw: dict[str, Any]) -> float:
     """The base of the rotary frequencies: in `rope_parameters`, or (before transformers 5) a field of its own."""
-    rope = raw.get("rope_parameters") or raw
+    rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta")}
     if not isinstance(rope, dict):
         raise InputError(f"{path}: rope_parameters={rope!r} is not a JSON object.")
-    if rope.get("rope_type", "default") != "default" or raw.get("rope_scaling"):
-        raise InputError(f"{path}: rope scaling is not supported; take a model without it.")
+    beside = {name: raw[name] or None for name in ("rope_scaling", "partial_rotary_factor") if name in raw}
+    for name, value in {**beside, **rope}.items():
+        if name != "rope_theta" and value is not None and value != _PLAIN_ROPE.get(name):
+            raise InputError(
+                f"{path}: rope scaling is not supported, nor another rotary embedding ({name}={value!r}); take a model "
+                "without it."
+            )
     return _field(path, rope, "rope_theta", float)
 
 

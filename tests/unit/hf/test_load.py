@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_lm.errors import InputError
-from moe_lm.hf.load import load_model
+from moe_lm.hf.load import HuggingFaceSource, load_model
 from moe_lm.hf.model_configuration import load_config
 
 SINGLE = "model.safetensors"
@@ -78,6 +78,13 @@ def test_older_configurations_are_read(directory):
     """Catches the wrong rotary base for a checkpoint of transformers 4, where rope_theta is a field of its own."""
     _change_json(directory / "config.json", rope_parameters=DROPPED, rope_theta=12345)
     assert load_config(directory).rope_theta == 12345.0
+
+
+def test_a_plain_rotary_embedding_may_be_said_in_words(directory):
+    """Catches a good model that is refused for fields that change nothing."""
+    plain = {"type": "default", "rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 1.0, "factor": None}
+    _change_json(directory / "config.json", rope_parameters=plain, rope_scaling=None, partial_rotary_factor=1.0)
+    assert load_config(directory).rope_theta == 5e4
     _change_json(directory / "config.json", head_dim=DROPPED, tie_word_embeddings=DROPPED, sliding_window=DROPPED)
     config = load_config(directory)
     assert (config.width_of_head, config.tie_word_embeddings, config.sliding_window) == (4, False, None)
@@ -161,6 +168,15 @@ def test_a_missing_or_damaged_shard_is_named(sharded):
     assert shards[0].name in _refused(sharded)
 
 
+def test_a_shard_that_went_after_its_headers_were_read_is_named(sharded):
+    """Catches a traceback for a file that is removed, or on a disk that is gone, in the middle of the work."""
+    source = HuggingFaceSource(sharded)
+    shard = source.stored("model.norm.weight").path
+    shard.unlink()
+    with pytest.raises(InputError, match=rf"{shard.name}: can not be read any more, from model.norm.weight on"):
+        source.tensor("model.norm.weight")
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": null}'], ids=repr)
 def test_a_broken_index_is_named(sharded, content):
     """Catches a traceback for an index that is no index."""
@@ -204,6 +220,14 @@ def test_a_missing_configuration_is_named(directory):
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling is not supported"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling is not supported"),
+        ({"rope_parameters": {"type": "linear", "factor": 4.0, "rope_theta": 1e4}}, "type='linear'"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "factor": 4.0}},
+            "rotary embedding (factor=4.0); take a model without it.",
+        ),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "(partial_rotary_factor=0.5)"),
+        ({"partial_rotary_factor": 0.25}, "(partial_rotary_factor=0.25)"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "(full_attention="),
         ({"rope_parameters": {"rope_type": "default"}}, "rope_theta is missing"),
         ({"rope_parameters": DROPPED}, "rope_theta is missing"),
         ({"rope_parameters": [1]}, "rope_parameters=[1] is not a JSON object"),

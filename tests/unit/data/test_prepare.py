@@ -194,7 +194,7 @@ def test_a_second_call_does_nothing(config: DataConfig, tmp_path: Path, monkeypa
     prepare(config, TOKENIZER, tmp_path / "set")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "set").rglob("*")}
     monkeypatch.setattr(prepare_module, "train_tokenizer", None)
-    monkeypatch.setattr(prepare_module, "make_unit", None)
+    monkeypatch.setattr(prepare_module, "make_chunks", None)
     assert prepare(config, TOKENIZER, tmp_path / "set")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "set").rglob("*")} == before
 

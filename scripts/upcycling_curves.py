@@ -8,6 +8,7 @@ validation bits per byte and draws `curves.svg`. What is there already is not ma
 cores with 400 steps.
 """
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from moe_lm.commands.changes import flatten
 from moe_lm.config import load, written
 from moe_lm.model.accounting import training_flops_per_token
+from moe_lm.model.config import ModelFamily
 from moe_lm.training.config import to_plain
 
 POINTS = 8
@@ -31,7 +33,12 @@ def main(directory: Path, steps: int) -> None:
     plain = flatten(to_plain(recipe))
     same = [f"{name}={written(plain[name])}" for name in plain if name.startswith(("optimizer.", "schedule."))]
     length = recipe.data.sequence_length
-    flops = {name: training_flops_per_token(load("pretrain", [f"model={name}"]).model, length) for name in _MODELS}
+    dense = load("pretrain", ["model=dense"]).model
+    models = {
+        "dense": dense,
+        "mixture": dataclasses.replace(dense, family=ModelFamily.mixture),
+    }  # 8 experts, 2 per token
+    flops = {name: training_flops_per_token(model, length) for name, model in models.items()}
     ratio = flops["mixture"] / flops["dense"]
     more = round(steps * ratio)
 
@@ -54,9 +61,6 @@ def main(directory: Path, steps: int) -> None:
         cells = [f"{curve[step]:.4f}" if step in curve else "" for curve in curves.values()]
         print(f"| {step * tokens / 1e6:.2f} | " + " | ".join(cells) + " |")
     (directory / "curves.svg").write_text(_svg({name: _scaled(curve, tokens) for name, curve in curves.items()}))
-
-
-_MODELS = ("dense", "mixture")
 
 
 def _moe_lm(directory: Path, *arguments: str) -> None:

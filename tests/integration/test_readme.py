@@ -28,6 +28,9 @@ def place(tmp_path_factory):
     (directory / "corpus.jsonl").write_text(
         "".join(f'{{"text": "line {i} of many, many lines"}}\n' * 9 for i in range(99))
     )
+    question, answer = '{"role": "user", "content": "What is %d + 1?"}', '{"role": "assistant", "content": "%d"}'
+    turns = (f"{question % i}, {answer % (i + 1)}" for i in range(100))
+    (directory / "chats.jsonl").write_text("".join(f'{{"messages": [{turn}]}}\n' for turn in turns))
     _run(directory, ["moe-lm", "pretrain", *SHORT])
     return directory
 
@@ -55,9 +58,14 @@ def test_command(place, line):
     assert shutil.which(command[0], path=str(Path(sys.executable).parent)), command[0]
     if "pretrain" in command and "--help" not in command:
         own = [option for option in command if "=" in option and not option.startswith("trainer.micro_batch_size")]
-        command += [*SHORT, "trainer.micro_batch_size=8", *own]
+        command += [*SHORT, "trainer.micro_batch_size=8", "finish.export=false", *own]
         if "trainer.max_steps=600" in command:
             command.append("trainer.max_steps=6")
+    if "finetune" in command and "--help" not in command:
+        command += [
+            option for option in SHORT if not option.startswith(("model.", "tokenizer.", "data.sequence_length"))
+        ]
+        command += ["trainer.micro_batch_size=8", "data.sequence_length=64", "finish.export=false"]
     if "prepare" in command:
         command.append("tokenizer.vocab_size=400")
     output = _run(place, command)

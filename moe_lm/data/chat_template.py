@@ -154,13 +154,26 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
             "chat=true: the model's tokenizer has no chat template, and not the role marks of moe-lm's own (<|user|> "
             "…); leave it out, or give a model that was fine-tuned on chat data."
         )
+    return encode_chat(tokenizer, [{"role": Role.user.value, "content": prompt}], ask=True)
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Messages, ask: bool) -> list[int]:
+    """A conversation by the tokenizer's own template.
+
+    Args:
+        tokenizer: Has a template, or the role marks of the default one.
+        messages: The conversation.
+        ask: Whether the assistant is to go on.
+
+    Raises:
+        InputError: The template can not be used, or fails.
+    """
     template = choose_template(tokenizer, None)
-    messages = [{"role": Role.user.value, "content": prompt}]
     breaker = _breaker(messages)
     if breaker is None:
         raise InputError("prompt: holds every noncharacter from U+FDD0 to U+FDEF; leave one of them out.")
     try:
-        text, _ = _render(template, _broken(messages, tokenizer, breaker), tokenizer.special_tokens, ask=True)
+        text, _ = _render(template, _broken(messages, tokenizer, breaker), tokenizer.special_tokens, ask)
     except Exception as error:  # a template is a program, and may fail in any way
         raise InputError(f"checkpoint: the chat template of its tokenizer fails ({_words(error)}).") from None
     return tokenizer.encode_rendered(text, breaker, [])[0]

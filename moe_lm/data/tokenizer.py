@@ -187,6 +187,11 @@ class Tokenizer(Protocol):
             out.
         """
 
+    def encode_chat(self, messages: list[dict[str, str]], ask: bool) -> list[int]:
+        """Encodes a conversation by the tokenizer's own template, for the assistant to go on with where `ask` says so;
+        `InputError` where the template fails.
+        """
+
     def decode(self, ids: Sequence[int]) -> str:
         """Decodes ids; control ids become nothing, bytes that are not UTF-8 become U+FFFD."""
 
@@ -291,6 +296,12 @@ class SentencePieceTokenizer:
         from moe_lm.data.tokenizer_rendered import encode_rendered
 
         return encode_rendered(self, text, breaker, spans)
+
+    def encode_chat(self, messages: list[dict[str, str]], ask: bool) -> list[int]:
+        """Encodes a conversation by the tokenizer's own template; see `chat_template.encode_chat`."""
+        from moe_lm.data.chat_template import encode_chat
+
+        return encode_chat(self, messages, ask)
 
     def save(self, directory: Path, model_max_length: int) -> None:
         """Writes the files that transformers loads it from, and that `load_tokenizer` loads it from."""

@@ -137,6 +137,12 @@ class HuggingFaceTokenizer:
             self._tokenizer.encode_special_tokens = True
         return ids, token_spans(begins, ends, spans)
 
+    def encode_chat(self, messages: list[dict[str, str]], ask: bool) -> list[int]:
+        """Encodes a conversation by the tokenizer's own template; see `chat_template.encode_chat`."""
+        from moe_lm.data.chat_template import encode_chat
+
+        return encode_chat(self, messages, ask)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Decodes ids; control ids become nothing."""
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)

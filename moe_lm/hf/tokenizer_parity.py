@@ -1,11 +1,15 @@
-"""Whether transformers reads the same ids out of a text as training did, on texts that are made to find where not."""
+"""Whether transformers reads the same ids out of a text, and the same text out of ids, as training did: on texts and
+conversations that are made to find where not.
+"""
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from moe_lm.errors import InputError
+from moe_lm.hf.files import read_object
 from moe_lm.hf.receipt import Check, VerificationError
 from moe_lm.hf.silence import quiet_transformers
 
@@ -35,6 +39,23 @@ _RANGES = (
 """Code points that are drawn from, block by block: letters of many scripts, marks, ligatures, pictures, controls."""
 
 
+_BREAKER = "\ufdd0"
+"""A noncharacter, which no control string holds."""
+
+_CONVERSATIONS = (
+    [("user", "a question")],
+    [("user", "What is 2 + 2?"), ("assistant", "It is 4.")],
+    [
+        ("user", "  two spaces,\n\nlines and a tab\tin it "),
+        ("assistant", "```python\ndef f(x):\n    return x\n```\n"),
+        ("user", "Größe, 東京, \U0001f600, \u2581 and <s"),
+        ("assistant", "é\u0301"),
+    ],
+    [("system", "Be brief."), ("user", "Why?"), ("assistant", "Because."), ("user", "And then")],
+)
+"""Roles and contents, without control strings: these have a treatment of their own in transformers."""
+
+
 class TextTokenizer(Protocol):
     """What an export asks of the tokenizer that a model was trained with."""
 
@@ -42,9 +63,22 @@ class TextTokenizer(Protocol):
     bos_id: int
     eos_id: int
     pad_id: int
+    chat_template: str | None
+
+    @property
+    def control_strings(self) -> list[str]:
+        """The texts of all control ids that are longer than one character."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, in which control strings are text; `InputError` where it has none."""
+
+    def encode_rendered(
+        self, text: str, breaker: str, spans: Sequence[tuple[int, int]]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text, in which control strings are marks, and where they are of parts of it."""
+
+    def encode_chat(self, messages: list[dict[str, str]], ask: bool) -> list[int]:
+        """Ids of a conversation by the tokenizer's own template; `InputError` where the template fails."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids."""
@@ -54,17 +88,19 @@ class TextTokenizer(Protocol):
 
 
 def check_tokenizer(directory: Path, tokenizer: TextTokenizer) -> Check:
-    """Compare ids on several hundred texts.
+    """Compare what the files make of several hundred texts, and of conversations, with what training does.
 
-    transformers is asked to take control strings inside a text as text, as training does; an export says so in its
-    tokenizer_config.json, other directories need not.
+    transformers is asked to take control strings inside a text as text, as training does. By itself it does so where
+    tokenizer_config.json says `split_special_tokens`, as an export without a chat template does; with one it can not,
+    since its role marks are read back out of a rendered text.
 
     Args:
         directory: Holds the tokenizer's files for transformers.
         tokenizer: What training used.
 
     Raises:
-        VerificationError: The files can not be loaded, or a text has other ids.
+        VerificationError: The files can not be loaded; or a text has other ids, its ids another text, a control string
+            is none, a text does not begin with its mark, or a conversation has other ids.
     """
     from transformers import AutoTokenizer
 
@@ -73,20 +109,96 @@ def check_tokenizer(directory: Path, tokenizer: TextTokenizer) -> Check:
             reader: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         except Exception as error:  # whatever a damaged file makes of its many readers
             raise VerificationError("tokenizer", f"transformers can not load its files ({error})") from error
-        texts = list(fuzz_texts(tokenizer, [str(mark) for mark in reader.all_special_tokens]))
-        theirs = reader(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
-    compared = 0
+        said = [
+            _compare_texts(reader, tokenizer),
+            _compare_control_strings(reader, tokenizer),
+            _compare_begin(reader, tokenizer, directory),
+            _compare_conversations(reader, tokenizer),
+        ]
+    return Check("tokenizer", f"the same by transformers: {'; '.join(said)}")
+
+
+def _compare_texts(reader: Any, tokenizer: TextTokenizer) -> str:
+    """Ids of texts, and texts of ids."""
+    texts = list(fuzz_texts(tokenizer, sorted({*map(str, reader.all_special_tokens), *tokenizer.control_strings})))
+    theirs = reader(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
+    compared, special = 0, set(reader.all_special_ids)
     for text, their_ids in zip(texts, theirs["input_ids"]):
         try:
             our_ids = list(tokenizer.encode(text))
         except InputError:  # training would not have read it either
             continue
-        if our_ids != their_ids:
-            raise VerificationError(
-                "tokenizer", f"{text[:60]!r} is {_said(our_ids)} in training, and {_said(their_ids)} by transformers"
-            )
+        _same(repr(text[:60]), our_ids, their_ids)
+        if special.isdisjoint(our_ids):  # a mark, or an unknown character, is written in various ways
+            their_text = reader.decode(our_ids, clean_up_tokenization_spaces=False)
+            if (our_text := tokenizer.decode(our_ids)) != their_text:
+                raise VerificationError(
+                    "tokenizer",
+                    f"{_said(our_ids)} is {our_text[:60]!r} in training, and {their_text[:60]!r} by transformers",
+                )
         compared += 1
-    return Check("tokenizer", f"the same ids by transformers, on {compared} texts of code, scripts and control strings")
+    return f"ids of {compared} texts of code, scripts and control strings, and texts of these ids"
+
+
+def _compare_control_strings(reader: Any, tokenizer: TextTokenizer) -> str:
+    """Each is one id where a template writes it."""
+    for mark in tokenizer.control_strings:
+        ours, _ = tokenizer.encode_rendered(mark, _BREAKER, [])
+        _same(
+            f"the control string {mark!r}",
+            ours,
+            reader.encode(mark, add_special_tokens=False, split_special_tokens=False),
+        )
+    return f"{len(tokenizer.control_strings)} control strings"
+
+
+def _compare_begin(reader: Any, tokenizer: TextTokenizer, directory: Path) -> str:
+    """Every document of training begins with the mark. A sentencepiece model's texts do by transformers, too, unless
+    its configuration says that they do not; of other tokenizers it is said what they do.
+    """
+    ids = tokenizer.encode("a b")
+    theirs, marked = reader.encode("a b"), [tokenizer.bos_id, *ids]
+    declared = read_object(directory / "tokenizer_config.json").get("add_bos_token")
+    if declared or (declared is None and (directory / "tokenizer.model").exists()):
+        _same("a text with the mark of its begin", marked, theirs)
+    begins = theirs[: len(marked)] == marked
+    return f"{'the' if begins else 'no'} begin mark in front of a text"
+
+
+def _compare_conversations(reader: Any, tokenizer: TextTokenizer) -> str:
+    """Ids by the chat template, of conversations that it takes: one may refuse a role, or what does not take turns."""
+    if tokenizer.chat_template is None:
+        if isinstance(reader.chat_template, str):
+            raise VerificationError("tokenizer", "transformers has a chat template, and training none")
+        return "no chat template"
+    compared, refusal = 0, ""
+    for turns, ask in itertools.product(_CONVERSATIONS, (False, True)):
+        messages = [{"role": role, "content": content} for role, content in turns]
+        try:
+            ours, last = tokenizer.encode_chat(messages, ask), tokenizer.decode(tokenizer.encode(turns[-1][1]))
+        except InputError as error:
+            refusal = f" ({str(error).rstrip('.')})"
+            continue
+        try:
+            theirs = reader.apply_chat_template(messages, add_generation_prompt=ask, return_dict=False)
+        except Exception as error:  # a template is a program, and may fail in any way
+            raise VerificationError("tokenizer", f"transformers can not apply the chat template ({error})") from error
+        _same(f"a conversation of {len(turns)} messages by the chat template", ours, theirs)
+        if last.strip() not in tokenizer.decode(ours):
+            raise VerificationError("tokenizer", f"the chat template leaves out what is said ({last!r})")
+        compared += 1
+    if not compared:
+        raise VerificationError(
+            "tokenizer", f"the chat template takes none of {len(_CONVERSATIONS)} conversations{refusal}"
+        )
+    return f"ids of {compared} conversations by the chat template"
+
+
+def _same(what: str, ours: Sequence[int], theirs: Sequence[int]) -> None:
+    if list(ours) != list(theirs):
+        raise VerificationError(
+            "tokenizer", f"{what} is {_said(ours)} in training, and {_said(theirs)} by transformers"
+        )
 
 
 def fuzz_texts(tokenizer: TextTokenizer, marks: Sequence[str], seed: int = 0) -> Iterator[str]:

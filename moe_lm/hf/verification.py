@@ -20,9 +20,10 @@ from moe_lm.errors import InputError
 from moe_lm.hf.files import StoredTensor, find_tensors, read_into, read_object
 from moe_lm.hf.layout import is_derived, model_type, to_disk, to_hf_config
 from moe_lm.hf.model_configuration import load_config
-from moe_lm.hf.parity import DiskModel, check_layers, check_model
+from moe_lm.hf.parity import check_layers, check_model
 from moe_lm.hf.receipt import LAYERS, RECEIPT, WHOLE, Check, Receipt, StoredDigest, VerificationError
 from moe_lm.hf.silence import quiet_transformers
+from moe_lm.hf.their_model import DiskModel
 from moe_lm.hf.tokenizer_parity import TextTokenizer, check_tokenizer
 from moe_lm.memory import available_memory
 from moe_lm.model.accounting import count_parameters

@@ -15,8 +15,10 @@ import moe_lm.hf.verification as verification_module
 from moe_lm.errors import InputError, RunError
 from moe_lm.hf.layout import to_disk, to_hf_config
 from moe_lm.hf.load import HuggingFaceSource
-from moe_lm.hf.parity import DiskModel, check_layers, check_model
+from moe_lm.hf.parity import check_layers, check_model
 from moe_lm.hf.receipt import LAYERS, WHOLE, VerificationError
+from moe_lm.hf.router_choices import RouterChoices
+from moe_lm.hf.their_model import DiskModel
 from moe_lm.hf.verification import verify_alone, verify_export, verify_native
 from moe_lm.model.config import ModelConfig
 from moe_lm.model.decoder import CausalLM
@@ -258,6 +260,10 @@ def test_a_model_that_amplifies_rounding_is_no_other_model():
     source = InMemory(model)
     theirs = _theirs(source)
     assert "the last bit of the embedding alone changes" in check_model(theirs, source, torch.float32).finding
+    head = theirs.read("")["lm_head.weight"]
+    changed = {**theirs.read(""), "lm_head.weight": head * (1 + 5e-5)}
+    with pytest.raises(VerificationError, match=r"model: loss and transformers' are .* apart, and 1e-05 is allowed"):
+        check_model(theirs._replace(read=lambda _: changed), source, torch.float32)
     changed = theirs.read("")
     changed["model.layers.0.input_layernorm.weight"] *= 1.1
     with pytest.raises(VerificationError, match=r"model: logits and transformers' are .* apart"):
@@ -276,8 +282,62 @@ def test_equal_experts_are_compared_and_near_ties_are_not():
     with torch.no_grad():
         for gate in gates:
             gate[:] = gate[0] * (1 + 1e-6 * torch.arange(3)[:, None])
-    with pytest.raises(VerificationError, match=r"model.layers.0.mlp.gate: its choices of experts are all but ties"):
+    with pytest.raises(
+        VerificationError, match=r"model.layers.0.mlp.gate: more than half of its choices of experts are ties"
+    ):
         check_layers(_theirs(source), source, torch.float32)
+
+
+def _tied_from(monkeypatch, place: int) -> None:
+    """Makes the tokens of a text from this place on count as ties."""
+
+    def clear(_, tokens_BS: torch.Tensor) -> torch.Tensor:
+        return (torch.arange(tokens_BS.shape[1]) < place).expand(tokens_BS.shape)
+
+    monkeypatch.setattr(RouterChoices, "clear", clear)
+
+
+def test_what_is_left_of_ties_is_said_and_is_at_least_half(monkeypatch):
+    """Catches a receipt that says 48 where four were compared, and that leaves out the losses without a word."""
+    source = InMemory(make_model("mixture"))
+    theirs = _theirs(source)
+    assert "(fp32, 48 random hidden states each)" in check_layers(theirs, source, torch.float32).finding
+    assert "(relative, fp32, 96 tokens)" in check_model(theirs, source, torch.float32).finding
+    _tied_from(monkeypatch, 30)
+    assert "(fp32, at least 30 of 48 random hidden states each)" in check_layers(theirs, source, torch.float32).finding
+    check = check_model(theirs, source, torch.float32)
+    assert "60 of 96 tokens, before any tie" in check.finding
+    assert set(check.figures) == {"logits", "loss", "auxiliary loss"}
+    _tied_from(monkeypatch, 23)
+    with pytest.raises(
+        VerificationError, match=r"layers.0.mlp.gate: more than half of its choices of experts are ties"
+    ):
+        check_layers(theirs, source, torch.float32)
+    with pytest.raises(VerificationError, match="model: ties of experts leave less than half of any text"):
+        check_model(theirs, source, torch.float32)
+
+
+def test_others_are_drawn_where_there_are_ties(monkeypatch):
+    """Catches a good model that is refused for one unlucky draw."""
+    source = InMemory(make_model("mixture"))
+    theirs, clear, calls = _theirs(source), RouterChoices.clear, []
+
+    def unlucky(choices: RouterChoices, tokens_BS: torch.Tensor) -> torch.Tensor:
+        calls.append(tokens_BS)
+        return clear(choices, tokens_BS) if len(calls) > 1 else torch.zeros_like(tokens_BS, dtype=torch.bool)
+
+    monkeypatch.setattr(RouterChoices, "clear", unlucky)
+    assert "48 random hidden states" in check_layers(theirs, source, torch.float32).finding and len(calls) == 3
+    calls.clear()
+    assert "96 tokens" in check_model(theirs, source, torch.float32).finding and len(calls) == 2
+
+
+def test_tokens_that_rounding_sends_to_other_experts_are_ties(monkeypatch):
+    """Catches a bound of a thousandth for each model of which one token has another expert in the nudged run."""
+    source = InMemory(make_model("mixture"))
+    theirs = _theirs(source)
+    monkeypatch.setattr(RouterChoices, "same", lambda *_: torch.arange(48).expand(2, 48) < 40)
+    assert "80 of 96 tokens, before any tie" in check_model(theirs, source, torch.float32).finding
 
 
 # Receipts

@@ -12,10 +12,11 @@ from torch import Tensor
 from moe_lm.checkpoint.tensor_file import write_tensors
 from moe_lm.errors import InputError, RunError
 from moe_lm.files import new_directory, write_atomically, write_json
+from moe_lm.hf.configuration_parity import token_ids
 from moe_lm.hf.layout import model_type, to_disk, to_hf_config
 from moe_lm.hf.receipt import RECEIPT, Receipt, VerificationError
 from moe_lm.hf.tokenizer_parity import TextTokenizer
-from moe_lm.hf.verification import token_ids, verify_export
+from moe_lm.hf.verification import verify_export
 from moe_lm.model.config import ModelConfig
 from moe_lm.model.source import ModelSource
 

@@ -10,37 +10,24 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_lm.checkpoint.tensor_file import TensorKind
 from moe_lm.errors import InputError
+from moe_lm.hf.configuration_parity import check_configuration, check_reading, their_config
 from moe_lm.hf.files import StoredTensor, find_tensors, read_into, read_object
 from moe_lm.hf.layout import is_derived, model_type, to_disk, to_hf_config
-from moe_lm.hf.model_configuration import load_config
 from moe_lm.hf.parity import check_layers, check_model
 from moe_lm.hf.receipt import LAYERS, RECEIPT, WHOLE, Check, Receipt, StoredDigest, VerificationError
-from moe_lm.hf.silence import quiet_transformers
 from moe_lm.hf.their_model import DiskModel
 from moe_lm.hf.tokenizer_parity import TextTokenizer, check_tokenizer
 from moe_lm.memory import available_memory
 from moe_lm.model.accounting import count_parameters
-from moe_lm.model.config import ModelConfig
 from moe_lm.model.source import ModelSource
 
-_CAN_RUN_CODE = re.compile(r".*\.(bin|pt|pth|pkl|pickle|ckpt|py)")
-
-_SHAPE = (
-    "family vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-    "width_of_head max_position_embeddings rope_theta rms_norm_eps sliding_window tie_word_embeddings"
-).split()
-_ROUTING = ["num_experts", "num_experts_per_tok"]
-"""Fields that decide what a model computes."""
-
-_ONLY = {"hidden_act": "silu", "attention_dropout": 0.0, "router_jitter_noise": 0.0, "attention_bias": False}
-"""Fields of transformers' configurations, some of which each has, and the value that moe-lm's models have."""
+_CAN_RUN_CODE = re.compile(r".*\.(bin|pt|pth|pkl|pickle|joblib|ckpt|py|pyc|so)", re.IGNORECASE)
 
 
 def verify_export(
@@ -95,7 +82,7 @@ def verify_alone(
         VerificationError: A check does not hold.
     """
     stored = find_tensors(directory)
-    checks = [check_files(directory), check_configuration(directory, source.config, None)]
+    checks = [check_files(directory), check_reading(directory, source.config)]
     compared, tensors = check_digests(stored, directory / RECEIPT)
     checks.append(compared)
     if tokenizer is not None:
@@ -151,17 +138,7 @@ def _on_disk(directory: Path, stored: Mapping[str, StoredTensor]) -> DiskModel:
     def read(prefix: str) -> dict[str, Tensor]:
         return {name: _read(name, stored) for name in stored if name.startswith(prefix) and not is_derived(name)}
 
-    return DiskModel(_their_config(directory), read, directory)
-
-
-def _their_config(directory: Path) -> Any:
-    from transformers import AutoConfig
-
-    with quiet_transformers():
-        try:
-            return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-        except Exception as error:  # whatever a damaged file makes of its readers
-            raise VerificationError("configuration", f"transformers can not read config.json ({error})") from error
+    return DiskModel(their_config(directory), read, directory)
 
 
 def _read(name: str, stored: Mapping[str, StoredTensor]) -> Tensor:
@@ -172,58 +149,15 @@ def _read(name: str, stored: Mapping[str, StoredTensor]) -> Tensor:
 
 
 def check_files(directory: Path) -> Check:
-    """Nothing in the directory can run code when it is opened."""
-    names = sorted(path.name for path in directory.iterdir())
-    for name in names:
-        if _CAN_RUN_CODE.fullmatch(name):
+    """Nothing in the directory, or below it, can run code when it is opened."""
+    paths = sorted(path for path in directory.rglob("*") if not path.is_dir())
+    for path in paths:
+        name = path.relative_to(directory)
+        if _CAN_RUN_CODE.fullmatch(path.name):
             raise VerificationError("files", f"{name} can run code when it is opened")
-        if name.endswith("config.json") and "auto_map" in read_object(directory / name):
+        if path.name.lower().endswith("config.json") and "auto_map" in read_object(path):
             raise VerificationError("files", f"{name} names code to run (auto_map)")
-    return Check("files", f"{len(names)} files: no pickle, no code")
-
-
-def check_configuration(directory: Path, config: ModelConfig, tokenizer: TextTokenizer | None) -> Check:
-    """config.json says this model, by our reading and by transformers'; its marks are the tokenizer's, if given."""
-    ours, theirs = load_config(directory), _their_config(directory)
-    for name in [*_SHAPE, *(_ROUTING if config.is_mixture else [])]:
-        if (found := getattr(ours, name)) != (meant := getattr(config, name)):
-            raise VerificationError("configuration", f"{name} is {found} in config.json, and {meant} is meant")
-    meant_values = {**to_hf_config(config), **{name: v for name, v in _ONLY.items() if hasattr(theirs, name)}}
-    if tokenizer is not None:
-        meant_values |= {"model_type": model_type(config), **token_ids(tokenizer)}
-    else:  # what training alone asks for is not known of somebody else's
-        meant_values = {n: v for n, v in meant_values.items() if n not in ("router_aux_loss_coef", "initializer_range")}
-    for name, meant in meant_values.items():
-        found = getattr(theirs, name, None)
-        if name == "head_dim" and found is None:  # its classes then divide, as ours do
-            continue
-        if isinstance(meant, dict):
-            found = {key: found.get(key) for key in meant} if isinstance(found, dict) else found
-        if found != meant:
-            raise VerificationError("configuration", f"{name} is {found} by transformers, and {meant} is meant")
-    if tokenizer is not None:
-        _check_generation(directory, tokenizer)
-    kind = f"{config.num_experts} experts, {config.num_experts_per_tok} per token" if config.is_mixture else "dense"
-    return Check("configuration", f"{theirs.model_type}, {kind}: {len(meant_values)} fields as transformers reads them")
-
-
-def _check_generation(directory: Path, tokenizer: TextTokenizer) -> None:
-    """generation_config.json ends a text where the tokenizer does."""
-    from transformers import GenerationConfig
-
-    with quiet_transformers():
-        try:
-            defaults = GenerationConfig.from_pretrained(directory, local_files_only=True)
-        except Exception as error:  # whatever a damaged file makes of its reader
-            raise VerificationError("configuration", f"generation_config.json can not be read ({error})") from error
-    for name, meant in token_ids(tokenizer).items():
-        if (found := getattr(defaults, name)) != meant:
-            raise VerificationError("configuration", f"{name} is {found} in generation_config.json, not {meant}")
-
-
-def token_ids(tokenizer: TextTokenizer) -> dict[str, int]:
-    """The tokenizer's marks by transformers' names."""
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    return Check("files", f"{len(paths)} files: no pickle, no code")
 
 
 def check_tensors(

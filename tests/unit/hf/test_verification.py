@@ -13,6 +13,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, MixtralConfi
 import moe_lm.hf.export as export_module
 import moe_lm.hf.verification as verification_module
 from moe_lm.errors import InputError, RunError
+from moe_lm.hf.configuration_parity import check_reading
 from moe_lm.hf.layout import to_disk, to_hf_config
 from moe_lm.hf.load import HuggingFaceSource
 from moe_lm.hf.parity import check_layers, check_model
@@ -78,7 +79,11 @@ def _json(name: str, **changes):
 
 
 def _file(name: str):
-    return lambda directory: (directory / name).write_bytes(b"\x80\x04N.")
+    def write(directory: Path) -> None:
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_bytes(b"\x80\x04N.")
+
+    return write
 
 
 def _truncate(directory: Path) -> None:
@@ -99,6 +104,8 @@ FILE_FAULTS = {
     "end": (_json("generation_config.json", eos_token_id=3), "configuration: eos_token_id is 3 in generation_config"),
     "truncated": (_truncate, f"tensors: .*{SINGLE}"),
     "pickle": (_file("pytorch_model.bin"), "files: pytorch_model.bin can run code"),
+    "capitals": (_file("Model.PKL"), "files: Model.PKL can run code"),
+    "below": (_file("original/consolidated.00.pth"), "files: original/consolidated.00.pth can run code"),
     "python": (_file("modeling_mine.py"), "files: modeling_mine.py can run code"),
     "code": (_json("config.json", auto_map={"AutoConfig": "mine.Mine"}), r"files: config.json names code to run"),
     "tokenizer_code": (_json("tokenizer_config.json", auto_map={}), "files: tokenizer_config.json names code"),
@@ -373,6 +380,17 @@ def test_an_export_is_good_by_itself(exporter, family):
     exporter(family, torch.bfloat16, max_shard_bytes=1500)
     receipt = verify_alone(exporter.output, HuggingFaceSource(exporter.output, None), exporter.tokenizer)
     assert receipt.tier == WHOLE and "each the one that verification.json was written for" in receipt.table()
+
+
+def test_a_configuration_that_transformers_reads_otherwise_is_found(exporter):
+    """Catches a hand check that compares our reading with itself: a field that we read, and transformers does not."""
+    exporter()
+    source = HuggingFaceSource(exporter.output, None)
+    assert "17 fields as transformers reads them" in check_reading(exporter.output, source.config).finding
+    for name, value in (("rope_theta", 1e6), ("num_experts_per_tok", 1), ("sliding_window", 8), ("rms_norm_eps", 1e-6)):
+        misread = dataclasses.replace(source.config, **{name: value})
+        with pytest.raises(VerificationError, match=r"configuration: .* by transformers, and .* is meant"):
+            check_reading(exporter.output, misread)
 
 
 def test_a_bit_that_flipped_later_is_named(exporter):

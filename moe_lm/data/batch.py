@@ -3,8 +3,10 @@
 Letters: B rows, P pieces of them (`rows.py`), N segments (runs of one document within a row), S sequence length.
 """
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ IGNORED = -100
 
 @dataclass
 class Batch:
-    """Rows of tokens, all fields [B, S]; integers are int64."""
+    """Rows of tokens; fields are [B, S], or null; integers are int64."""
 
     input_ids: Tensor
     labels: Tensor
@@ -28,8 +30,9 @@ class Batch:
     assistant's in a conversation)."""
     position_ids: Tensor
     """From 0, restarting at each document if documents are masked; 0 in padding."""
-    document_ids: Tensor
-    """From 1 within each row, 0 in padding; attention stays among equal ids. All 1 if documents are not masked."""
+    document_ids: Tensor | None
+    """From 1 within each row, 0 in padding; attention stays among equal ids. Null if documents are not masked: a row is
+    then one document, and padding behind it is seen by nothing that counts."""
     routing_mask: Tensor
     """bool: tokens that count in balancing and telemetry: all real ones, or (by `route_prompts`) of conversations only
     those before the assistant's; False in padding."""
@@ -38,12 +41,17 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        return Batch(**{field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)})
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def split(self, size: int) -> list["Batch"]:
         """The same rows as batches of `size` rows; the last may be smaller."""
-        parts = zip(*(getattr(self, field.name).split(size) for field in fields(self)))
-        return [Batch(*part) for part in parts]
+        starts = range(0, len(self.input_ids), size)
+        return [self._map(operator.itemgetter(slice(start, start + size))) for start in starts]
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        values = (getattr(self, field.name) for field in fields(self))
+        changed: list[Any] = [None if value is None else change(value) for value in values]
+        return Batch(*changed)
 
 
 @dataclass
@@ -103,14 +111,15 @@ def make_batch(
     document_BS, position_BS, domain_BS = _number_segments(segments, num_rows, sequence_length, mask_documents)
     if used_B.min(initial=sequence_length) < sequence_length:
         for numbers_BS in (document_BS, position_BS, domain_BS):
-            numbers_BS *= real_BS
+            if numbers_BS is not None:
+                numbers_BS *= real_BS
     shape = (num_rows, sequence_length)
     routing_BS = real_BS if route_prompts else real_BS & ~unrouted_T.reshape(shape)
     return Batch(
         input_ids=torch.from_numpy(input_T.reshape(shape)),
         labels=torch.from_numpy(label_T.reshape(shape)),
         position_ids=torch.from_numpy(position_BS),
-        document_ids=torch.from_numpy(document_BS),
+        document_ids=None if document_BS is None else torch.from_numpy(document_BS),
         routing_mask=torch.from_numpy(routing_BS),
         domain_ids=torch.from_numpy(domain_BS),
     )
@@ -183,8 +192,8 @@ def _pad(
 
 def _number_segments(
     segments: list[_Segments], num_rows: int, length: int, mask_documents: bool
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Document ids, positions and domains [B, S], padding not yet taken out."""
+) -> tuple[NDArray[np.int64] | None, NDArray[np.int64], NDArray[np.int64]]:
+    """Document ids (null without masks), positions and domains [B, S], padding not yet taken out."""
     mark_T = np.zeros(num_rows * length, dtype=np.bool_)
     start_N = np.concatenate([part.start_N for part in segments])
     mark_T[start_N] = True
@@ -198,6 +207,6 @@ def _number_segments(
     domain_BS = np.repeat(domain_N, count_N).reshape(num_rows, length)
     if not mask_documents:
         column_S = np.arange(length, dtype=np.int64)
-        return np.ones_like(index_BS), np.broadcast_to(column_S, index_BS.shape).copy(), domain_BS
+        return None, np.broadcast_to(column_S, index_BS.shape).copy(), domain_BS
     position_T = np.arange(num_rows * length) - np.repeat(start_of_N, count_N)
     return index_BS - (index_BS[:, :1] - 1), position_T.reshape(num_rows, length), domain_BS

@@ -53,7 +53,8 @@ def test_rows_by_hand(make_array: MakeArray) -> None:
 def test_rows_by_hand_without_document_masks(make_array: MakeArray) -> None:
     batch = batch_of([make_array(["ab", "c", "d"])], [1, 0], 6, mask_documents=False)
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 0, 0], [0, 1, 2, 3, 4, 5]]
-    assert batch.document_ids.tolist() == [[1, 1, 1, 0, 0, 0], [1] * 6]
+    assert batch.document_ids is None
+    assert [part.document_ids for part in batch.split(1)] == [None, None]
     assert batch.labels.tolist() == [[IGNORED, D, EOS] + [IGNORED] * 3, [A, B, EOS, IGNORED, C, EOS]]
 
 
@@ -86,7 +87,9 @@ def test_rows_of_padding_alone(num_rows: int, mask_documents: bool) -> None:
     batch = make_batch([], num_rows, 4, pad_id=PAD, mask_documents=mask_documents, domain_ids={"text": 0})
     assert batch.input_ids.tolist() == [[PAD] * 4] * num_rows
     assert batch.labels.tolist() == [[IGNORED] * 4] * num_rows
-    assert not any(getattr(batch, field).any() for field in FIELDS[2:])
+    for field in FIELDS[2:]:
+        numbers = getattr(batch, field)
+        assert not numbers.any() if mask_documents or field != "document_ids" else numbers is None
 
 
 def test_types_moving_and_splitting(make_array: MakeArray) -> None:
@@ -176,7 +179,7 @@ def test_a_batch_is_its_pieces_cell_by_cell(
                     "input_ids": int(array.tokens[token]),
                     "labels": IGNORED if token + 1 in starts else int(array.tokens[token + 1]),
                     "position_ids": position if mask_documents else cell[1],
-                    "document_ids": document[row] if mask_documents else 1,
+                    "document_ids": document[row],
                     "routing_mask": 1,
                     "domain_ids": numbers[
                         array.domain_names[array.domains[array.starts.searchsorted(token, side="right") - 1]]
@@ -185,8 +188,11 @@ def test_a_batch_is_its_pieces_cell_by_cell(
                 for field, value in values.items():
                     expected[field][cell] = value
                 position += 1
-    for field in FIELDS:
-        assert torch.equal(getattr(batch, field).long(), expected[field]), field
+    if not mask_documents:
+        assert batch.document_ids is None
+        del expected["document_ids"]
+    for field, values in expected.items():
+        assert torch.equal(getattr(batch, field).long(), values), field
 
 
 @pytest.mark.parametrize("sequence_length", [2, 7, 64, 10_000])

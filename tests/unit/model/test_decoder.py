@@ -127,3 +127,14 @@ def test_no_router_of_a_packed_row_sees_padding():
     output = model(tokens, document_ids_BS=mask.long(), routing_mask_BS=mask)
     assert output.statistics.count_E.sum(-1).tolist() == [20 * 2, 20 * 2]
     torch.testing.assert_close(output.statistics.probability_sum_E.sum(-1), torch.tensor([20.0, 20.0]))
+
+
+def test_padding_behind_a_row_without_document_ids_changes_nothing_before_it():
+    """Catches plain causal attention, which batches without document masks take, letting padding in."""
+    model = _model()
+    tokens, mask = torch.randint(97, (2, 16)), torch.ones(2, 16, dtype=torch.bool)
+    mask[1, 4:] = False
+    plain = model(tokens, routing_mask_BS=mask).hidden_BSD
+    masked = model(tokens, document_ids_BS=mask.long(), routing_mask_BS=mask).hidden_BSD
+    torch.testing.assert_close(plain[mask], masked[mask], atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(plain[~mask], masked[~mask])

@@ -1,0 +1,209 @@
+"""One side of `benchmark.py`: a process that trains steps when it is told to, and says what they took.
+
+Standard input has one number of steps per line; standard output gets a JSON object for each, and one at the beginning.
+Every side trains the same weights on the same batches with the same rule (AdamW, its fused kernel, clipped to 1).
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from moe_lm.config import load
+from moe_lm.data.batch import IGNORED, Batch
+from moe_lm.kernels.allocator import keep_freed_memory
+from moe_lm.model.config import ModelConfig
+from moe_lm.model.decoder import CausalLM
+from moe_lm.model.initialization import initialize
+from moe_lm.model.router import Router
+from moe_lm.parallel.layout import Layout
+from moe_lm.parallel.parallelize import parallelize
+from moe_lm.parallel.runtime import Runtime
+from moe_lm.training.config import OptimizerConfig, Precision
+from moe_lm.training.feed import GlobalBatch
+from moe_lm.training.machine import peak_memory
+from moe_lm.training.optimizer import Optimizer
+from moe_lm.training.precision import ComputeModel, compute_dtype
+from moe_lm.training.state import initial_load
+from moe_lm.training.step import train_step
+
+RULE = OptimizerConfig(learning_rate=1e-3)
+CPU = torch.device("cpu")
+
+Between = Callable[[float | None], None]
+"""To be called before every step, with the loss of the one before."""
+
+
+class Conductor:
+    """Lets a training loop run as many steps as standard input asks for, then waits."""
+
+    def __init__(self, memory_after_import: int):
+        self._left, self._begin, self._before = 0, 0.0, memory_after_import
+
+    def between_steps(self, loss: float | None = None) -> None:
+        """Called before each step: returns when it may run, ends the process when there is nothing more to do."""
+        self._left -= 1
+        if self._left > 0:
+            return
+        taken = time.perf_counter() - self._begin
+        _say({"seconds": taken, "loss": loss, "memory": peak_memory(CPU) - self._before})
+        line = sys.stdin.readline()
+        if not line:
+            sys.exit(0)
+        self._left, self._begin = int(line), time.perf_counter()
+
+
+def ours(model: ModelConfig, batches: list[Tensor], precision: Precision, between: Between) -> None:
+    """This trainer's own step, as `moe-lm pretrain` runs it."""
+    runtime = Runtime("cpu")
+    dtype = compute_dtype(precision, CPU)
+    parallel = parallelize(model, Layout(), None, 0, CPU, dtype)
+    initialize(parallel.module, seed=0)
+    compute = ComputeModel(parallel, dtype)
+    optimizer = Optimizer(parallel.shards, RULE)
+    load_LE = initial_load(model)
+    loss: float | None = None
+    for input_BS in _forever(batches):
+        between(loss)
+        batch = _our_batch(input_BS)
+        targets = int((batch.labels != IGNORED).sum())
+        result = train_step(
+            compute, optimizer, runtime, GlobalBatch([batch], targets, input_BS.numel(), [], {}), load_LE, 1.0
+        )
+        loss = result.cross_entropy
+
+
+def _our_batch(input_BS: Tensor) -> Batch:
+    labels_BS = torch.cat((input_BS[:, 1:], torch.full_like(input_BS[:, :1], IGNORED)), dim=1)
+    position_BS = torch.arange(input_BS.shape[1]).expand_as(input_BS)
+    ones = torch.ones_like(input_BS)
+    return Batch(input_BS, labels_BS, position_BS, None, ones.bool(), torch.zeros_like(ones))
+
+
+def theirs(
+    model: ModelConfig, batches: list[Tensor], experts: str, precision: str, trainer: bool, between: Between
+) -> None:
+    """Transformers' Mixtral under its own Trainer, or under the loop that one writes by hand."""
+    module = their_model(model, experts)
+    if precision == "bf16-held":
+        module.to(torch.bfloat16)
+    if trainer:
+        _their_trainer(module, batches, precision, between)
+    else:
+        _bare_loop(module, batches, precision, between)
+
+
+def their_model(config: ModelConfig, experts: str) -> Any:
+    """Transformers' Mixtral with the weights that our side begins with."""
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    from moe_lm.hf.layout import to_hf_config
+
+    hf_config = MixtralConfig(**to_hf_config(config), output_router_logits=True, use_cache=False)
+    hf_config._experts_implementation = experts
+    module = AutoModelForCausalLM.from_config(hf_config, experts_implementation=experts)
+    source = CausalLM(config)
+    initialize(source, seed=0)
+    module.load_state_dict(source.state_dict())
+    return module.train()
+
+
+def _bare_loop(module: Any, batches: list[Tensor], precision: str, between: Between) -> None:
+    rule = torch.optim.AdamW(
+        module.parameters(),
+        lr=RULE.learning_rate,
+        betas=(RULE.beta1, RULE.beta2),
+        weight_decay=RULE.weight_decay,
+        fused=True,
+    )
+    loss: float | None = None
+    for input_BS in _forever(batches):
+        between(loss)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-autocast"):
+            output = module(input_ids=input_BS, labels=input_BS)
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), RULE.max_grad_norm)
+        rule.step()
+        rule.zero_grad()
+        loss = float(output.loss) - module.config.router_aux_loss_coef * float(output.aux_loss)
+
+
+def _their_trainer(module: Any, batches: list[Tensor], precision: str, between: Between) -> None:
+    import tempfile
+
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Steps(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            between(None)
+
+    rows = [{"input_ids": row, "labels": row} for batch in batches for row in batch]
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = TrainingArguments(
+            directory,
+            per_device_train_batch_size=len(batches[0]),
+            max_steps=10**6,
+            learning_rate=RULE.learning_rate,
+            adam_beta2=RULE.beta2,
+            weight_decay=RULE.weight_decay,
+            optim="adamw_torch_fused",
+            bf16=precision == "bf16-autocast",
+            use_cpu=True,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        Trainer(module, arguments, train_dataset=rows, callbacks=[Steps()]).train()
+
+
+def _forever(batches: list[Tensor]) -> Iterator[Tensor]:
+    while True:
+        yield from batches
+
+
+def balance_by_force() -> None:
+    """Let token t go to experts t·K … t·K + K − 1 (mod E), with its own router's weights for them, on every side."""
+    from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+
+    def choose(probability_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        T, E = probability_TE.shape
+        expert_TK = torch.arange(T * k).view(T, k) % E
+        return probability_TE.gather(1, expert_TK), expert_TK
+
+    def their_forward(self: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits_TE = torch.nn.functional.linear(hidden.view(-1, self.hidden_dim), self.weight)
+        top_TK, expert_TK = choose(logits_TE.float().softmax(-1), self.top_k)
+        return logits_TE, top_TK / top_TK.sum(-1, keepdim=True), expert_TK
+
+    Router.choose = lambda self, probability_TE: choose(probability_TE, self.top_k)  # type: ignore[method-assign]
+    MixtralTopKRouter.forward = their_forward
+
+
+def _say(message: dict[str, Any]) -> None:
+    print(json.dumps(message), file=OUTPUT, flush=True)
+
+
+if __name__ == "__main__":
+    import transformers  # noqa: F401 -- counted as import, for every side
+
+    OUTPUT, sys.stdout = sys.stdout, sys.stderr  # what libraries print is not ours
+    side: dict[str, Any] = json.loads(sys.argv[1])
+    if side["trainer"]:
+        from transformers import Trainer  # noqa: F401 -- likewise
+    if side["tuned_allocator"]:
+        keep_freed_memory()
+    if side["balanced"]:
+        balance_by_force()
+    model_config = load("pretrain", side["options"]).model
+    data = list(load_file(Path(side["batches"]))["input_ids"].long())
+    conductor = Conductor(peak_memory(CPU))
+    if side["experts"] is None:
+        ours(model_config, data, Precision(side["precision"]), conductor.between_steps)
+    else:
+        theirs(model_config, data, side["experts"], side["precision"], side["trainer"], conductor.between_steps)

@@ -59,5 +59,5 @@ def _sample(training: Run, prompt: str, tokens: int) -> str:
         model, _ = open_model(training.store.path(training.progress.step), device)
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     choices = tokenizer.generated_ids
-    new_ids = generate(model, ids, tokens, tokenizer.eos_id, temperature=0.7, top_k=50, choices=choices)
-    return prompt + tokenizer.decode(list(new_ids))
+    (new_ids,) = generate(model, [ids], tokens, tokenizer.eos_id, temperature=0.7, top_k=50, choices=choices)
+    return prompt + tokenizer.decode(new_ids)

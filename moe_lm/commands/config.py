@@ -6,7 +6,7 @@ import re
 
 from moe_lm.data.config import DataConfig, DataSource, TokenizerConfig
 from moe_lm.errors import InputError
-from moe_lm.training.config import Device
+from moe_lm.training.config import Device, Precision
 
 
 class ExportType(enum.Enum):
@@ -163,6 +163,11 @@ class GenerateConfig:
     """Run directory (its newest checkpoint), one checkpoint directory, or an exported Hugging Face directory."""
     prompt: str = ""
     """Text to continue."""
+    prompts: str | None = None
+    """File of many texts to continue, each line a JSON string; what is printed are JSON lines {"prompt": …,
+    "completion": …}."""
+    batch_size: int = 16
+    """How many of them are continued at once."""
     chat: bool = False
     """Whether the prompt is a user's message, rendered by the tokenizer's chat template; only the answer is printed."""
     max_new_tokens: int = 200
@@ -173,13 +178,19 @@ class GenerateConfig:
     """Sample among this many most probable tokens; null means all."""
     seed: int = 0
     """Seed of the sampling."""
+    precision: Precision = Precision.fp32
+    """Type that is computed with: `fp32`, `bf16` (faster where the hardware has it), or `auto`: bf16 where it has."""
     device: Device = Device.auto
     """`cpu`, `cuda`, or `auto`."""
 
     def __post_init__(self) -> None:
         _require_given("checkpoint", self.checkpoint)
-        if self.chat and not self.prompt.strip():
+        if self.prompts is not None and self.prompt:
+            raise InputError(f"prompt={self.prompt!r}: leave it out, or prompts={self.prompts}.")
+        if self.chat and self.prompts is None and not self.prompt.strip():
             raise InputError("prompt='': with chat=true give the user's message.")
+        if self.batch_size < 1:
+            raise InputError(f"batch_size={self.batch_size}: must be at least 1.")
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens={self.max_new_tokens}: must be at least 1.")
         if self.temperature < 0:

@@ -1,5 +1,6 @@
-"""`moe-lm generate`: continue a text, or answer a message."""
+"""`moe-lm generate`: continue texts, or answer messages."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -7,38 +8,80 @@ import torch
 from moe_lm.commands.config import GenerateConfig
 from moe_lm.commands.model_source import open_model
 from moe_lm.data.chat_template import encode_prompt
+from moe_lm.data.tokenizer import Tokenizer
 from moe_lm.errors import InputError
 from moe_lm.evaluation.generation import generate
+from moe_lm.model.config import ModelConfig
 from moe_lm.parallel.runtime import Runtime
 from moe_lm.training.config import Device
+from moe_lm.training.precision import compute_dtype
 
 
 def run(config: GenerateConfig) -> int:
-    """Print the prompt and its continuation, or in a chat the answer alone."""
+    """Print the prompt and its continuation, or in a chat the answer alone; of many prompts JSON lines."""
     assert config.checkpoint is not None
     if config.device is Device.cuda and not torch.cuda.is_available():
         raise InputError("device=cuda: no CUDA device is visible here; use device=auto or cpu.")
+    prompts = [config.prompt] if config.prompts is None else read_prompts(Path(config.prompts))
     device: torch.device = Runtime(config.device.value).device
-    model, tokenizer = open_model(Path(config.checkpoint), device)
-    if config.chat:
-        prompt_ids = encode_prompt(tokenizer, config.prompt)
-    else:
-        prompt_ids = [tokenizer.bos_id, *tokenizer.encode(config.prompt)]
-    context = model.config.max_position_embeddings
+    model, tokenizer = open_model(Path(config.checkpoint), device, compute_dtype(config.precision, device))
+    encoded = [_encode(prompt, tokenizer, config, model.config) for prompt in prompts]
+    # Prompts of like lengths together, so that little is padding; printed is in the file's order.
+    order = sorted(range(len(prompts)), key=lambda number: len(encoded[number]))
+    completions: dict[int, str] = {}
+    for start in range(0, len(order), config.batch_size):
+        numbers = order[start : start + config.batch_size]
+        made = generate(
+            model,
+            [encoded[number] for number in numbers],
+            config.max_new_tokens,
+            tokenizer.eos_id,
+            config.temperature,
+            config.top_k,
+            [config.seed + number for number in numbers],
+            tokenizer.generated_ids,
+        )
+        completions.update({number: tokenizer.decode(ids) for number, ids in zip(numbers, made)})
+    for number, prompt in enumerate(prompts):
+        if config.prompts is not None:
+            print(json.dumps({"prompt": prompt, "completion": completions[number]}, ensure_ascii=False))
+        else:
+            print(("" if config.chat else prompt) + completions[number])
+    return 0
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file.
+
+    Raises:
+        InputError: It can not be read, or a line is no JSON string.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"prompts={path}: can not be read ({error}); give a file of JSON strings, one per line."
+        ) from error
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            prompt = json.loads(line)
+        except ValueError:
+            prompt = None
+        if not isinstance(prompt, str) or any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise InputError(f'prompts={path}: line {number} is no JSON string, such as "import os".')
+        prompts.append(prompt)
+    if not prompts:
+        raise InputError(f"prompts={path}: is empty; give at least one prompt, a JSON string.")
+    return prompts
+
+
+def _encode(prompt: str, tokenizer: Tokenizer, config: GenerateConfig, model: ModelConfig) -> list[int]:
+    prompt_ids = encode_prompt(tokenizer, prompt) if config.chat else [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    context = model.max_position_embeddings
     if len(prompt_ids) + config.max_new_tokens > context:
         raise InputError(
             f"max_new_tokens={config.max_new_tokens}: with the {len(prompt_ids)} tokens of the prompt that is more "
             f"than the model's context of {context} tokens; shorten one of them."
         )
-    new_ids = generate(
-        model,
-        prompt_ids,
-        config.max_new_tokens,
-        tokenizer.eos_id,
-        config.temperature,
-        config.top_k,
-        config.seed,
-        tokenizer.generated_ids,
-    )
-    print(("" if config.chat else config.prompt) + tokenizer.decode(list(new_ids)))
-    return 0
+    return prompt_ids

@@ -25,6 +25,7 @@ from moe_lm.hf.load import HuggingFaceSource
 from moe_lm.hf.model_configuration import load_config
 from moe_lm.model.config import ModelConfig
 from moe_lm.model.decoder import CausalLM
+from moe_lm.model.router import Router
 from moe_lm.model.source import ModelSource
 from moe_lm.training.state import MODEL
 
@@ -198,20 +199,29 @@ def _check_parameters(source: NativeSource, finetune: FinetuneConfig) -> None:
 
 
 @torch.no_grad()
-def open_model(path: Path, device: torch.device) -> tuple[CausalLM, Tokenizer]:
-    """A model in fp32 and its tokenizer, from any directory that `open_source` takes."""
+def open_model(path: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[CausalLM, Tokenizer]:
+    """A model and its tokenizer, from any directory that `open_source` takes; routers are in fp32 whatever the rest is.
+
+    Raises:
+        InputError: There is no model or no tokenizer, or they do not belong together.
+    """
     source = open_source(path)
-    model = CausalLM(source.config)
+    with torch.device("meta"):
+        model = CausalLM(source.config)
+    model.to_empty(device=device)
+    routers = {id(p) for module in model.modules() if isinstance(module, Router) for p in module.parameters()}
     targets = dict(model.named_parameters())
     for name, tensor in source.parameters():
-        targets[name].copy_(tensor)
+        own = torch.float32 if id(targets[name]) in routers else dtype
+        # what a source gives may be a piece of a file that is mapped into memory
+        targets[name].data = tensor.to(device, own, copy=True)
     tokenizer = open_tokenizer(source)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(
             f"checkpoint={path}: the tokenizer in {source.tokenizer_directory} has {tokenizer.vocab_size} ids, the "
             f"model only {model.config.vocab_size}; they do not belong together."
         )
-    return model.to(device), tokenizer
+    return model, tokenizer
 
 
 def find_tokenizer(directory: Path) -> Path | None:

@@ -1,56 +1,75 @@
-"""Text from a model: one prompt, a key-value cache, greedy or sampled."""
+"""Text from a model: any number of prompts at once, a key-value cache, greedy or sampled.
 
-from collections.abc import Iterator, Sequence
+Letters: B prompts, S length of the longest, V vocabulary, C ids that may be generated.
+"""
+
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from moe_lm.model.attention import KeyValueCache
 from moe_lm.model.decoder import CausalLM
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     model: CausalLM,
-    prompt_ids: list[int],
+    prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     end_id: int,
     temperature: float = 0.0,
     top_k: int | None = None,
-    seed: int = 0,
+    seeds: Sequence[int] = (),
     choices: Sequence[int] | None = None,
-) -> Iterator[int]:
-    """Yield new token ids until `end_id` (which is not yielded) or `max_new_tokens`.
+) -> list[list[int]]:
+    """New token ids of every prompt, until `end_id` (which is not among them) or `max_new_tokens` of them.
 
     Args:
         model: a model on any device.
-        prompt_ids: at least one id; normally begins with the document's begin mark.
-        max_new_tokens: most tokens to make.
-        end_id: id that ends the text.
+        prompts: at least one id each; normally beginning with the document's begin mark.
+        max_new_tokens: most tokens to make of each.
+        end_id: id that ends a text.
         temperature: 0 takes the most probable token every time.
         top_k: sample among this many most probable tokens; null means all.
-        seed: seed of the sampling.
+        seeds: what each prompt's sampling is seeded with; empty means 0, 1, 2 … A text does not depend on the others.
         choices: ids that may be generated; null means all of the model's vocabulary.
     """
     weight = model.lm_head.weight
-    cache = KeyValueCache(model.config, 1, len(prompt_ids) + max_new_tokens, weight.device, weight.dtype)
-    generator = torch.Generator().manual_seed(seed)
-    choice_C = torch.tensor(range(model.config.vocab_size) if choices is None else choices)
-    new_ids = prompt_ids
+    longest = max(map(len, prompts))
+    padding_B = [longest - len(prompt) for prompt in prompts]
+    rows = [[end_id if end_id >= 0 else 0] * padding + list(prompt) for padding, prompt in zip(padding_B, prompts)]
+    cache = KeyValueCache(model.config, padding_B, longest + max_new_tokens, weight)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds or range(len(prompts))]
+    choice_C = None if choices is None else torch.tensor(choices)
+    made: list[list[int]] = [[] for _ in prompts]
+    unfinished = set(range(len(prompts)))
+    input_ids_BS = torch.tensor(rows, device=weight.device)
     for _ in range(max_new_tokens):
-        hidden_BSD = model(torch.tensor([new_ids], device=weight.device), cache=cache).hidden_BSD
-        logits_C = model.logits(hidden_BSD[0, -1]).float().cpu().index_select(0, choice_C)
-        token = int(choice_C[_choose(logits_C, temperature, top_k, generator)])
-        if token == end_id:
-            return
-        yield token
-        new_ids = [token]
+        hidden_BSD = model(input_ids_BS, cache=cache).hidden_BSD
+        logits_BC = model.logits(hidden_BSD[:, -1]).float().cpu()
+        if choice_C is not None:
+            logits_BC = logits_BC.index_select(1, choice_C)
+        index_B = _choose(logits_BC, temperature, top_k, generators)
+        token_B = index_B if choice_C is None else choice_C.index_select(0, index_B)
+        for number, token in enumerate(token_B.tolist()):
+            if token == end_id:
+                unfinished.discard(number)
+            if number in unfinished:
+                made[number].append(token)
+        if not unfinished:
+            break
+        input_ids_BS = token_B[:, None].to(weight.device)
+    return made
 
 
-def _choose(logits_C: torch.Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
+def _choose(logits_BC: Tensor, temperature: float, top_k: int | None, generators: Sequence[torch.Generator]) -> Tensor:
     if temperature < 1e-30:  # 0, or so little that fp32 would divide by it
-        return int(logits_C.argmax())
-    if top_k is not None and top_k < len(logits_C):
-        logits_C = logits_C.masked_fill(logits_C < logits_C.topk(top_k).values[-1], float("-inf"))
+        return logits_BC.argmax(dim=1)
+    if top_k is not None and top_k < logits_BC.shape[1]:
+        least_B1 = logits_BC.topk(top_k).values[:, -1:]
+        logits_BC = logits_BC.masked_fill(logits_BC < least_B1, float("-inf"))
     # The maximum goes first: a tiny temperature must not divide logits into infinities.
-    scaled_C = (logits_C - logits_C.max()) / temperature
-    return int(torch.multinomial(scaled_C.softmax(dim=-1), 1, generator=generator))
+    scaled_BC = (logits_BC - logits_BC.amax(dim=1, keepdim=True)) / temperature
+    probability_BC = scaled_BC.softmax(dim=1)
+    return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(probability_BC, generators, strict=True)])

@@ -65,7 +65,7 @@ def attention(
 
     Args:
         mask_BST: True where a query sees a key (`attention_mask`), never a later one; None for plain causal attention
-            with S = T.
+            with S = T, or for one query that sees all keys.
         backend: "reference", "sdpa", "cpu", or None to choose by device, dtype and size.
 
     Returns:
@@ -74,7 +74,7 @@ def attention(
     Raises:
         ValueError: on an unknown backend.
     """
-    assert mask_BST is not None or q_BSNH.shape[1] == k_BTGH.shape[1], (q_BSNH.shape, k_BTGH.shape)
+    assert mask_BST is not None or q_BSNH.shape[1] in (1, k_BTGH.shape[1]), (q_BSNH.shape, k_BTGH.shape)
     backend = backend or _default_backend(q_BSNH, k_BTGH, v_BTGH)
     if backend == "reference":
         return _reference(q_BSNH, k_BTGH, v_BTGH, mask_BST)
@@ -103,17 +103,24 @@ def _reference(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, mask_BST: Tensor 
     q_BSGJH = q_BSNH.unflatten(2, (k_BTGH.shape[2], -1))
     wide = torch.promote_types(q_BSNH.dtype, torch.float32)
     scores_BGJST = torch.einsum("bsgjh,btgh->bgjst", q_BSGJH.to(wide), k_BTGH.to(wide)) / math.sqrt(H)
-    mask_BST = _causal_mask(S, q_BSNH.device) if mask_BST is None else mask_BST
-    scores_BGJST = scores_BGJST.masked_fill(~mask_BST[:, None, None], -torch.inf)
+    if mask_BST is None and S > 1:
+        mask_BST = _causal_mask(S, q_BSNH.device)
+    if mask_BST is not None:
+        scores_BGJST = scores_BGJST.masked_fill(~mask_BST[:, None, None], -torch.inf)
     o_BSGJH = torch.einsum("bgjst,btgh->bsgjh", scores_BGJST.softmax(-1), v_BTGH.to(wide))
     return o_BSGJH.reshape(B, S, N, H).to(q_BSNH.dtype)
 
 
 def _sdpa(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, mask_BST: Tensor | None) -> Tensor:
-    shared = q_BSNH.shape[2] // k_BTGH.shape[2]
+    B, S, N, H = q_BSNH.shape
+    mask = None if mask_BST is None else mask_BST.unsqueeze(1)
+    if S == 1:  # heads that share keys are so many queries, and no key has to be copied
+        q_BGJH = q_BSNH.view(B, k_BTGH.shape[2], -1, H)
+        o_BGJH = F.scaled_dot_product_attention(q_BGJH, k_BTGH.transpose(1, 2), v_BTGH.transpose(1, 2), attn_mask=mask)
+        return o_BGJH.reshape(B, 1, N, H)
+    shared = N // k_BTGH.shape[2]
     if shared > 1:  # enable_gqa with a mask falls back to the unfused kernel; expanding keys is cheaper
         k_BTGH, v_BTGH = k_BTGH.repeat_interleave(shared, dim=2), v_BTGH.repeat_interleave(shared, dim=2)
-    mask = None if mask_BST is None else mask_BST.unsqueeze(1)
     o_BNSH = F.scaled_dot_product_attention(
         q_BSNH.transpose(1, 2), k_BTGH.transpose(1, 2), v_BTGH.transpose(1, 2), attn_mask=mask, is_causal=mask is None
     )
@@ -153,7 +160,7 @@ class _ExplicitAttention(torch.autograd.Function):
         B, S, N, H = q_BSNH.shape
         T, G = k_BTGH.shape[1:3]
         if mask_BST is None:
-            mask_BST = _causal_mask(S, q_BSNH.device).expand(B, S, S)
+            mask_BST = _causal_mask(S, q_BSNH.device).expand(B, S, T)
         zero, hidden = q_BSNH.new_zeros(()), q_BSNH.new_full((), -torch.inf)
         o_BSNH = torch.empty_like(q_BSNH)
         blocks = _query_blocks(S, T)

@@ -65,6 +65,8 @@ def expert_swiglu(
     if backend == "grouped":
         return _grouped(x_RD, group_ends_E, gate_up_proj, down_proj)
     if backend == "cpu":
+        if not torch.is_grad_enabled():
+            return _expert_loop(x_RD, group_ends_E, gate_up_proj, down_proj)[0]
         y_RD: Tensor = _ExpertLoop.apply(x_RD, group_ends_E, gate_up_proj, down_proj)
         return y_RD
     raise ValueError(f"backend={backend!r}: choose reference, grouped or cpu")
@@ -97,22 +99,28 @@ def _grouped(x_RD: Tensor, group_ends_E: Tensor, gate_up_proj: Tensor, down_proj
     return torch.where(inside_R1, y_RD, 0)
 
 
+def _expert_loop(x_RD: Tensor, group_ends_E: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> tuple[Tensor, Tensor]:
+    """A GEMM per expert into slices of shared buffers: the output, and the gate-up product [R, 2F]."""
+    h_R2F = x_RD.new_empty(x_RD.shape[0], gate_up_proj.shape[1])
+    y_RD = torch.empty_like(x_RD)
+    start = 0
+    for expert, end in enumerate(group_ends_E.tolist()):
+        if end > start:
+            h = torch.mm(x_RD[start:end], gate_up_proj[expert].t(), out=h_R2F[start:end])
+            gate, up = h.chunk(2, dim=-1)
+            activation = F.silu(gate).mul_(up)
+            torch.mm(activation, down_proj[expert].t(), out=y_RD[start:end])
+        start = end
+    y_RD[start:].zero_()
+    return y_RD, h_R2F
+
+
 class _ExpertLoop(torch.autograd.Function):
-    """A GEMM per expert into slices of shared buffers, with a backward written by hand."""
+    """`_expert_loop` with a backward written by hand."""
 
     @staticmethod
     def forward(ctx, x_RD, group_ends_E, gate_up_proj, down_proj):  # type: ignore[no-untyped-def]
-        h_R2F = x_RD.new_empty(x_RD.shape[0], gate_up_proj.shape[1])
-        y_RD = torch.empty_like(x_RD)
-        start = 0
-        for expert, end in enumerate(group_ends_E.tolist()):
-            if end > start:
-                h = torch.mm(x_RD[start:end], gate_up_proj[expert].t(), out=h_R2F[start:end])
-                gate, up = h.chunk(2, dim=-1)
-                activation = F.silu(gate).mul_(up)
-                torch.mm(activation, down_proj[expert].t(), out=y_RD[start:end])
-            start = end
-        y_RD[start:].zero_()
+        y_RD, h_R2F = _expert_loop(x_RD, group_ends_E, gate_up_proj, down_proj)
         ctx.save_for_backward(x_RD, group_ends_E, gate_up_proj, down_proj, h_R2F)
         return y_RD
 

@@ -35,7 +35,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str | None = None) 
     if backend == "reference":
         return _reference(x, weight, eps)
     if backend == "fused":
-        y: Tensor = _FusedNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps)
+        x_TD = x.reshape(-1, x.shape[-1])
+        y: Tensor = _FusedNorm.apply(x_TD, weight, eps) if torch.is_grad_enabled() else _fused(x_TD, weight, eps)[0]
         return y.view(x.shape)
     raise ValueError(f"backend={backend!r}: choose reference or fused")
 
@@ -46,17 +47,23 @@ def _reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * wide.to(x.dtype)
 
 
+def _fused(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm, and mean(x²) of each row in fp32."""
+    norms_T = torch.linalg.vector_norm(x_TD, dim=-1, dtype=torch.float32)
+    variance_T = norms_T.square_().div_(x_TD.shape[1])
+    # Arguments after the statistics: not training, momentum 0, eps, no cuDNN.
+    mean_T = torch.zeros_like(variance_T)
+    normed = torch.batch_norm(x_TD.unsqueeze(0), None, None, mean_T, variance_T, False, 0.0, eps, False)
+    return normed.squeeze(0).mul_(weight_D), variance_T
+
+
 class _FusedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, weight_D, eps):  # type: ignore[no-untyped-def]
-        norms_T = torch.linalg.vector_norm(x_TD, dim=-1, dtype=torch.float32)
-        variance_T = norms_T.square_().div_(x_TD.shape[1])
+        y_TD, variance_T = _fused(x_TD, weight_D, eps)
         ctx.save_for_backward(x_TD, weight_D, variance_T)
         ctx.eps = eps
-        mean_T = torch.zeros_like(variance_T)
-        # Arguments after the statistics: not training, momentum 0, eps, no cuDNN.
-        normed = torch.batch_norm(x_TD.unsqueeze(0), None, None, mean_T, variance_T, False, 0.0, eps, False)
-        return normed.squeeze(0).mul_(weight_D)
+        return y_TD
 
     @staticmethod
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]

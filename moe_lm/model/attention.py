@@ -3,6 +3,8 @@
 Letters: B batch, S query length, T key length, D hidden, N heads, G key/value heads, H head width.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -26,22 +28,38 @@ def rotary_angles(position_ids_BS: Tensor, head_dim: int, theta: float, dtype: t
 class KeyValueCache:
     """Keys and values of the tokens seen so far, for every layer, in buffers of a fixed capacity.
 
-    `length` is the number of tokens every layer holds; the decoder advances it once per forward.
+    Each row is one document; shorter ones have padding in front, so that all rows end together. `length` is the number
+    of tokens every layer holds; the decoder advances it once per forward.
     """
 
-    def __init__(self, config: ModelConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.num_hidden_layers, batch, capacity, config.num_key_value_heads, config.width_of_head)
-        self.keys_LBTGH = torch.zeros(shape, device=device, dtype=dtype)
-        self.values_LBTGH = torch.zeros(shape, device=device, dtype=dtype)
+    def __init__(self, config: ModelConfig, padding_B: Sequence[int], capacity: int, like: Tensor):
+        """Reserve the buffers.
+
+        Args:
+            config: The model.
+            padding_B: Number of padding tokens in front of each row.
+            capacity: Most tokens of a row, padding included.
+            like: A tensor on the model's device and of its type.
+        """
+        shape = (len(padding_B), capacity, config.num_key_value_heads, config.width_of_head)
+        self._keys_BTGH = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
+        self._values_BTGH = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
+        self._capacity = capacity
         self.length = 0
+        self.is_padded = any(padding_B)
+        place_T, padding_B1 = torch.arange(capacity), torch.tensor(padding_B).unsqueeze(1)
+        self.document_ids_BT = (place_T >= padding_B1).long().to(like.device)
+        """1, and 0 for padding."""
+        self.position_ids_BT = (place_T - padding_B1).clamp(min=0).to(like.device)
 
     def extend(self, layer: int, k_BSGH: Tensor, v_BSGH: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new keys and values behind those seen; return all of them, [B, length + S, G, H]."""
         end = self.length + k_BSGH.shape[1]
-        assert end <= self.keys_LBTGH.shape[2], "the key-value cache is full"
-        self.keys_LBTGH[layer, :, self.length : end] = k_BSGH
-        self.values_LBTGH[layer, :, self.length : end] = v_BSGH
-        return self.keys_LBTGH[layer, :, :end], self.values_LBTGH[layer, :, :end]
+        assert end <= self._capacity, "the key-value cache is full"
+        keys_BTGH, values_BTGH = self._keys_BTGH[layer], self._values_BTGH[layer]
+        keys_BTGH[:, self.length : end] = k_BSGH
+        values_BTGH[:, self.length : end] = v_BSGH
+        return keys_BTGH[:, :end], values_BTGH[:, :end]
 
 
 class Attention(nn.Module):
@@ -67,7 +85,7 @@ class Attention(nn.Module):
         mask_BST: Tensor | None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """X [B, S, D] to [B, S, D]; `mask_BST` is true where a query may look, null for plain causal attention."""
+        """X [B, S, D] to [B, S, D]; `mask_BST` is true where a query may look, null for what is not later."""
         heads = (*x_BSD.shape[:2], -1, self.head_dim)
         q_BSNH = apply_rotary(self.q_proj(x_BSD).view(heads), *rotary)
         k_BSGH = apply_rotary(self.k_proj(x_BSD).view(heads), *rotary)

@@ -52,9 +52,9 @@ class Layer(nn.Module):
         routing_mask_BS: Tensor | None,
         cache: KeyValueCache | None,
     ) -> tuple[Tensor, RoutingStatistics | None]:
-        """X [B, S, D] to [B, S, D], and the statistics of the layer's router."""
+        """X [B, S, D] to [B, S, D], and the statistics of the layer's router, if there is no cache."""
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, mask_BST, cache)
-        y_BSD, statistics = self.mlp(self.post_attention_layernorm(x_BSD), routing_mask_BS)
+        y_BSD, statistics = self.mlp(self.post_attention_layernorm(x_BSD), routing_mask_BS, cache is None)
         return x_BSD + y_BSD, statistics
 
 
@@ -64,7 +64,7 @@ class DecoderOutput(NamedTuple):
     hidden_BSD: Tensor
     """Final hidden states, normalised; `OutputHead.factors` says what they are multiplied with."""
     statistics: RoutingStatistics | None
-    """Every layer's routing statistics, stacked: fields [L, E], [L, E], [L]. Null for a dense model."""
+    """Every layer's routing statistics, stacked: fields [L, E], [L, E], [L]. Null of a dense model, or with a cache."""
 
 
 class Decoder(nn.Module):
@@ -92,16 +92,20 @@ class Decoder(nn.Module):
 
         Args:
             input_ids_BS: token ids, int64.
-            position_ids_BS: positions for the rotary embedding; null counts on from the cache, or from 0.
+            position_ids_BS: positions for the rotary embedding; null takes the cache's, or counts from 0.
             document_ids_BS: attention stays within tokens of equal document id; null means one document per row.
             routing_mask_BS: true for tokens that count in the routing statistics; null means all.
-            cache: keys and values of earlier tokens (one document per row); extended in place.
+            cache: keys and values of earlier tokens; extended in place. Its rows are documents, and nothing is counted.
         """
-        config, seen = self.config, cache.length if cache is not None else 0
-        length = input_ids_BS.shape[1]
-        if position_ids_BS is None:
-            position_ids_BS = torch.arange(seen, seen + length, device=input_ids_BS.device).expand_as(input_ids_BS)
-        mask_BST = self._mask(input_ids_BS, document_ids_BS, seen)
+        config, length = self.config, input_ids_BS.shape[1]
+        if cache is not None:
+            assert document_ids_BS is None and routing_mask_BS is None
+            position_ids_BS = cache.position_ids_BT[:, cache.length : cache.length + length]
+            mask_BST = self._mask_of_cache(cache, length)
+        else:
+            if position_ids_BS is None:
+                position_ids_BS = torch.arange(length, device=input_ids_BS.device).expand_as(input_ids_BS)
+            mask_BST = self._mask(input_ids_BS, document_ids_BS)
         x_BSD: Tensor = self.embed_tokens(input_ids_BS)
         rotary = rotary_angles(position_ids_BS, config.width_of_head, config.rope_theta, x_BSD.dtype)
         statistics = []
@@ -111,21 +115,26 @@ class Decoder(nn.Module):
             statistics.append(of_layer)
         if cache is not None:
             cache.length += length
+            return DecoderOutput(self.norm(x_BSD), None)
         stacked = RoutingStatistics(*map(torch.stack, zip(*statistics))) if config.is_mixture else None
         return DecoderOutput(self.norm(x_BSD), stacked)
 
-    def _mask(self, input_ids_BS: Tensor, document_ids_BS: Tensor | None, seen: int) -> Tensor | None:
-        """Where attention may look, [B, S, T]; null where plain causal attention says the same."""
+    def _mask(self, input_ids_BS: Tensor, document_ids_BS: Tensor | None) -> Tensor | None:
+        """Where attention may look, [B, S, S]; null where plain causal attention says the same."""
         window = self.config.sliding_window
-        keys = seen + input_ids_BS.shape[1]
         if document_ids_BS is None:
-            if seen == 0 and (window is None or window >= keys):
+            if window is None or window >= input_ids_BS.shape[1]:
                 return None
             document_ids_BS = torch.ones_like(input_ids_BS)
-        else:
-            assert seen == 0, "a key-value cache holds one document per row"
-        key_documents_BT = document_ids_BS if seen == 0 else document_ids_BS[:, :1].expand(-1, keys)
-        return attention_mask(document_ids_BS, key_documents_BT, seen, window)
+        return attention_mask(document_ids_BS, document_ids_BS, 0, window)
+
+    def _mask_of_cache(self, cache: KeyValueCache, length: int) -> Tensor | None:
+        """Where the next tokens of a cache may look, [B, S, T]; null where plain causal attention says the same."""
+        window, keys = self.config.sliding_window, cache.length + length
+        if not cache.is_padded and length in (1, keys) and (window is None or window >= keys):
+            return None
+        document_ids_BT = cache.document_ids_BT[:, :keys]
+        return attention_mask(document_ids_BT[:, cache.length :], document_ids_BT, cache.length, window)
 
 
 class OutputHead(nn.Linear):

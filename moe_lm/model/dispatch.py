@@ -7,6 +7,7 @@ Gathers and sums are torch's index_select and index_add: on CPU they cost 0.2–
 Letters: T tokens, D hidden, R assignments, P placed rows (R and the rows that fill groups up), E experts, C capacity.
 """
 
+import itertools
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from moe_lm.kernels.experts import row_alignment
 from moe_lm.model.router import Assignments, expert_capacity
+
+_FEW_ROWS = 64
+"""Fewer rows than this are sorted in Python on a CPU; `row_alignment` fills up no group of theirs."""
 
 
 class TokenDispatcher(Protocol):
@@ -45,6 +49,8 @@ class LocalDispatcher:
     def dispatch(self, x_TD: Tensor, assignments: Assignments) -> tuple[Tensor, Tensor, LocalHandle]:
         """See `TokenDispatcher`."""
         token_R, expert_R, weight_R = assignments
+        if x_TD.device.type == "cpu" and len(token_R) < _FEW_ROWS:
+            return self._dispatch_few(x_TD, assignments)
         align = row_alignment(x_TD.device, x_TD.dtype, len(token_R), self.num_experts)
         sorted_expert_R, order_R = torch.sort(expert_R, stable=True)
         experts_E = torch.arange(self.num_experts, device=x_TD.device)
@@ -62,6 +68,14 @@ class LocalDispatcher:
         weight_P = weight_R.new_zeros(num_rows).index_copy(0, place_R, weight_R.index_select(0, order_R))
         rows_PD = x_TD.index_select(0, token_P)
         return rows_PD, end_E.to(torch.int32), LocalHandle(token_P, weight_P, x_TD.shape[0])
+
+    def _dispatch_few(self, x_TD: Tensor, assignments: Assignments) -> tuple[Tensor, Tensor, LocalHandle]:
+        """The same without filling rows, sorted in Python: for a few rows that is faster than starting 16 operators."""
+        experts = assignments.expert_R.tolist()
+        order_R = torch.tensor(sorted(range(len(experts)), key=experts.__getitem__), dtype=torch.int64)
+        end_E = torch.tensor([*itertools.accumulate(map(experts.count, range(self.num_experts)))], dtype=torch.int32)
+        token_P, weight_P = (values.index_select(0, order_R) for values in (assignments.token_R, assignments.weight_R))
+        return x_TD.index_select(0, token_P), end_E, LocalHandle(token_P, weight_P, x_TD.shape[0])
 
     def combine(self, y_PD: Tensor, handle: LocalHandle) -> Tensor:
         """See `TokenDispatcher`."""

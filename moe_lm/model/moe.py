@@ -37,11 +37,13 @@ class MixtureOfExperts(nn.Module):
         if config.capacity_factor is not None:
             self.dispatcher = CapacityDispatcher(config.num_experts, config.capacity_factor)
 
-    def forward(self, x_BSD: Tensor, routing_mask_BS: Tensor | None) -> tuple[Tensor, RoutingStatistics]:
-        """X [B, S, D] to [B, S, D], with the layer's routing statistics over the tokens of the mask (null: all)."""
+    def forward(
+        self, x_BSD: Tensor, routing_mask_BS: Tensor | None, counted: bool = True
+    ) -> tuple[Tensor, RoutingStatistics | None]:
+        """X [B, S, D] to [B, S, D]; if counted, with routing statistics over the tokens of the mask (null: all)."""
         x_TD = x_BSD.flatten(0, 1)
         mask_T = None if routing_mask_BS is None else routing_mask_BS.flatten()
-        assignments, statistics = self.gate(x_TD, mask_T)
+        assignments, statistics = self.gate(x_TD, mask_T, counted)
         rows_PD, group_ends_E, handle = self.dispatcher.dispatch(x_TD, assignments)
         y_PD = self.experts(rows_PD, group_ends_E)
         y_TD = self.dispatcher.combine(y_PD, handle)
@@ -57,6 +59,6 @@ class DenseFeedForward(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x_BSD: Tensor, routing_mask_BS: Tensor | None) -> tuple[Tensor, None]:
+    def forward(self, x_BSD: Tensor, routing_mask_BS: Tensor | None, counted: bool = True) -> tuple[Tensor, None]:
         """X [B, S, D] to [B, S, D]; nothing is routed, so there are no statistics."""
         return self.down_proj(F.silu(self.gate_proj(x_BSD)) * self.up_proj(x_BSD)), None

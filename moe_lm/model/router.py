@@ -74,14 +74,18 @@ class Router(nn.Module):
         """Probabilities [T, K] and numbers of the experts that each token goes to."""
         return probability_TE.topk(self.top_k, dim=-1)
 
-    def forward(self, x_TD: Tensor, routing_mask_T: Tensor | None) -> tuple[Assignments, RoutingStatistics]:
-        """Route T tokens. Tokens outside the mask are routed as well, but do not count in the statistics."""
+    def forward(
+        self, x_TD: Tensor, routing_mask_T: Tensor | None, counted: bool = True
+    ) -> tuple[Assignments, RoutingStatistics | None]:
+        """Route T tokens. Those outside the mask are routed as well, but do not count in the statistics, if wanted."""
         logits_TE = self.logits(x_TD)
         probability_TE = logits_TE.softmax(dim=-1)
         top_TK, expert_TK = self.choose(probability_TE)
         weight_TK = top_TK / top_TK.sum(dim=-1, keepdim=True)
         token_TK = torch.arange(x_TD.shape[0], device=x_TD.device)[:, None].expand(-1, self.top_k)
         assignments = Assignments(token_TK.flatten(), expert_TK.flatten(), weight_TK.flatten().to(x_TD.dtype))
+        if not counted:
+            return assignments, None
         statistics = _statistics(logits_TE, probability_TE, expert_TK, routing_mask_T)
         if self.capacity_factor is not None:
             statistics = statistics._replace(dropped=_dropped(expert_TK, statistics.count_E, self.capacity_factor))

@@ -325,6 +325,25 @@ def test_text_is_taken_as_it_stands(value):
         load("generate", ["checkpoint=null"])
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (b'"good"\nnot quoted\n', "line 2 is no JSON string"),
+        (b'["a"]', "line 1 is no JSON string"),
+        (b'"\\ud800"', "line 1 is no JSON string"),
+        (b"\xff", "can not be read"),
+    ],
+)
+def test_files_of_prompts_are_read_before_the_model(complain, tmp_path, content, words):
+    """Catches a traceback, or minutes of work before a bad line is found."""
+    (tmp_path / "prompts.jsonl").write_bytes(content)
+    said = complain("generate", "checkpoint=nothing", f"prompts={tmp_path / 'prompts.jsonl'}")
+    assert said.startswith("prompts=") and words in said
+    both = complain("generate", "checkpoint=nothing", "prompt=x", f"prompts={tmp_path / 'prompts.jsonl'}")
+    assert both.startswith("prompt='x': leave it out")
+
+
 @pytest.mark.parametrize("value", ["3 +", "(3", "a=b", "[3", "x}"])
 def test_values_that_can_not_be_parsed_say_so(complain, value):
     """Catches the grammar's own complaint where a number or a list is wanted."""
@@ -529,6 +548,9 @@ def test_a_source_is_required(complain, command):
         ("seed=-1", "seed=-1: must not be negative"),
         (f"seed={2**63}", "must be below 2**63"),
         ("device=tpu", "device=tpu: must be one of auto, cpu, cuda"),
+        ("precision=int8", "precision=int8: must be one of auto, bf16, fp32"),
+        ("batch_size=0", "batch_size=0: must be at least 1"),
+        ("prompts=none.jsonl", "prompts=none.jsonl: can not be read"),
     ],
 )
 def test_sampling_options_out_of_range_are_named(complain, given, words):

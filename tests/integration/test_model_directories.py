@@ -149,6 +149,24 @@ def test_text_can_be_generated_from_an_import(tmp_path, mixtral, capsys):
     assert texts[0] == texts[1] and texts[0].startswith("import ")
 
 
+def test_many_prompts_are_continued_as_each_alone(tmp_path, mixtral, capsys):
+    """Catches completions that go to another prompt, depend on their batch, or lose a line break."""
+    prompts = ["import ", "x", "def f(a):\n    return a", "import ", "", "é" * 9]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    options = [f"checkpoint={mixtral}", "max_new_tokens=8", "temperature=0", "device=cpu"]
+    alone = []
+    for prompt in prompts:
+        capsys.readouterr()
+        _run("generate", *options, f"prompt={prompt}")
+        alone.append(capsys.readouterr().out.removesuffix("\n"))
+    for size in (1, 4):
+        capsys.readouterr()
+        _run("generate", *options, f"prompts={tmp_path / 'prompts.jsonl'}", f"batch_size={size}")
+        made = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [one["prompt"] for one in made] == prompts
+        assert [one["prompt"] + one["completion"] for one in made] == alone
+
+
 def test_a_model_is_described_as_it_is_opened(tmp_path, mixtral, capsys):
     """Catches a base whose configuration or tokenizer is another before its weights are read than afterwards."""
     _run("import", f"checkpoint={mixtral}", f"output={tmp_path / 'native'}")

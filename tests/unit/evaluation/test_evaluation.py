@@ -95,7 +95,7 @@ def test_compressors_see_the_documents_themselves(held_out):
 
 
 def _sampled(model: CausalLM, tokens: int = 1, **options) -> list[int]:
-    return list(generate(model, [1, 7, 9], tokens, end_id=-1, **options))
+    return generate(model, [[1, 7, 9]], tokens, end_id=-1, **options)[0]
 
 
 def test_sampling_follows_temperature_top_k_and_seed(held_out):
@@ -105,15 +105,15 @@ def test_sampling_follows_temperature_top_k_and_seed(held_out):
         logits = model.logits(model(torch.tensor([[1, 7, 9]])).hidden_BSD[0, -1])
     best = int(logits.argmax())
     assert _sampled(model) == _sampled(model, temperature=1.0, top_k=1) == [best]
-    assert all(_sampled(model, temperature=1e-40, seed=s) == [best] for s in range(20))
+    assert all(_sampled(model, temperature=1e-40, seeds=[s]) == [best] for s in range(20))
     allowed = set(logits.topk(5).indices.tolist())
-    drawn = [_sampled(model, temperature=1.0, top_k=5, seed=s)[0] for s in range(300)]
+    drawn = [_sampled(model, temperature=1.0, top_k=5, seeds=[s])[0] for s in range(300)]
     assert set(drawn) <= allowed and len(set(drawn)) > 1
     share = drawn.count(best) / 300
     assert share == pytest.approx(logits.topk(5).values.softmax(0)[0].item(), abs=0.12)
-    hot = [_sampled(model, temperature=3.0, top_k=5, seed=s)[0] for s in range(300)].count(best) / 300
+    hot = [_sampled(model, temperature=3.0, top_k=5, seeds=[s])[0] for s in range(300)].count(best) / 300
     assert hot < share
-    assert _sampled(model, 6, temperature=1.0, seed=3) == _sampled(model, 6, temperature=1.0, seed=3)
+    assert _sampled(model, 6, temperature=1.0, seeds=[3]) == _sampled(model, 6, temperature=1.0, seeds=[3])
 
 
 def test_generation_ends_at_the_end_mark(held_out):
@@ -121,7 +121,7 @@ def test_generation_ends_at_the_end_mark(held_out):
     model, *_ = held_out
     first = _sampled(model, 8)
     assert len(first) == 8
-    assert list(generate(model, [1, 7, 9], 8, end_id=first[3])) == first[: first.index(first[3])]
+    assert generate(model, [[1, 7, 9]], 8, end_id=first[3]) == [first[: first.index(first[3])]]
 
 
 def test_conversations_are_scored_on_what_the_assistant_says(held_out, tmp_path):

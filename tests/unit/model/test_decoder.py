@@ -53,7 +53,7 @@ def test_decoding_with_a_cache_equals_the_whole_sequence(variant):
     """Catches a cache that forgets, overwrites or misplaces a token, and a window or position that is off by one."""
     model = _model(VARIANTS[variant]).eval()
     tokens = torch.randint(97, (2, 23))
-    cache = KeyValueCache(model.config, 2, 23, tokens.device, torch.float32)
+    cache = KeyValueCache(model.config, [0, 0], 23, model.lm_head.weight)
     with torch.no_grad():
         pieces = [model(piece, cache=cache).hidden_BSD for piece in tokens.split([9, 1, 1, 5, 1, 6], dim=1)]
         whole = model(tokens).hidden_BSD

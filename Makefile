@@ -10,7 +10,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-faults lint format clean
+.PHONY: help train test bench bench-check test-faults lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -27,6 +27,12 @@ train: $(READY)  ## train the default experiment, evaluate, sample and export
 
 test: $(READY)  ## run the test suite
 	@$(BIN)/python -m pytest $(ARGS)
+
+bench: $(READY)  ## training steps against transformers' Mixtral, in one run (a quarter of an hour)
+	@$(BIN)/python scripts/benchmark.py $(ARGS)
+
+bench-check: $(READY)  ## whether a fast path has lost its lead over its reference
+	@$(BIN)/python scripts/benchmark_components.py --check
 
 test-faults: $(READY)  ## run the whole fault matrix (a quarter of an hour)
 	@MOE_LM_FAULTS=full $(BIN)/python -m pytest tests/faults $(ARGS)

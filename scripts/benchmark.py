@@ -176,10 +176,10 @@ def measure(sides: list[Side], options: list[str], batches: Path, given: argpars
     tokens = given.steps * count_tokens(options)
     rounds: list[dict[str, Any]] = []
     with processes(sides, options, batches, given.balanced) as running:
-        warm = {side.name: process.steps(2) for side, process in running.items()}
-        print(
-            "loss of the second step: " + ", ".join(f"{name} {w['loss']:.4f}" for name, w in warm.items() if w["loss"])
-        )
+        losses = {side.name: process.steps(1)["loss"] for side, process in running.items()}
+        print("loss of the first step: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if loss))
+        for process in running.values():
+            process.steps(1)  # the first makes primitives and moments
         for number in range(given.rounds):
             peaks = {kind: matmul_rate(torch.device("cpu"), getattr(torch, kind)) for kind in ("bfloat16", "float32")}
             answers = {side.name: process.steps(given.steps) for side, process in running.items()}

@@ -85,10 +85,15 @@ def _loss_and_gradients(
         # d loss / d logits = softmax − one-hot, written over the logits. Ignored rows are taken out of the two
         # products' D-wide sides, not of this V-wide one.
         gradient = log_probability.exp_().scatter_add_(1, labels, torch.full_like(labels, -1, dtype=wide))
-        gradient = logits.copy_(gradient)
+        if logits.dtype is not wide:
+            gradient = logits.copy_(gradient)
         if grad_hidden is not None:
             torch.mm(gradient, head_VD, out=grad_hidden[rows])
             grad_hidden[rows].masked_fill_(~kept, 0)
         if grad_head is not None:
-            grad_head += gradient.t() @ hidden.masked_fill(~kept, 0)
+            hidden = hidden.masked_fill(~kept, 0)
+            if gradient.dtype is wide:
+                grad_head.addmm_(gradient.t(), hidden)
+            else:
+                grad_head += gradient.t() @ hidden
     return total, grad_hidden, grad_head

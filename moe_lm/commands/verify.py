@@ -37,6 +37,8 @@ def run(config: VerifyConfig) -> int:
     if not path.is_dir():
         raise InputError(f"checkpoint={path}: {'is no directory' if path.exists() else 'there is no such directory'}.")
     output = None if config.output is None else Path(config.output).expanduser()
+    if output is not None and output.is_dir():
+        raise InputError(f"output={output}: is a directory; give the name of a file.")
     if output is not None and not output.absolute().parent.is_dir():
         raise InputError(f"output={output}: there is no directory {output.parent}; make it, or give another one.")
     try:

@@ -45,15 +45,8 @@ def check_configuration(directory: Path, config: ModelConfig, tokenizer: TextTok
 
 
 def check_reading(directory: Path, config: ModelConfig) -> Check:
-    """Transformers reads the same model from config.json as moe-lm does.
-
-    Args:
-        directory: Somebody else's, perhaps: what only training asks for is not known of it.
-        config: What moe-lm reads there.
-    """
-    of_training = ("router_aux_loss_coef", "initializer_range")
-    meant_values = {name: value for name, value in to_hf_config(config).items() if name not in of_training}
-    return _check_their_configuration(directory, config, meant_values)
+    """Transformers reads the model from config.json that moe-lm reads there."""
+    return _check_their_configuration(directory, config, to_hf_config(config))
 
 
 def _check_their_configuration(directory: Path, config: ModelConfig, meant_values: dict[str, Any]) -> Check:

@@ -14,7 +14,7 @@ from moe_lm.errors import InputError, RunError
 from moe_lm.files import new_directory, write_atomically, write_json
 from moe_lm.hf.configuration_parity import token_ids
 from moe_lm.hf.layout import model_type, to_disk, to_hf_config
-from moe_lm.hf.receipt import RECEIPT, Receipt, VerificationError
+from moe_lm.hf.receipt import MARK, RECEIPT, Receipt, VerificationError
 from moe_lm.hf.tokenizer_parity import TextTokenizer
 from moe_lm.hf.verification import verify_export
 from moe_lm.model.config import ModelConfig
@@ -25,9 +25,6 @@ SHARD_BYTES = 4 * 10**9
 
 CARD = "README.md"
 """The model card's file."""
-
-MARK = "moe_lm_export.json"
-"""Written into every export: names its files, so that a later export may replace them and nothing else."""
 
 
 def check_output(directory: Path, remedy: str = "give another output=") -> None:

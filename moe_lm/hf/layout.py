@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from moe_lm.model.config import ModelConfig, ModelFamily
+from moe_lm.model.config import LoadBalancing, ModelConfig, ModelFamily
 
 _EXPERTS = re.compile(r"(model\.layers\.\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
 _GATE = re.compile(r"(model\.layers\.\d+)\.mlp\.gate\.weight")
@@ -148,8 +148,15 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     if config.is_mixture:
         values["num_local_experts"] = config.num_experts
         values["num_experts_per_tok"] = config.num_experts_per_tok
-        values["router_aux_loss_coef"] = config.router_aux_loss_coef
+        values["router_aux_loss_coef"] = config.router_aux_loss_coef * _pooled_share(config)
     return values
+
+
+def _pooled_share(config: ModelConfig) -> float:
+    """What transformers' load-balancing loss, K at balance, has to be multiplied with to weigh as the model's own."""
+    if config.load_balancing is LoadBalancing.none:
+        return 0.0
+    return 1.0 if config.load_balancing is LoadBalancing.pooled else 1 / config.num_experts_per_tok
 
 
 def model_type(config: ModelConfig) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from moe_lm.errors import InputError
 from moe_lm.hf.files import has_consolidated, read_object
-from moe_lm.model.config import ModelConfig, ModelFamily
+from moe_lm.model.config import LoadBalancing, ModelConfig, ModelFamily
 
 _FAMILIES = {"mixtral": ModelFamily.mixture, "mistral": ModelFamily.dense, "llama": ModelFamily.dense}
 _REQUIRED = dict.fromkeys(
@@ -18,7 +18,7 @@ _OPTIONAL = {"head_dim": int, "sliding_window": int, "initializer_range": float,
 _ROUTING = {"num_local_experts": int, "num_experts_per_tok": int}
 
 _SILENT: dict[str, dict[str, Any]] = {
-    "mixtral": {},
+    "mixtral": {"router_aux_loss_coef": 0.001},
     "mistral": {"sliding_window": 4096},
     "llama": {"rope_theta": 10000.0},
 }
@@ -49,9 +49,14 @@ def load_config(directory: Path) -> ModelConfig:
         path = directory / "params.json"
         return _configuration(path, *_from_params(path, read_object(path)))
     path = directory / "config.json"
+    if not path.exists():
+        raise InputError(
+            f"{path}: is missing; fetch it again, or give a directory that holds it beside the weights, as those of "
+            "Hugging Face do."
+        )
     raw = read_object(path)
-    kind = raw.get("model_type")
-    if not isinstance(kind, str) or kind not in _FAMILIES:
+    kind = _field(path, raw, "model_type", str)
+    if kind not in _FAMILIES:
         raise InputError(
             f"{path}: model_type={kind!r} is not supported; mixtral and mistral are, and llama as a dense model; "
             "convert it to one of them, or train with the tool that it was made with."
@@ -70,6 +75,9 @@ def _configuration(path: Path, raw: dict[str, Any], kind: str) -> ModelConfig:
     if kind == "mixtral":
         num_experts, num_experts_per_tok = (_field(path, raw, name, of) for name, of in _ROUTING.items())
         values |= {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok}
+        if "router_aux_loss_coef" in raw:  # of transformers' own loss, which pools layers
+            coefficient = _field(path, raw, "router_aux_loss_coef", float)
+            values |= {"router_aux_loss_coef": coefficient, "load_balancing": LoadBalancing.pooled}
     try:
         return ModelConfig(**values)
     except InputError as error:
@@ -137,9 +145,11 @@ def _rope_theta(path: Path, raw: dict[str, Any]) -> float:
 def _field(path: Path, raw: dict[str, Any], name: str, kind: type) -> Any:
     value = raw.get(name)
     if value is None:
-        raise InputError(f"{path}: {name} is missing.")
+        raise InputError(f"{path}: {name} is missing; add it, or fetch the file again.")
     if kind is float and type(value) is int and abs(value) < 2**53:
         return float(value)
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
-        raise InputError(f"{path}: {name}={value!r} is not of type {kind.__name__}.")
+        raise InputError(
+            f"{path}: {name}={value!r} is not of type {kind.__name__}; correct it, or fetch the file again."
+        )
     return value

@@ -10,6 +10,9 @@ from moe_lm.errors import RunError
 RECEIPT = "verification.json"
 """The receipt's file, beside the weights."""
 
+MARK = "moe_lm_export.json"
+"""Written into every export: names its files, so that a later export may replace them and nothing else."""
+
 LAYERS, WHOLE = "layer by layer", "whole model"
 """Tiers. In the first, each layer was run alone, by transformers and by moe-lm; in the second, the whole model too."""
 
@@ -58,6 +61,8 @@ class Receipt:
     checks: list[Check]
     tensors: dict[str, StoredDigest] = dataclasses.field(default_factory=dict)
     """By name on disk."""
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
+    """SHA-256 of the files beside the weights that a reader of the model opens, by name."""
 
     def to_json(self) -> dict[str, Any]:
         """What the receipt's file holds."""
@@ -68,6 +73,7 @@ class Receipt:
             "why": self.why,
             "checks": [dataclasses.asdict(check) for check in self.checks],
             "versions": {"python": platform.python_version(), **packages},
+            "files": self.files,
             "tensors": {name: digest._asdict() for name, digest in self.tensors.items()},
         }
 

@@ -6,21 +6,24 @@ Where the model fits into memory, the whole of it. It is the gate that an export
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_lm.checkpoint.tensor_file import TensorKind
 from moe_lm.errors import InputError
+from moe_lm.files import sha256
 from moe_lm.hf.configuration_parity import check_configuration, check_reading, their_config
 from moe_lm.hf.files import StoredTensor, find_tensors, read_into, read_object
 from moe_lm.hf.layout import is_derived, model_type, to_disk, to_hf_config
 from moe_lm.hf.parity import check_layers, check_model
-from moe_lm.hf.receipt import LAYERS, RECEIPT, WHOLE, Check, Receipt, StoredDigest, VerificationError
+from moe_lm.hf.receipt import LAYERS, MARK, RECEIPT, WHOLE, Check, Receipt, StoredDigest, VerificationError
 from moe_lm.hf.their_model import DiskModel
 from moe_lm.hf.tokenizer_parity import TextTokenizer, check_tokenizer
 from moe_lm.memory import available_memory
@@ -53,7 +56,8 @@ def verify_export(
         stored = find_tensors(directory)
         compared, tensors = check_tensors(stored, source, dtype)
     checks += [compared, check_vocabulary(stored, tokenizer), check_tokenizer(directory, tokenizer)]
-    return _run(_on_disk(directory, stored), source, dtype, whole, checks, tensors)
+    receipt = _run(_on_disk(directory, stored), source, dtype, whole, checks)
+    return dataclasses.replace(receipt, tensors=tensors, files=_file_digests(directory))
 
 
 @contextlib.contextmanager
@@ -70,7 +74,7 @@ def verify_alone(
 ) -> Receipt:
     """Look at a directory without what it was made from: does moe-lm read from it the model that transformers does.
 
-    Where it has a receipt, its tensors are compared with those that the receipt was written for.
+    Where it has a receipt, its files and tensors are compared with those that the receipt was written for.
 
     Args:
         directory: In Hugging Face's format.
@@ -81,13 +85,15 @@ def verify_alone(
     Raises:
         VerificationError: A check does not hold.
     """
+    recorded = _read_receipt(directory)
+    checks = [check_files(directory, recorded), check_reading(directory, source.config)]
     stored = find_tensors(directory)
-    checks = [check_files(directory), check_reading(directory, source.config)]
-    compared, tensors = check_digests(stored, directory / RECEIPT)
+    compared, tensors = check_digests(stored, recorded)
     checks.append(compared)
     if tokenizer is not None:
         checks += [check_vocabulary(stored, tokenizer), check_tokenizer(directory, tokenizer)]
-    return _run(_on_disk(directory, stored), source, torch.float32, whole, checks, tensors)
+    receipt = _run(_on_disk(directory, stored), source, torch.float32, whole, checks)
+    return dataclasses.replace(receipt, tensors=tensors, files=_file_digests(directory))
 
 
 def verify_native(source: ModelSource, whole: bool | None = None) -> Receipt:
@@ -108,7 +114,7 @@ def verify_native(source: ModelSource, whole: bool | None = None) -> Receipt:
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(model_type(source.config), **to_hf_config(source.config))
-    return _run(DiskModel(config, read, None), source, torch.float32, whole, [], {})
+    return _run(DiskModel(config, read, None), source, torch.float32, whole, [])
 
 
 def _run(
@@ -117,7 +123,6 @@ def _run(
     dtype: torch.dtype,
     whole: bool | None,
     checks: list[Check],
-    tensors: dict[str, StoredDigest],
 ) -> Receipt:
     """The checks that run the model, as far as memory reaches."""
     checks = [*checks, check_layers(theirs, source, dtype)]
@@ -131,7 +136,7 @@ def _run(
         why = f"whole_model={'true' if whole else 'false'} was given"
     if whole:
         checks.append(check_model(theirs, source, dtype))
-    return Receipt(WHOLE if whole else LAYERS, why, checks, tensors)
+    return Receipt(WHOLE if whole else LAYERS, why, checks)
 
 
 def _on_disk(directory: Path, stored: Mapping[str, StoredTensor]) -> DiskModel:
@@ -148,8 +153,19 @@ def _read(name: str, stored: Mapping[str, StoredTensor]) -> Tensor:
     return tensor
 
 
-def check_files(directory: Path) -> Check:
-    """Nothing in the directory, or below it, can run code when it is opened."""
+def _read_receipt(directory: Path) -> dict[str, Any] | None:
+    """The receipt of a directory; null where none was written."""
+    if (directory / RECEIPT).exists():
+        return read_object(directory / RECEIPT)
+    if (directory / MARK).exists() and RECEIPT in read_object(directory / MARK).get("files", []):
+        raise VerificationError("files", f"{RECEIPT} is missing, which {MARK} names")
+    return None
+
+
+def check_files(directory: Path, recorded: dict[str, Any] | None = None) -> Check:
+    """Nothing in the directory, or below it, can run code when it is opened; what a reader opens beside the weights is
+    what the receipt was written for, if one is given.
+    """
     paths = sorted(path for path in directory.rglob("*") if not path.is_dir())
     for path in paths:
         name = path.relative_to(directory)
@@ -157,7 +173,29 @@ def check_files(directory: Path) -> Check:
             raise VerificationError("files", f"{name} can run code when it is opened")
         if path.name.lower().endswith("config.json") and "auto_map" in read_object(path):
             raise VerificationError("files", f"{name} names code to run (auto_map)")
-    return Check("files", f"{len(paths)} files: no pickle, no code")
+    finding = f"{len(paths)} files: no pickle, no code"
+    if recorded is not None:
+        _compare(_file_digests(directory), recorded, "files")
+        finding += f"; those beside the weights each the one that {RECEIPT} was written for, by SHA-256"
+    return Check("files", finding)
+
+
+def _file_digests(directory: Path) -> dict[str, str]:
+    """SHA-256 of the files that a reader of the model opens beside the weights."""
+    paths = (path for path in directory.iterdir() if path.suffix in (".json", ".jinja", ".model") and path.is_file())
+    return {path.name: sha256(path) for path in sorted(paths) if path.name not in (RECEIPT, MARK)}
+
+
+def _compare(found: Mapping[str, Any], recorded: dict[str, Any], kind: str) -> None:
+    """Each of the kind is the one that the receipt says."""
+    wanted = recorded.get(kind)
+    if not isinstance(wanted, dict) or not wanted:
+        raise VerificationError(kind, f"{RECEIPT} has no digests of {kind}")
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in found or name not in wanted:
+            raise VerificationError(kind, f"{name} is {'missing' if name in wanted else f'not in {RECEIPT}'}")
+        if wanted[name] != found[name]:
+            raise VerificationError(kind, f"{name} is not the one that {RECEIPT} was written for (SHA-256 differs)")
 
 
 def check_tensors(
@@ -183,21 +221,14 @@ def check_tensors(
     return Check("tensors", f"{len(digests):,} in {files} file(s), each once, equal to the source's in {said}"), digests
 
 
-def check_digests(stored: Mapping[str, StoredTensor], receipt: Path) -> tuple[Check, dict[str, StoredDigest]]:
+def check_digests(
+    stored: Mapping[str, StoredTensor], recorded: dict[str, Any] | None
+) -> tuple[Check, dict[str, StoredDigest]]:
     """Every tensor has finite values, and is the one that the receipt was written for, if there is a receipt."""
     digests = {name: _digest(name, _read(name, stored)) for name in stored}
-    if not receipt.exists():
+    if recorded is None:
         return Check("tensors", f"{len(digests):,}, all values finite; no {RECEIPT} to compare them with"), digests
-    recorded = read_object(receipt).get("tensors")
-    if not isinstance(recorded, dict) or not recorded:
-        raise VerificationError("tensors", f"{RECEIPT} has no digests of tensors")
-    for name in sorted(recorded.keys() | digests.keys()):
-        if name not in digests or name not in recorded:
-            raise VerificationError("tensors", f"{name} is {'missing' if name in recorded else f'not in {RECEIPT}'}")
-        if recorded[name] != digests[name]._asdict():
-            raise VerificationError(
-                "tensors", f"{name} is not the one that {RECEIPT} was written for (SHA-256 differs)"
-            )
+    _compare({name: digest._asdict() for name, digest in digests.items()}, recorded, "tensors")
     return Check("tensors", f"{len(digests):,}, each the one that {RECEIPT} was written for, by SHA-256"), digests
 
 

@@ -41,9 +41,10 @@ def test_a_model_goes_on_learning_from_where_it_stood(place):
     """Catches a base whose weights are not those that training begins with, from whatever format: the same run from a
     run and from its export ends with the same bytes, and its first validation is the base's last.
     """
-    coefficient = "model.router_aux_loss_coef=0.01"  # an export does not say what it was trained with
-    done = _finetune(place, "full", coefficient)
-    _finetune(place, "from-export", coefficient, base="runs/base/hf")
+    # An export says what it was trained with by transformers' formula.
+    balance = ["model.router_aux_loss_coef=0.01", "model.load_balancing=per_layer"]
+    done = _finetune(place, "full", *balance)
+    _finetune(place, "from-export", *balance, base="runs/base/hf")
     before, figures = metrics(place / "runs/base", "validation_loss"), metrics(place / "runs/full", "validation_loss")
     assert figures[0] == pytest.approx(before[10], rel=1e-5)
     assert figures[12] < figures[0] - 0.1

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from moe_lm.errors import InputError
-from moe_lm.hf.export import MARK, check_output
+from moe_lm.hf.export import check_output
+from moe_lm.hf.receipt import MARK
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -21,7 +21,7 @@ from moe_lm.hf.receipt import LAYERS, WHOLE, VerificationError
 from moe_lm.hf.router_choices import RouterChoices
 from moe_lm.hf.their_model import DiskModel
 from moe_lm.hf.verification import verify_alone, verify_export, verify_native
-from moe_lm.model.config import ModelConfig
+from moe_lm.model.config import LoadBalancing, ModelConfig
 from moe_lm.model.decoder import CausalLM
 from moe_lm.model.initialization import initialize
 from tests.models import CHARACTERS, InMemory, write_tokenizer
@@ -386,7 +386,7 @@ def test_a_configuration_that_transformers_reads_otherwise_is_found(exporter):
     """Catches a hand check that compares our reading with itself: a field that we read, and transformers does not."""
     exporter()
     source = HuggingFaceSource(exporter.output, None)
-    assert "17 fields as transformers reads them" in check_reading(exporter.output, source.config).finding
+    assert "19 fields as transformers reads them" in check_reading(exporter.output, source.config).finding
     for name, value in (("rope_theta", 1e6), ("num_experts_per_tok", 1), ("sliding_window", 8), ("rms_norm_eps", 1e-6)):
         misread = dataclasses.replace(source.config, **{name: value})
         with pytest.raises(VerificationError, match=r"configuration: .* by transformers, and .* is meant"):
@@ -399,6 +399,33 @@ def test_a_bit_that_flipped_later_is_named(exporter):
     _change_weights(exporter.output, _flip_bit)
     with pytest.raises(VerificationError, match=rf"tensors: {EXPERT}.w2.weight is not the one .* \(SHA-256 differs\)"):
         verify_alone(exporter.output, HuggingFaceSource(exporter.output, None), exporter.tokenizer)
+
+
+LATER_FAULTS = {
+    **{name: FILE_FAULTS[name][0] for name in ("theta", "top_k", "window", "begin", "end", "tokenizer")},
+    "generation": lambda directory: (directory / "generation_config.json").unlink(),
+    "template": lambda directory: (directory / "chat_template.jinja").write_text("{{ messages }}"),
+    "no_tokenizer": lambda directory: [path.unlink() for path in directory.glob("tokenizer*")],
+    "receipt": lambda directory: (directory / "verification.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("fault", LATER_FAULTS)
+def test_a_file_that_changed_later_is_named(exporter, fault):
+    """Catches an export that another model or tokenizer is read from than the one that was verified, by everybody
+    alike."""
+    exporter()
+    LATER_FAULTS[fault](exporter.output)
+    with pytest.raises(VerificationError, match=r"files: [\w.]+ is (missing|not in|not the one that)"):
+        verify_alone(exporter.output, HuggingFaceSource(exporter.output, None), exporter.tokenizer)
+
+
+def test_the_card_of_an_export_may_be_written_anew(exporter):
+    """Catches a receipt that binds what no reader of a model opens."""
+    exporter()
+    (exporter.output / "README.md").write_text("a better one")
+    (exporter.output / ".gitattributes").write_text("")
+    assert verify_alone(exporter.output, HuggingFaceSource(exporter.output, None), exporter.tokenizer).files
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"tensors": {}}', '{"tensors": 3}'])
@@ -440,3 +467,24 @@ def test_a_copy_of_an_export_is_as_good(exporter, tmp_path):
     exporter()
     copy = shutil.copytree(exporter.output, tmp_path / "copy")
     assert verify_alone(copy, HuggingFaceSource(copy, None), exporter.tokenizer).tier == WHOLE
+
+
+@pytest.mark.parametrize(("formula", "share"), [("per_layer", 0.5), ("pooled", 1.0), ("none", 0.0)])
+def test_the_load_balancing_loss_keeps_its_weight(formula, share):
+    """Catches a coefficient that weighs another loss to transformers, and one that changes from import to export."""
+    config = dataclasses.replace(CONFIGS["mixture"], load_balancing=LoadBalancing(formula), router_aux_loss_coef=0.06)
+    assert to_hf_config(config)["router_aux_loss_coef"] == 0.06 * share
+
+
+def test_a_foreign_load_balancing_loss_is_taken_over(exporter):
+    """Catches a round trip that changes what the router is trained with."""
+    exporter()
+    _json("config.json", router_aux_loss_coef=0.02)(exporter.output)
+    config = HuggingFaceSource(exporter.output, None).config
+    assert (config.router_aux_loss_coef, config.load_balancing) == (0.02, LoadBalancing.pooled)
+    assert to_hf_config(config)["router_aux_loss_coef"] == 0.02
+    raw = json.loads((exporter.output / "config.json").read_text())
+    del raw["router_aux_loss_coef"]
+    (exporter.output / "config.json").write_text(json.dumps(raw))
+    silent = HuggingFaceSource(exporter.output, None).config.router_aux_loss_coef
+    assert silent == AutoConfig.from_pretrained(exporter.output).router_aux_loss_coef == 0.001

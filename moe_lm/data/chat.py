@@ -38,9 +38,10 @@ def read_conversation(fields: dict[str, Any], place: str, bad: BadRows) -> str |
     Raises:
         InputError: It is none, and the policy is `error`.
     """
-    turns = _turns(fields, place, bad)
-    if turns is None:
+    found = _turns(fields, place, bad)
+    if found is None:
         return None
+    turns, num_asked = found
     if not turns:
         bad.found("no_messages", place, "the conversation has no message")
         return None
@@ -50,21 +51,26 @@ def read_conversation(fields: dict[str, Any], place: str, bad: BadRows) -> str |
         if message is None:
             return None
         messages.append(message)
-    if all(message["role"] != Role.assistant.value for message in messages):
-        bad.found("no_assistant_turn", place, "no message is the assistant's, so there is nothing to learn")
+    if all(message["role"] != Role.assistant.value for message in messages[num_asked:]):
+        where = " of 'completion'" if num_asked else ""
+        bad.found("no_assistant_turn", place, f"no message{where} is the assistant's, so there is nothing to learn")
         return None
     return json.dumps(messages, ensure_ascii=False)
 
 
-def _turns(fields: dict[str, Any], place: str, bad: BadRows) -> list[Any] | None:
-    """The messages of a row, not yet checked."""
+def _turns(fields: dict[str, Any], place: str, bad: BadRows) -> tuple[list[Any], int] | None:
+    """The messages of a row, not yet checked, and how many of them are its prompt."""
     if "messages" in fields:
         turns = fields["messages"]
+        if "prompt" in fields and "completion" in fields:
+            complaint = "has 'messages' as well as 'prompt' and 'completion', and either is a conversation"
+            bad.found("ambiguous", place, complaint, "leave one of them out")
+            return None
         if isinstance(turns, list):
-            return turns
+            return turns, 0
         bad.found("wrong_type", place, f"'messages' must be a list, found {type(turns).__name__}")
         return None
-    turns = []
+    parts: list[list[Any]] = []
     for name, role in (("prompt", Role.user), ("completion", Role.assistant)):
         if name not in fields:
             there = ", ".join(sorted(fields)) or "none"
@@ -72,8 +78,8 @@ def _turns(fields: dict[str, Any], place: str, bad: BadRows) -> list[Any] | None
             bad.found("missing_field", place, complaint)
             return None
         part = fields[name]
-        turns += part if isinstance(part, list) else [{"role": role.value, "content": part}]
-    return turns
+        parts.append(part if isinstance(part, list) else [{"role": role.value, "content": part}])
+    return parts[0] + parts[1], len(parts[0])
 
 
 def _message(turn: Any, what: str, place: str, bad: BadRows) -> dict[str, str] | None:
@@ -88,6 +94,9 @@ def _message(turn: Any, what: str, place: str, bad: BadRows) -> dict[str, str] |
     if message["role"] not in [role.value for role in Role]:
         known = ", ".join(role.value for role in Role)
         bad.found("unknown_role", place, f"{what} has the role {message['role']!r}, which is none of {known}")
+        return None
+    if "tool_calls" in message:
+        bad.found("tool_calls", place, f"{what} has 'tool_calls', which are not rendered", "remove them")
         return None
     if "content" not in message:
         bad.found("empty_content", place, f"{what} has no content")

@@ -54,6 +54,8 @@ class ChatFormat:
     template: str
     sequence_length: int
     too_long: TooLong
+    file: str | None = None
+    """Where the user gave the template; null for the tokenizer's own, or the default."""
 
 
 class ChatTokens(NamedTuple):
@@ -71,6 +73,8 @@ class Refusal(NamedTuple):
 
     kind: str
     complaint: str
+    of_template: bool = False
+    """Whether the fault may be the template's."""
 
 
 def choose_template(tokenizer: Tokenizer, path: str | None) -> str:
@@ -111,12 +115,13 @@ def encode_conversation(tokenizer: Tokenizer, messages: Messages, form: ChatForm
     try:
         text, spans = render(form.template, _broken(messages, tokenizer, breaker), tokenizer.special_tokens)
     except Exception as error:  # a template is a program, and may fail in any way
-        return Refusal("template_failed", f"the chat template fails ({_words(error)})")
+        return Refusal("template_failed", f"the chat template fails ({_words(error)})", of_template=True)
     if spans is None:
         return Refusal(
             "unstable_template",
             "the chat template changes earlier text as the conversation goes on, so what the assistant adds is not "
-            "known; mark it by {% generation %} … {% endgeneration %} in the template (data.chat_template)",
+            "known; mark it by {% generation %} … {% endgeneration %} in the template",
+            of_template=True,
         )
     ids, token_spans = tokenizer.encode_rendered(text, breaker, spans)
     room = form.sequence_length + 1  # the last token is no input
@@ -137,7 +142,7 @@ def encode_conversation(tokenizer: Tokenizer, messages: Messages, form: ChatForm
             "too_long", f"nothing of the assistant is left within data.sequence_length={form.sequence_length}"
         )
     if not token_spans:
-        return Refusal("no_assistant_turn", "the chat template marks nothing as the assistant's")
+        return Refusal("no_assistant_turn", "the chat template writes nothing as the assistant's", of_template=True)
     if len(ids) == room:  # perhaps cut
         num_bytes = min(num_bytes, sum(len(tokenizer.decode(ids[begin:end]).encode()) for begin, end in token_spans))
     return ChatTokens(ids, token_spans, num_bytes)

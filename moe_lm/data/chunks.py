@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_lm.data.chat_template import ChatFormat, Refusal
-from moe_lm.data.config import TooLong
+from moe_lm.data.config import OnBadRow, TooLong
 from moe_lm.data.documents import BadRows, Document, Split
 from moe_lm.data.encode import Encoded, Encoder
 from moe_lm.data.shards import ShardHeader, ShardWriter, TokenShard
@@ -233,19 +233,27 @@ def _refuse(batch: _Batch, refusals: Mapping[int, Refusal], source: Source, form
     Raises:
         InputError: There is one, and its policy is `error`.
     """
-    bad = BadRows(source.bad.policy, source.bad.option)  # apart from what reading counts: that is further on
+    skipped = Counter[str]()
     documents = [document for side in SIDES for document in batch.sides[side]]
     for number, refusal in sorted(refusals.items()):
         assert form is not None
         file, _, line = documents[number].name.rpartition(":")
         place = f"{next(str(known.path) for known in source.files if known.name == file)}, line {line}"
-        if refusal.kind != "too_long":
-            bad.found(refusal.kind, place, refusal.complaint)
-        elif form.too_long is TooLong.error:
+        if refusal.kind == "too_long" and form.too_long is TooLong.error:
             raise InputError(f"{source.option}: {place}: {refusal.complaint}.")
+        # Apart from what reading counts: that is further on.
+        bad = BadRows(OnBadRow.skip if refusal.kind == "too_long" else source.bad.policy, source.option)
+        if not refusal.of_template:
+            bad.found(refusal.kind, place, refusal.complaint)
+        elif form.file is None:
+            remedy = "mend or remove it, give another template as data.chat_template"
+            bad.found(refusal.kind, place, refusal.complaint, remedy)
         else:
-            bad.skipped[refusal.kind] += 1
-    return bad.skipped
+            bad.option = f"data.chat_template={form.file}"
+            bad.found(refusal.kind, place, refusal.complaint, "mend the template or that row")
+        skipped.update(bad.skipped)
+        source.bad.first = source.bad.first or bad.first
+    return skipped
 
 
 def _write(batch: _Batch, encoded: Encoded, writers: dict[str, ShardWriter], digest: Any) -> int:

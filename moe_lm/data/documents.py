@@ -42,6 +42,8 @@ class BadRows:
     """How the user wrote the source's paths, for messages."""
     skipped: Counter[str] = field(default_factory=Counter)
     """Rows (or files) left out, by kind; empty texts too, which are no mistake."""
+    first: tuple[str, str] | None = None
+    """What was wrong with the first of them, and the remedy."""
 
     def found(self, kind: str, place: str, complaint: str, remedy: str = "mend or remove it") -> None:
         """Counts a bad row, or ends with its place.
@@ -49,10 +51,11 @@ class BadRows:
         Raises:
             InputError: The policy is `error`.
         """
+        sentence = f"{self.option}: {place}: {complaint}" if self.option else f"{place}: {complaint}"
         if self.policy is OnBadRow.error:
-            option = f"{self.option}: " if self.option else ""
-            raise InputError(f"{option}{place}: {complaint}; {remedy}, or set data.on_bad_row=skip.")
+            raise InputError(f"{sentence}; {remedy}, or set data.on_bad_row=skip.")
         self.skipped[kind] += 1
+        self.first = self.first or (sentence, remedy)
 
     def accept(self, text: object, place: str, what: str = "the text") -> bool:
         """Whether a value is the text of a document; what is not counts as a bad row.

@@ -12,6 +12,7 @@ or, each taking a part of the units, on several that join their chunks in one di
 
 import itertools
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -101,7 +102,9 @@ def prepare(
     if kept is not None and template is not None:
         kept.chat_template = template
         kept.save(directory / "tokenizer", config.sequence_length)
-    form = ChatFormat(template, config.sequence_length, config.too_long) if template is not None else None
+    form = None
+    if template is not None:
+        form = ChatFormat(template, config.sequence_length, config.too_long, config.chat_template)
     job = _Job(config, tokenizer_config, directory, settings, sources, validation, kept, form)
     return _make(job, part, report, progress)
 
@@ -159,13 +162,37 @@ def _make(job: _Job, part: Part, report: Report, progress: Progress) -> bool:
         "stream_files": files,
         **join(work, fingerprints, tokenizer, data, skipped),
     }
-    if not config.streaming and not manifest["counts"]["train_tokens"]:
-        raise InputError(
-            f"{job.sources[0].option}: all of its text is held out; give more text, or data.validation_paths."
-        )
+    _check_both_sides(job, Counter(manifest["counts"]), manifest["skipped"])
     write_json(data / "manifest.json", manifest)
     _report(manifest, report)
     return True
+
+
+def _check_both_sides(job: _Job, counts: Counter[str], skipped: dict[str, int]) -> None:
+    """Refuse a set without text to train on, or without any held out; where rows were left out, that is why.
+
+    Raises:
+        InputError: It is one.
+    """
+    if counts["validation_tokens"] and (counts["train_tokens"] or job.config.streaming):
+        return
+    lacking = "train on" if counts["validation_tokens"] else "hold out"
+    read = as_source(job.validation) if lacking == "hold out" and job.validation is not None else job.sources
+    if not counts["train_tokens"] + counts["validation_tokens"]:
+        shutil.rmtree(job.directory / "data")  # nothing is in it, and it would refuse a mended template
+    if skipped and (job.validation is not None or not counts["train_tokens"]):
+        first = next((source.bad.first for source in read if source.bad.first is not None), None)
+        # Of rows that an earlier start has left out, only the number is known.
+        what, remedy = first or (read[0].option, "mend some of these rows")
+        raise InputError(f"{what}; no row is left to {lacking} (left out: {said_skipped(skipped)}); {remedy}.")
+    if lacking == "train on":
+        raise InputError(
+            f"{job.sources[0].option}: all of its text is held out; give more text, or data.validation_paths."
+        )
+    raise InputError(
+        f"data.validation_fraction: the {counts['train_bytes']} bytes of text are too few to hold any out; give more "
+        "text, or data.validation_paths."
+    )
 
 
 def _sweep(data: Path) -> None:
@@ -184,8 +211,9 @@ def _choose_splits(sources: Iterable[Source], validation: Source | None, config:
         documents = (document for document, _ in source.read())
         splits[source.name] = choose_split(documents, config.validation_fraction)
         if source.is_chat and splits[source.name].way is SplitWay.tail:
+            left_out = f" (left out: {said_skipped(source.bad.skipped)})" if source.bad.skipped else ""
             raise InputError(
-                f"{source.option}: holds too few conversations to hold some of them out; give at least "
+                f"{source.option}: holds too few conversations to hold some of them out{left_out}; give at least "
                 f"{MIN_DOCUMENTS_FOR_HASH_SPLIT}, or data.validation_paths."
             )
     return splits

@@ -16,7 +16,6 @@ from moe_lm.data.encode import Encoder
 from moe_lm.data.prepared import VALIDATION
 from moe_lm.data.sources import Beginning, Source
 from moe_lm.data.tokenizer import Tokenizer
-from moe_lm.errors import InputError
 from moe_lm.files import sha256
 
 Progress = Callable[[int, int], None]
@@ -114,7 +113,7 @@ def join(
         skipped: Rows left out that no chunk counts, by kind; those of the chunks are added.
 
     Raises:
-        InputError: A chunk was made otherwise than the set, or nothing is held out.
+        InputError: A chunk was made otherwise than the set.
     """
     chunks: dict[str, list[list[str]]] = {}
     digest = hashlib.sha256()
@@ -132,11 +131,6 @@ def join(
                     counts[f"{side}_{what}"] += getattr(shard, f"num_{what}")
                 if shard.num_targets is not None:
                     counts[f"{side}_assistant_tokens"] += shard.num_targets
-    if not counts["validation_tokens"]:
-        raise InputError(
-            f"data.validation_fraction: the {counts['train_bytes']} bytes of text are too few to hold any out; "
-            "give more text, or data.validation_paths."
-        )
     return {
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "corpus_fingerprint": digest.hexdigest(),

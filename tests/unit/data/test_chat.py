@@ -27,7 +27,19 @@ BAD_ROWS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": [{"role": "user", "content": ["x"]}, ANSWER]}, "wrong_type", "message 1: 'content' must be a string"),
     ({"messages": [{"role": "user", "content": "a\0"}, ANSWER]}, "nul", "holds a NUL at character 1"),
     ({"messages": [{"role": "user", "content": "\ud800"}, ANSWER]}, "lone_surrogate", "message 1: 'content' holds"),
-    ({"messages": [USER, {**ANSWER, "tool_calls": [1]}]}, "wrong_type", "message 2: 'tool_calls' must be a string"),
+    ({"messages": [USER, {**ANSWER, "tool_calls": []}]}, "tool_calls", "message 2 has 'tool_calls', .*; remove them"),
+    (
+        {"messages": [USER, {"role": "assistant", "tool_calls": [1]}, ANSWER]},
+        "tool_calls",
+        "message 2 has 'tool_calls'",
+    ),
+    (
+        {"messages": [USER, ANSWER], "prompt": "hi", "completion": "hello"},
+        "ambiguous",
+        "'messages' as well as 'prompt' and 'completion'",
+    ),
+    ({"prompt": [ANSWER], "completion": [USER]}, "no_assistant_turn", "no message of 'completion' is the assistant's"),
+    ({"prompt": [ANSWER], "completion": []}, "no_assistant_turn", "no message of 'completion' is the assistant's"),
     ({"prompt": "hi"}, "missing_field", "neither 'messages' nor 'prompt' and 'completion'"),
     ({"text": "hi"}, "missing_field", r"\(its fields: text\)"),
     ({"prompt": "hi", "completion": ""}, "empty_content", "message 2 has an empty content"),
@@ -53,6 +65,7 @@ def test_a_bad_row_is_named_or_counted(row: dict[str, Any], kind: str, complaint
         ({"prompt": "hi", "completion": "hello"}, [USER, ANSWER]),
         ({"prompt": [USER], "completion": "hello"}, [USER, ANSWER]),
         ({"prompt": [USER], "completion": [ANSWER]}, [USER, ANSWER]),
+        ({"prompt": "hi", "messages": [USER, ANSWER]}, [USER, ANSWER]),  # as ultrachat has it
     ],
 )
 def test_both_forms_of_a_row_are_read(row: dict[str, Any], messages: list[dict[str, str]]) -> None:

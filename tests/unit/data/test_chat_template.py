@@ -248,7 +248,9 @@ def test_a_prompt_ends_where_the_answer_begins(exported: dict[str, Any]) -> None
         ("{{ messages[9].content }}", "template_failed", "fails"),
         ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "template_failed", "unsafe"),
         (FORGETFUL, "unstable_template", r"mark it by \{% generation %\}"),
-        ("{% generation %}{% endgeneration %}{{ messages[0].content }}", "no_assistant_turn", "marks nothing"),
+        ("{% generation %}{% endgeneration %}{{ messages[0].content }}", "no_assistant_turn", "writes nothing as"),
+        ("constant", "no_assistant_turn", "writes nothing as the assistant's"),
+        ("", "no_assistant_turn", "writes nothing as the assistant's"),
     ],
 )
 def test_a_template_that_can_not_be_used_is_refused(
@@ -258,6 +260,7 @@ def test_a_template_that_can_not_be_used_is_refused(
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
     refusal = encode_conversation(tokenizer, turns, ChatFormat(template, 100, TooLong.error))
     assert isinstance(refusal, Refusal) and refusal.kind == kind and re.search(complaint, refusal.complaint)
+    assert refusal.of_template
 
 
 def test_a_conversation_with_every_noncharacter_is_refused(tokenizer: SentencePieceTokenizer) -> None:

@@ -137,9 +137,28 @@ def test_what_can_not_be_trained_on_is_a_sentence(
     refused(r"^data.paths: holds too few conversations .*at least 20, or data.validation_paths\.$", paths=[few])
     (tmp_path / "fails.jinja").write_text("{{ raise_exception('no') }}")
     fails = str(tmp_path / "fails.jinja")
-    refused(r"^data.paths: .*a.jsonl, line \d+: the chat template fails \(no\); mend", chat_template=fails)
+    what = r"^data.chat_template=.*fails.jinja: .*a.jsonl, line \d+: the chat template fails \(no\)"
+    refused(rf"{what}; mend the template or that row, or set data.on_bad_row=skip\.$", chat_template=fails)
+    sentence = (
+        rf"{what}; no row is left to hold out \(left out: 120 × template failed\); mend the template or that row\.$"
+    )
+    refused(sentence, chat_template=fails, on_bad_row=OnBadRow.skip)
+    (tmp_path / "fails.jinja").write_text("the same for all")
+    refused(r"^data.chat_template=.*: the chat template writes nothing as the assistant's; mend", chat_template=fails)
+    three = [write(tmp_path / "three.jsonl", [{"messages": []}] * 3)]
+    refused(
+        r"^data.paths: holds too few conversations .* \(left out: 3 × no messages\); give at least 20",
+        paths=three,
+        on_bad_row=OnBadRow.skip,
+    )
     bad = write(tmp_path / "bad/x.jsonl", [*ROWS[:30], {"messages": [{"role": "user", "content": "?"}]}])
     refused(r"^data.paths: .*x.jsonl, line 31: no message is the assistant's", paths=[bad])
+    refused(
+        r"^data.validation_paths: .*three.jsonl, line 1: the conversation has no message; no row is left to hold out \(left out: "
+        r"3 × no messages\); mend or remove it\.$",
+        validation_paths=three,
+        on_bad_row=OnBadRow.skip,
+    )
     with pytest.raises(InputError, match=r"^data.streaming=true: conversations are prepared"):
         dataclasses.replace(config, streaming=True)
     with pytest.raises(InputError, match=r"^data.chat_template=x: data.source=stdlib is not rendered by a template"):

@@ -227,6 +227,8 @@ def _merge(command: str, arguments: list[str]) -> Any:
             value = [value]  # data.paths=book.txt means the list of one
         if isinstance(value, str) and kind in (str, str | None):
             value = _escaped(value)
+        if kind in (bool, bool | None) and not isinstance(value, bool | None) and "${" not in str(value):
+            raise InputError(f"{argument}: must be {_expected(kind)}.")  # OmegaConf would take 2, and `off`
         try:
             _open_section(merged, schema, name)
             OmegaConf.update(merged, name, value)

@@ -16,6 +16,13 @@ class ExportType(enum.Enum):
     bf16 = "bf16"
 
 
+SMALLEST_SHARD = 10_000
+"""Bytes of the smallest file of weights that can be asked for: what is below it has lost its unit."""
+
+_OF_WHOLE_MODELS = ("dtype", "max_shard_size", "license", "whole_model")
+"""Options of an export that adapters alone have no use for."""
+
+
 @dataclasses.dataclass
 class PrepareConfig:
     """`moe-lm prepare`."""
@@ -107,11 +114,11 @@ class ExportConfig:
     dtype: ExportType = ExportType.fp32
     """Type of the weights on disk: `fp32` is exactly what was trained, `bf16` half as large."""
     max_shard_size: str = "4GB"
-    """Largest file of weights, such as 500MB or 4GB (powers of ten), or a number of bytes; larger models get several
-    files and an index."""
+    """Largest file of weights, such as 500MB or 4GB (powers of ten; of two as 4GiB); larger models get several files
+    and an index, and a tensor that is larger by itself has its own."""
     license: str = "unknown"
-    """Licence that the model card names, by the Hub's name of it, such as apache-2.0; `unknown` says that none was
-    stated."""
+    """Licence that the model card names: one word, taken as it is, such as the Hub's apache-2.0; `unknown` says that
+    none was stated."""
     whole_model: bool | None = None
     """Whether the gate runs the whole model besides each layer by itself; null means where twice its size in fp32 is at
     most half of the memory that is free."""
@@ -120,16 +127,27 @@ class ExportConfig:
         _require_given("checkpoint", self.checkpoint)
         if self.output == "":
             raise InputError("output='': give a directory, or null for `hf` in the run's directory.")
-        if self.max_shard_bytes < 1:
-            raise InputError(f"max_shard_size={self.max_shard_size}: must be a size such as 500MB or 4GB.")
+        if self.max_shard_bytes < SMALLEST_SHARD:
+            raise InputError(
+                f"max_shard_size={self.max_shard_size}: must be a size such as 500MB, 4GB or 4GiB, of 10KB at least."
+            )
         if not re.fullmatch(r"[\w.+-]+", self.license):
             raise InputError(f"license={self.license!r}: must be one name, such as apache-2.0, or unknown.")
+        for field in dataclasses.fields(self) if self.adapter else ():
+            if field.name in _OF_WHOLE_MODELS and getattr(self, field.name) != field.default:
+                raise InputError(
+                    f"adapter=true: writes the adapters alone, in fp32 and in one file, so {field.name} has no effect; "
+                    "leave one of the two out."
+                )
 
     @property
     def max_shard_bytes(self) -> int:
         """The size in bytes; 0 where it can not be understood."""
-        match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,3})?)([KMGT]?)B?", self.max_shard_size.strip(), re.IGNORECASE)
-        return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+        size = self.max_shard_size.strip()
+        match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,3})?)(?:([KMGT])(i?))?B?", size, re.IGNORECASE)
+        if match is None:
+            return 0
+        return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index((match[2] or " ").upper()))
 
 
 @dataclasses.dataclass

@@ -6,7 +6,15 @@ from pathlib import Path
 import torch
 
 from moe_lm.commands.config import ExportConfig, ExportType
-from moe_lm.commands.model_source import MergedSource, NativeSource, is_foreign, open_source, open_tokenizer
+from moe_lm.commands.model_source import (
+    MergedSource,
+    NativeSource,
+    check_belongs,
+    check_outside,
+    is_foreign,
+    open_source,
+    open_tokenizer,
+)
 from moe_lm.commands.training_facts import training_of
 from moe_lm.errors import InputError
 from moe_lm.files import write_json
@@ -26,8 +34,11 @@ def run(config: ExportConfig) -> int:
     assert config.checkpoint is not None
     base = None if config.base is None else Path(config.base).expanduser()
     source = open_source(Path(config.checkpoint).expanduser(), base=base)
+    if base is not None and not isinstance(source, MergedSource):
+        raise InputError(f"base={base}: {source.path} is of no LoRA run, and needs no base; leave it out.")
     if config.output is not None:
         output = Path(config.output).expanduser()
+        check_outside(output, source)
     elif isinstance(source, NativeSource):
         output = source.run_directory / ("adapter" if config.adapter else "hf")
     else:
@@ -101,11 +112,7 @@ def write_export(
     """
     check_output(output)
     tokenizer = open_tokenizer(source)
-    if tokenizer.vocab_size > source.config.vocab_size:
-        raise InputError(
-            f"checkpoint={source.path}: the tokenizer in {source.tokenizer_directory} has {tokenizer.vocab_size} ids, "
-            f"the model only {source.config.vocab_size}; they do not belong together."
-        )
+    check_belongs(tokenizer, source.tokenizer_directory, source.config)
     training, said_type = training_of(source), str(dtype).removeprefix("torch.")
 
     def card(receipt: Receipt) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 from moe_lm.commands.config import ImportConfig
 from moe_lm.commands.model_directory import copy_tokenizer, new_model_directory, said_tokenizer, save_parameters
-from moe_lm.commands.model_source import open_source
+from moe_lm.commands.model_source import check_outside, open_source
 from moe_lm.errors import InputError
 from moe_lm.files import write_json
 from moe_lm.hf.load import HuggingFaceSource
@@ -23,6 +23,7 @@ def run(config: ImportConfig) -> int:
         raise InputError(
             f"checkpoint={path}: is a native checkpoint already, which finetune, upcycle and export take as it is."
         )
+    check_outside(output, source)
     with new_model_directory(output) as directory:
         copy_tokenizer(source.tokenizer_directory, directory, source.config)
         origin = {"command": "import", "checkpoint": str(path), "layout": source.layout.value}

@@ -19,6 +19,7 @@ from torch import Tensor
 from moe_lm.checkpoint.config import CheckpointConfig
 from moe_lm.checkpoint.store import CheckpointStore, TensorSlice
 from moe_lm.checkpoint.tensor_file import DTYPES
+from moe_lm.commands.model_source import check_belongs
 from moe_lm.data.tokenizer import MODEL_FILE, load_tokenizer
 from moe_lm.data.tokenizer_huggingface import COMPANIONS, TEMPLATE_FILE, TOKENIZER_FILE
 from moe_lm.errors import InputError
@@ -40,11 +41,13 @@ def new_model_directory(output: Path) -> AbstractContextManager[Path]:
     """A temporary directory, which is renamed to `output` when the block ends without an exception.
 
     Raises:
-        InputError: `output` holds something, can not be written, or is being written by another process.
+        InputError: `output` is a file, holds something, can not be written, or is being written by another process.
     """
 
     def check() -> None:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if output.exists() and not output.is_dir():
+            raise InputError(f"output={output}: is a file; give the name of a new directory.")
+        if output.exists() and any(output.iterdir()):
             raise InputError(f"output={output}: is not empty; give another one, or remove it.")
 
     return new_directory(output, check)
@@ -102,12 +105,7 @@ def copy_tokenizer(source: Path | None, directory: Path, config: ModelConfig) ->
     """
     if source is None:
         return
-    size = load_tokenizer(source).vocab_size
-    if size > config.vocab_size:
-        raise InputError(
-            f"checkpoint: the tokenizer in {source} has {size} ids, the model only {config.vocab_size}; they do not "
-            "belong together."
-        )
+    check_belongs(load_tokenizer(source), source, config)
     (directory / "tokenizer").mkdir()
     for name in TOKENIZER_FILES:
         if os.path.isfile(source / name):

@@ -107,9 +107,8 @@ def describe(path: Path, option: str = "checkpoint") -> tuple[ModelConfig, Path 
     _require_directory(path, option)
     if is_foreign(path):
         return load_config(path), find_tokenizer(path)
-    single = (path / "COMPLETE").exists()
-    checkpoints = [path] if single else CheckpointStore(path / "checkpoints", CheckpointConfig()).paths()[::-1]
-    run_directory = path.absolute().parent.parent if single else path
+    single, run_directory = (path / "COMPLETE").exists(), _run_directory(path)
+    checkpoints = [path] if single else CheckpointStore(run_directory / "checkpoints", CheckpointConfig()).paths()[::-1]
     for checkpoint in checkpoints:
         try:
             config = read_object(checkpoint / "state.json")["config"]["model"]
@@ -125,17 +124,25 @@ def is_foreign(path: Path) -> bool:
     return any((path / name).exists() for name in ("config.json", "params.json", SINGLE, INDEX))
 
 
+def _run_directory(path: Path) -> Path:
+    """The run that a directory is, whose `checkpoints` it is, or of which it is one checkpoint."""
+    if (path / "COMPLETE").exists():
+        return path.absolute().parent.parent
+    is_store = path.absolute().name == "checkpoints" and not (path / "checkpoints").exists()
+    return path.absolute().parent if is_store else path
+
+
 def open_native(path: Path, option: str = "checkpoint", base: Path | None = None) -> NativeSource:
     """Find and verify the checkpoint that `path` names: a checkpoint itself, or a run's newest."""
     _require_directory(path, option)
+    run_directory = _run_directory(path)
     if (path / "COMPLETE").exists():
         try:
             checkpoint = Checkpoint(path)
         except CheckpointError as error:
             raise InputError(f"{option}={path}: {error}.") from error
-        run_directory = path.absolute().parent.parent
     else:
-        store = CheckpointStore(path / "checkpoints", CheckpointConfig())
+        store = CheckpointStore(run_directory / "checkpoints", CheckpointConfig())
         newest = store.newest(refused=lambda reason: print(f"refused checkpoint {reason}", file=sys.stderr))
         if newest is None and (path / "adapter_config.json").exists():
             raise InputError(
@@ -147,7 +154,7 @@ def open_native(path: Path, option: str = "checkpoint", base: Path | None = None
                 f"{option}={path}: holds no complete checkpoint; give a run directory, a step-… directory, or a "
                 "Hugging Face directory."
             )
-        checkpoint, run_directory = newest, path
+        checkpoint = newest
     saved = checkpoint.state.get("config")
     if not isinstance(saved, dict):
         raise InputError(f"{option}={path}: was not written by moe-lm; its state.json has no config.")
@@ -216,11 +223,7 @@ def open_model(path: Path, device: torch.device, dtype: torch.dtype = torch.floa
         # what a source gives may be a piece of a file that is mapped into memory
         targets[name].data = tensor.to(device, own, copy=True)
     tokenizer = open_tokenizer(source)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise InputError(
-            f"checkpoint={path}: the tokenizer in {source.tokenizer_directory} has {tokenizer.vocab_size} ids, the "
-            f"model only {model.config.vocab_size}; they do not belong together."
-        )
+    check_belongs(tokenizer, source.tokenizer_directory, model.config)
     return model, tokenizer
 
 
@@ -240,6 +243,27 @@ def open_tokenizer(source: ModelSource) -> Tokenizer:
     return load_tokenizer(source.tokenizer_directory)
 
 
+def check_belongs(tokenizer: Tokenizer, directory: Path | None, config: ModelConfig) -> None:
+    """Refuse a tokenizer, from this directory, that has more ids than the model has rows."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"checkpoint: the tokenizer in {directory} has {tokenizer.vocab_size} ids, the model only "
+            f"{config.vocab_size}; put the model's own there (`import` and `upcycle` also go on without any)."
+        )
+
+
+def check_outside(output: Path, source: ModelSource) -> None:
+    """Refuse to write into somebody else's directory, which shall stay as it came; a run has room for what is made of
+    it.
+    """
+    if isinstance(source, HuggingFaceSource) and output.resolve().is_relative_to(source.path.resolve()):
+        raise InputError(
+            f"output={output}: lies in checkpoint={source.path}, which is left as it is; give a place outside of it."
+        )
+
+
 def _require_directory(path: Path, option: str) -> None:
     if not os.path.isdir(path):
-        raise InputError(f"{option}={path}: there is no such directory.")
+        is_file = os.path.exists(path)
+        said = "is no directory; give the one that it lies in" if is_file else "there is no such directory"
+        raise InputError(f"{option}={path}: {said}.")

@@ -7,7 +7,7 @@ import torch
 
 from moe_lm.commands.config import UpcycleConfig
 from moe_lm.commands.model_directory import copy_tokenizer, new_model_directory, said_tokenizer, save_parameters
-from moe_lm.commands.model_source import open_source
+from moe_lm.commands.model_source import check_outside, open_source
 from moe_lm.errors import RunError
 from moe_lm.files import write_json
 from moe_lm.finetune.upcycle import UpcycledModel, UpcyclePlan
@@ -29,6 +29,7 @@ def run(config: UpcycleConfig) -> int:
     output = Path(config.output).expanduser()
     plan = UpcyclePlan(config.num_experts, config.num_experts_per_tok, config.noise, config.reinitialize, config.seed)
     model = UpcycledModel(open_source(Path(config.checkpoint).expanduser()), plan)
+    check_outside(output, model.base)
     with new_model_directory(output) as directory:
         copy_tokenizer(model.tokenizer_directory, directory, model.config)
         origin = {"command": "upcycle", "checkpoint": config.checkpoint}

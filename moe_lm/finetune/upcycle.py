@@ -55,6 +55,10 @@ class UpcyclePlan:
         if not 0 <= self.reinitialize <= 1:
             raise InputError(f"reinitialize={self.reinitialize}: must be a share from 0 to 1.")
 
+    def drawn_anew(self, size: int) -> int:
+        """How many of an expert's intermediate dimensions are drawn anew."""
+        return int(size * self.reinitialize)
+
 
 class UpcycledModel:
     """The mixture that a plan makes of a base, made one parameter at a time; a `ModelSource` itself."""
@@ -187,7 +191,7 @@ class UpcycledModel:
         """The intermediate dimensions of an expert that are drawn anew, the same in its three matrices."""
         size = self.config.intermediate_size
         order = torch.randperm(size, generator=self._generator(f"{layer}dimensions/{expert}"))
-        return order[: int(size * self.plan.reinitialize)]
+        return order[: self.plan.drawn_anew(size)]
 
     def _generator(self, name: str) -> torch.Generator:
         return generator_of(self.plan.seed, f"upcycle/{name}", torch.device("cpu"))
@@ -226,6 +230,12 @@ def _upcycled_config(base: ModelConfig, plan: UpcyclePlan) -> ModelConfig:
             raise InputError(f"{name}={value}: must be at least 1.")
     if chosen > plan.num_experts:
         raise InputError(f"num_experts_per_tok={chosen}: must be at most num_experts={plan.num_experts}.")
+    size = base.intermediate_size
+    if plan.reinitialize > 0 and not plan.drawn_anew(size):
+        raise InputError(
+            f"reinitialize={plan.reinitialize}: is less than one of the base's {size} intermediate dimensions, so none "
+            f"would be drawn anew; give {min(1.0, 1.01 / size):.3g} or more, or 0."
+        )
     return dataclasses.replace(
         base, family=ModelFamily.mixture, num_experts=plan.num_experts, num_experts_per_tok=chosen
     )

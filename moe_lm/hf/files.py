@@ -26,6 +26,7 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types of weights that are read."""
 
 _FILE_NAME = re.compile(r"[\w.-]+\.safetensors")
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _CONSOLIDATED = re.compile(r"consolidated(\.\d+|-\d+-of-\d+)?\.safetensors")
 _PICKLED = re.compile(r".*\.(bin|pth|pt|pkl|ckpt)")
 
@@ -45,11 +46,18 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: can not be read as JSON ({error}).") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: can not be read as JSON ({error}); fetch it again.") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path}: is not a JSON object.")
+        raise InputError(f"{path}: is not a JSON object; fetch it again.")
     return value
+
+
+def _unreadable(path: Path, error: OSError) -> InputError:
+    remedy = "let yourself read it" if isinstance(error, PermissionError) else "fetch it again"
+    return InputError(f"{path}: can not be read ({error.strerror}); {remedy}.")
 
 
 def find_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -63,6 +71,9 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
         raise InputError(f"{directory}: holds both {SINGLE} and {INDEX}; remove the one that does not belong to it.")
     if index.exists():
         return _indexed(index)
+    shards = sorted(path.name for path in directory.iterdir() if _SHARD.fullmatch(path.name))
+    if shards and not single.exists():
+        raise InputError(f"{index}: is missing, which says what {shards[0]} and the others hold; fetch it again.")
     _refuse_pickle(directory, SINGLE)
     return _joined([single])
 
@@ -101,10 +112,12 @@ def _indexed(index: Path) -> dict[str, StoredTensor]:
     """Tensors of the files that an index names; it says of each file what it holds, no more and no less."""
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise InputError(f"{index}: weight_map is missing.")
+        raise InputError(f"{index}: weight_map is missing; fetch it again.")
     for file in weight_map.values():
         if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
-            raise InputError(f"{index}: {file!r} is not the name of a safetensors file in this directory.")
+            raise InputError(
+                f"{index}: {file!r} is not the name of a safetensors file in this directory; fetch it again."
+            )
     found = _joined([index.parent / file for file in sorted(set(weight_map.values()))])
     for name, file in weight_map.items():
         if name not in found:
@@ -126,7 +139,7 @@ def _joined(paths: list[Path]) -> dict[str, StoredTensor]:
         try:
             kinds = read_kinds(path)
         except OSError as error:
-            raise InputError(f"{path}: can not be read ({error.strerror}).") from error
+            raise _unreadable(path, error) from error
         except CheckpointError as error:
             reason = str(error).removeprefix(f"{path.name}: ")
             raise InputError(f"{path}: can not be read ({reason}); fetch it again.") from error

@@ -111,7 +111,7 @@ class HuggingFaceSource:
             missing += [slot.name for slot in pieces if slot.name not in here]
             wrong += [
                 f"{self._stored[slot.name].path}: {slot.name} has shape {here[slot.name].shape}, and the configuration "
-                f"asks for {slot.shape}"
+                f"asks for {slot.shape}; take both from one model"
                 for slot in pieces
                 if slot.name in here and here[slot.name].shape != slot.shape
             ]
@@ -120,6 +120,11 @@ class HuggingFaceSource:
                 self._kinds[name] = TensorKind(next(iter(here.values())).dtype, list(parameter.shape))
         tied = {"lm_head.weight", "output.weight"} if self.config.tie_word_embeddings else set()
         extra = [name for name in self.ignored if name not in tied and not is_derived(name)]
+        if extra and f"model.{extra[0]}" in missing and "lm_head.weight" not in self._stored:
+            raise InputError(
+                f"{self.path}: holds the body of a model without its language-model head ({extra[0]} is what a whole "
+                f"one names model.{extra[0]}); save it whole, as LlamaForCausalLM rather than LlamaModel."
+            )
         if extra:
             raise InputError(
                 f"{self.path}: {len(extra)} tensors do not belong to the model of its configuration, the first is "

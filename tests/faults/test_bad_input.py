@@ -515,7 +515,7 @@ def test_checkpoints_without_a_configuration_are_not_resumed(complain, run):
     ("source", "words"),
     [
         ("checkpoint=nope", "checkpoint=nope: there is no such directory"),
-        ("checkpoint=book.txt", "checkpoint=book.txt: there is no such directory"),
+        ("checkpoint=book.txt", "checkpoint=book.txt: is no directory; give the one that it lies in"),
         ("checkpoint=nothing", "checkpoint=nothing: holds no complete checkpoint"),
         (f"checkpoint={'x' * 256}", "there is no such directory"),
         ("checkpoint=", "checkpoint: is required"),

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from moe_lm.cli import main
+from moe_lm.commands.config import ExportConfig
 from tests.runs import TINY, moe_lm, write_corpus
 
 INDEX = "model.safetensors.index.json"
@@ -157,14 +158,39 @@ def test_what_can_not_be_followed_is_refused(finished, exported, tmp_path, refus
     assert "against=x: is for an export" in refused("verify", run, "against=x")
     assert "against=" in refused("verify", f"checkpoint={exported}", "against=nowhere")
     assert "output=" in refused("verify", run, f"output={tmp_path}/no/such.json")
-    for size in ("", "0", "big", "4 GiB", "-1"):
+    for size in ("", "0", "big", "4 GiB", "-1", "10", "9999B", "4iB"):
         assert f"max_shard_size={size}: must be a size" in refused("export", run, f"max_shard_size={size}")
+    for option in ("dtype=bf16", "max_shard_size=1GB", "license=mit", "whole_model=false"):
+        said = refused("export", run, "adapter=true", option)
+        assert (
+            f"adapter=true: writes the adapters alone, in fp32 and in one file, so {option.split('=')[0]} has" in said
+        )
+    assert "is of no LoRA run, and needs no base; leave it out." in refused("export", run, f"base={exported}")
+    for value in ("2", "1", "0", "yes", "off"):
+        assert f"whole_model={value}: must be true or false" in refused("export", run, f"whole_model={value}")
+        assert f"adapter={value}: must be true or false." in refused("export", run, f"adapter={value}")
     assert "license='a: b'" in refused("export", run, "license=a: b")
     assert "output=null" in refused("export", f"checkpoint={exported}")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.tex").write_text("precious")
     assert "is not an export of moe-lm" in refused("export", run, f"output={tmp_path / 'full'}")
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "number"),
+    [
+        ("10KB", 10_000),
+        ("1.5MB", 1_500_000),
+        ("4g", 4 * 10**9),
+        ("2GiB", 2 * 2**30),
+        ("10kib", 10_240),
+        ("10000", 10_000),
+    ],
+)
+def test_sizes_are_read_as_they_are_written(size, number):
+    """Catches powers of two that are taken for powers of ten."""
+    assert ExportConfig(checkpoint="x", max_shard_size=size).max_shard_bytes == number
 
 
 def test_an_export_that_is_impossible_is_refused_before_training(tmp_path, refused, monkeypatch):

@@ -170,8 +170,8 @@ def test_many_prompts_are_continued_as_each_alone(tmp_path, mixtral, capsys):
 def test_a_model_is_described_as_it_is_opened(tmp_path, mixtral, capsys):
     """Catches a base whose configuration or tokenizer is another before its weights are read than afterwards."""
     _run("import", f"checkpoint={mixtral}", f"output={tmp_path / 'native'}")
-    checkpoint = tmp_path / "native" / "checkpoints" / "step-00000000"
-    for path in (mixtral, tmp_path / "native", checkpoint):
+    checkpoints = tmp_path / "native" / "checkpoints"
+    for path in (mixtral, tmp_path / "native", checkpoints, checkpoints / "step-00000000"):
         source = open_source(path)
         assert describe(path) == (source.config, source.tokenizer_directory)
         assert source.config.num_experts == 4 and source.tokenizer_directory is not None
@@ -252,7 +252,7 @@ def test_faults_of_the_checkpoint_leave_nothing_behind(tmp_path, mixtral, capsys
     (mixtral / "config.json").write_text(json.dumps({**raw, "model_type": "qwen2_moe"}))
     assert "model_type='qwen2_moe' is not supported" in _refused(capsys, tmp_path, *arguments)
     (mixtral / "config.json").unlink()
-    assert "config.json: can not be read" in _refused(capsys, tmp_path, *arguments)
+    assert "config.json: is missing; fetch it again" in _refused(capsys, tmp_path, *arguments)
 
 
 def test_the_output_must_be_free(tmp_path, mixtral, llama, capsys):
@@ -260,13 +260,24 @@ def test_the_output_must_be_free(tmp_path, mixtral, llama, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
-    for name in ("full", "file"):
+    for name, words in (("full", "is not empty; give"), ("file", "is a file; give the name of a new directory.")):
         output = f"output={tmp_path / name}"
-        assert "is not empty" in _refused(capsys, tmp_path, "import", f"checkpoint={mixtral}", output)
-        assert "is not empty" in _refused(capsys, tmp_path, "upcycle", f"checkpoint={llama}", output)
+        assert words in _refused(capsys, tmp_path, "import", f"checkpoint={mixtral}", output)
+        assert words in _refused(capsys, tmp_path, "upcycle", f"checkpoint={llama}", output)
     (tmp_path / "empty").mkdir()
     _run("import", f"checkpoint={mixtral}", f"output={tmp_path / 'empty'}")
     assert (tmp_path / "empty" / "import.json").exists()
+
+
+def test_nothing_is_written_into_somebody_elses_directory(tmp_path, mixtral, llama, capsys):
+    """Catches a foreign model whose directory changes, so that it can not be trusted any more, or is replaced."""
+    for command, source in (("import", mixtral), ("upcycle", llama), ("export", mixtral)):
+        for output in (source, source / "below" / "it"):
+            said = _refused(capsys, tmp_path, command, f"checkpoint={source}", f"output={output}")
+            assert f"lies in checkpoint={source}, which is left as it is; give a place outside of it." in said
+    _run("import", f"checkpoint={mixtral}", f"output={tmp_path / 'native'}")
+    _run("upcycle", f"checkpoint={tmp_path / 'native'}", f"output={tmp_path / 'native/up'}", "num_experts=8")
+    assert (tmp_path / "native/up/upcycle.json").exists()
 
 
 def test_a_disk_that_fills_leaves_nothing_behind(tmp_path, mixtral, monkeypatch, capsys):
@@ -304,6 +315,9 @@ def test_other_mistakes_are_sentences(tmp_path, mixtral, llama, tokenizer, capsy
     """
     out = f"output={tmp_path / 'out'}"
     assert "there is no such directory" in _refused(capsys, tmp_path, "import", f"checkpoint={tmp_path / 'no'}", out)
+    file = mixtral / "config.json"
+    said = _refused(capsys, tmp_path, "import", f"checkpoint={file}", out)
+    assert f"checkpoint={file}: is no directory; give the one that it lies in." in said
     assert "output: is required" in _refused(capsys, tmp_path, "import", f"checkpoint={mixtral}")
     assert "holds no complete checkpoint" in _refused(capsys, tmp_path, "import", f"checkpoint={tokenizer}", out)
     (tmp_path / "adapter").mkdir()
@@ -319,7 +333,9 @@ def test_other_mistakes_are_sentences(tmp_path, mixtral, llama, tokenizer, capsy
     )
     small = MixtralForCausalLM(MixtralConfig(**{**SHAPE, "vocab_size": 100}, num_local_experts=2))
     _with_tokenizer(small, tmp_path / "small", tokenizer)
-    assert "do not belong together" in _refused(capsys, tmp_path, "import", f"checkpoint={tmp_path / 'small'}", out)
+    for command in ("import", "export"):
+        said = _refused(capsys, tmp_path, command, f"checkpoint={tmp_path / 'small'}", out)
+        assert "has 400 ids, the model only 100; put the model's own there" in said
 
 
 def test_a_model_without_a_tokenizer_is_imported(tmp_path, mixtral, capsys):

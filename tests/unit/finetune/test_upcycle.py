@@ -179,6 +179,11 @@ def test_each_parameter_says_what_it_is_made_of():
         (DENSE, {"num_experts": 4, "num_experts_per_tok": 0}, "num_experts_per_tok=0: must be at least 1"),
         (DENSE, {"num_experts": 4, "noise": -0.1}, "noise=-0.1: must not be negative"),
         (DENSE, {"num_experts": 4, "reinitialize": 1.5}, "reinitialize=1.5: must be a share"),
+        (
+            DENSE,
+            {"num_experts": 4, "reinitialize": 0.049},
+            "20 intermediate dimensions, so none would be drawn anew; give 0.0505 or more",
+        ),
     ],
     ids=str,
 )

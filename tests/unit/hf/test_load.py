@@ -118,13 +118,22 @@ def test_an_extra_tensor_is_named(directory):
 def test_a_wrong_shape_is_named(directory):
     """Catches a tensor that is broadcast or cut to fit."""
     _change_weights(directory, **{"model.norm.weight": torch.ones(1)})
-    assert "model.norm.weight has shape [1], and the configuration asks for [16]" in _refused(directory)
+    assert "model.norm.weight has shape [1], and the configuration asks for [16]; take both" in _refused(directory)
 
 
 def test_quantised_weights_are_refused(directory):
     """Catches integers taken for weights."""
     _change_weights(directory, **{"model.norm.weight": torch.ones(16, dtype=torch.int8)})
     assert "model.norm.weight is torch.int8" in _refused(directory)
+
+
+def test_a_body_without_a_head_is_named(directory):
+    """Catches a `LlamaModel` that is called a model of another architecture."""
+    weights = load_file(directory / SINGLE)
+    del weights["lm_head.weight"]
+    save_file({name.removeprefix("model."): tensor for name, tensor in weights.items()}, directory / SINGLE)
+    said = _refused(directory)
+    assert "without its language-model head (embed_tokens.weight is what" in said and "LlamaForCausalLM" in said
 
 
 def test_other_shapes_in_the_configuration_are_named(directory):
@@ -154,18 +163,32 @@ def test_an_index_never_leads_out_of_the_directory(sharded, name):
     outside.write_bytes((sharded / file).read_bytes())
     index["weight_map"]["model.norm.weight"] = name
     (sharded / INDEX).write_text(json.dumps(index))
-    assert f"{name!r} is not the name of a safetensors file in this directory" in _refused(sharded)
+    assert f"{name!r} is not the name of a safetensors file in this directory; fetch it again" in _refused(sharded)
 
 
 def test_a_missing_or_damaged_shard_is_named(sharded):
     """Catches a traceback for a download that did not finish."""
     shards = sorted(sharded.glob("model-*.safetensors"))
+    missing = f"{shards[0]}: can not be read (No such file or directory); fetch it again."
     shards[0].unlink()
-    assert shards[0].name in _refused(sharded)
+    assert _refused(sharded) == missing
+    shards[0].symlink_to("nowhere")
+    assert _refused(sharded) == missing
+    shards[0].unlink()
+    shards[0].mkdir()
+    assert f"{shards[0]}: can not be read (Is a directory); fetch it again." == _refused(sharded)
+    shards[0].rmdir()
     shards[0].write_bytes(shards[1].read_bytes())
     assert shards[0].name in _refused(sharded)  # the index says that it holds other tensors
     shards[0].write_bytes(shards[1].read_bytes()[:50])
     assert shards[0].name in _refused(sharded)
+
+
+def test_a_missing_index_is_named(sharded):
+    """Catches a sentence about model.safetensors, which there never was."""
+    (sharded / INDEX).unlink()
+    said = _refused(sharded)
+    assert f"{sharded / INDEX}: is missing, which says what model-00001-of-" in said and "fetch it again" in said
 
 
 def test_a_shard_that_went_after_its_headers_were_read_is_named(sharded):
@@ -181,7 +204,8 @@ def test_a_shard_that_went_after_its_headers_were_read_is_named(sharded):
 def test_a_broken_index_is_named(sharded, content):
     """Catches a traceback for an index that is no index."""
     (sharded / INDEX).write_text(content)
-    assert INDEX in _refused(sharded)
+    said = _refused(sharded)
+    assert INDEX in said and "fetch it again" in said
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04N.", b"version https://git-lfs.github.com/spec/v1\n"], ids=repr)
@@ -202,21 +226,23 @@ def test_a_broken_weights_file_is_named(directory, content):
 def test_a_broken_configuration_is_named(directory, content):
     """Catches a traceback for a config.json that is no JSON object."""
     (directory / "config.json").write_bytes(content)
-    assert "config.json" in _refused(directory)
+    said = _refused(directory)
+    assert "config.json: " in said and "fetch it again" in said
 
 
 def test_a_missing_configuration_is_named(directory):
     """Catches a traceback for a directory that is no model."""
     (directory / "config.json").unlink()
-    assert "config.json: can not be read" in _refused(directory)
+    said = _refused(directory)
+    assert "config.json: is missing; fetch it again, or give a directory that holds it beside the weights" in said
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"model_type": "qwen2_moe"}, "model_type='qwen2_moe' is not supported; mixtral and mistral are"),
-        ({"model_type": DROPPED}, "model_type=None is not supported"),
-        ({"model_type": ["mixtral"]}, "is not supported"),
+        ({"model_type": DROPPED}, "model_type is missing; add it, or fetch the file again"),
+        ({"model_type": ["mixtral"]}, "model_type=['mixtral'] is not of type str"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling is not supported"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling is not supported"),
@@ -237,7 +263,7 @@ def test_a_missing_configuration_is_named(directory):
         ({"hidden_size": DROPPED}, "hidden_size is missing"),
         ({"num_key_value_heads": DROPPED}, "num_key_value_heads is missing"),
         ({"rms_norm_eps": DROPPED}, "rms_norm_eps is missing"),
-        ({"hidden_size": "16"}, "hidden_size='16' is not of type int"),
+        ({"hidden_size": "16"}, "hidden_size='16' is not of type int; correct it, or fetch the file again"),
         ({"hidden_size": 16.0}, "hidden_size=16.0 is not of type int"),
         ({"hidden_size": True}, "hidden_size=True is not of type int"),
         ({"hidden_size": 0}, "model.hidden_size=0: must be at least 1"),

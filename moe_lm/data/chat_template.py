@@ -87,13 +87,13 @@ def choose_template(tokenizer: Tokenizer, path: str | None) -> str:
     if path is not None:
         option, template = f"data.chat_template={path}", _read(path)
     elif tokenizer.chat_template is not None:
-        option, template = "tokenizer.path", tokenizer.chat_template
+        option, template = "the tokenizer", tokenizer.chat_template
     elif _has_role_marks(tokenizer):
         return DEFAULT_TEMPLATE
     else:
         raise InputError(
-            "tokenizer.path: this tokenizer has no chat template, and not the role marks of moe-lm's own (<|user|> …); "
-            "give a template's file as data.chat_template."
+            "data.chat_template=null: the tokenizer has no chat template, and not the role marks of moe-lm's own "
+            "(<|user|> …); give a template's file."
         )
     try:
         _render(template, [{"role": "user", "content": "a"}], {})

@@ -78,8 +78,9 @@ def load(
             asked = load_tokenizer(Path(tokenizer_config.path).expanduser())
             if asked.fingerprint != first.tokenizer.fingerprint:
                 raise InputError(
-                    f"tokenizer.path={tokenizer_config.path}: {config.paths[0]} was prepared with another tokenizer; "
-                    "leave tokenizer.path out, or prepare the text anew with this one."
+                    f"data.paths: {config.paths[0]} was prepared with another tokenizer than that in "
+                    f"{tokenizer_config.path}; prepare the text anew with tokenizer.path="
+                    f"{tokenizer_config.path}, or, if you gave it here, leave it out."
                 )
         for name in config.sources:
             if not any(name in one.train for one in opened):

@@ -74,6 +74,8 @@ def check_begun(settings: dict[str, Any], tokenizer_config: TokenizerConfig, dir
 def _check_settings(settings: dict[str, Any], path: Path) -> None:
     """Compares with the settings a directory was prepared with, and names what differs."""
     written = read_manifest(path)["settings"]
+    if settings["tokenizer.path"] is not None and written["tokenizer.path"] is not None:
+        settings = settings | {"tokenizer.path": written["tokenizer.path"]}  # what lies there is compared by itself
     differences = [
         f"{name}={settings.get(name)!r} (there: {written.get(name)!r})"
         for name in sorted(settings.keys() | written.keys())

@@ -43,6 +43,9 @@ ROLE_MARKS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>")
 NUM_SPARES = 32
 CONTROL_SYMBOLS = (*ROLE_MARKS, *(f"<|spare_{index}|>" for index in range(NUM_SPARES)))
 
+GOOD_COPY = "bring back a good copy, or fetch it again"
+"""What to do about a tokenizer's file that can not be used."""
+
 CHUNK_CHARACTERS = 4000
 """Training text is fed in pieces of this length: a "sentence" of sentencepiece may then span lines, which is what
 gives newlines and indentation pieces of their own."""
@@ -219,8 +222,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
         read_chat_template,
     )
 
-    if not path.is_dir():
-        return SentencePieceTokenizer(path)
+    if not path.is_dir():  # only the user gives a file
+        try:
+            return SentencePieceTokenizer(path)
+        except InputError as error:
+            raise InputError(f"tokenizer.path: {error}") from None
     if (path / MODEL_FILE).exists():
         tokenizer = SentencePieceTokenizer(path / MODEL_FILE)
         if goes_beyond(path, tokenizer):
@@ -246,15 +252,15 @@ class SentencePieceTokenizer:
             # An empty model raises nothing until it is used.
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes or b"empty")
         except OSError as error:
-            raise InputError(f"tokenizer.path: '{path}' cannot be read ({error.strerror}).") from None
+            raise InputError(f"'{path}' cannot be read ({error.strerror}); {GOOD_COPY}.") from None
         except RuntimeError:
-            raise InputError(f"tokenizer.path: '{path}' is not a sentencepiece .model file.") from None
+            raise InputError(f"'{path}' is not a sentencepiece .model file; {GOOD_COPY}.") from None
         self.fingerprint = hashlib.sha256(self.model_bytes).hexdigest()
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
-            raise InputError(f"tokenizer.path: '{path}' has no <s> or </s> to mark a document's begin and end.")
+            raise InputError(f"'{path}' has no <s> or </s> to mark a document's begin and end; use another tokenizer.")
         # Models made elsewhere (Mixtral's among them) often have no padding; any id will do, since it is masked.
         self.pad_id: int = self._processor.pad_id() if self._processor.pad_id() >= 0 else self.eos_id
         self.chat_template: str | None = None

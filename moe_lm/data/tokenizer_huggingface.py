@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_lm.data.tokenizer import MODEL_FILE, SentencePieceTokenizer
+from moe_lm.data.tokenizer import GOOD_COPY, MODEL_FILE, SentencePieceTokenizer
 from moe_lm.data.tokenizer_rendered import token_spans
 from moe_lm.errors import InputError
 from moe_lm.files import write_atomically, write_json
@@ -56,8 +56,8 @@ class HuggingFaceTokenizer:
         ends = [ids[name] for name in ("eos", "bos") if name in ids]
         if not ends:
             raise InputError(
-                f"tokenizer.path: '{directory}' names no eos_token in tokenizer_config.json or special_tokens_map.json "
-                "that its vocabulary has; a document's end needs a mark."
+                f"'{directory}' names no eos_token in tokenizer_config.json or special_tokens_map.json that its "
+                "vocabulary has, and a document's end needs a mark; name one there."
             )
         self.eos_id: int = ends[0]
         self.bos_id: int = ids.get("bos", self.eos_id)
@@ -104,7 +104,7 @@ class HuggingFaceTokenizer:
         if not self._refused.isdisjoint(ids):
             mark = self._marks[min(self._refused & set(ids))]
             raise InputError(
-                f"tokenizer.path: '{self.directory}' encodes ordinary text as its mark {mark!r}; use a tokenizer that "
+                f"'{self.directory}' encodes ordinary text as its mark {mark!r}; use a tokenizer that "
                 "keeps marks apart from text."
             )
         return ids
@@ -185,7 +185,7 @@ def goes_beyond(directory: Path, model: SentencePieceTokenizer) -> bool:
     more += [text for name, text in _marks(directory).items() if own[f"{name}_token"] != text]
     if more and not has_json:
         raise InputError(
-            f"tokenizer.path: '{directory}' has added or changed {more[0]!r}, which its {MODEL_FILE} does not say, and "
+            f"'{directory}' has added or changed {more[0]!r}, which its {MODEL_FILE} does not say, and "
             f"no {TOKENIZER_FILE}; write one with transformers (AutoTokenizer.from_pretrained, save_pretrained)."
         )
     return bool(more)
@@ -202,9 +202,9 @@ def read_chat_template(directory: Path) -> str | None:
         try:
             return path.read_bytes().decode()
         except OSError as error:
-            raise InputError(f"tokenizer.path: '{path}' cannot be read ({error.strerror}).") from None
+            raise InputError(f"'{path}' cannot be read ({error.strerror}); {GOOD_COPY}.") from None
         except UnicodeDecodeError as error:
-            raise InputError(f"tokenizer.path: '{path}' is not UTF-8 text (byte {error.start}).") from None
+            raise InputError(f"'{path}' is not UTF-8 text (byte {error.start}); {GOOD_COPY}.") from None
     template = _read_object(directory / CONFIG_FILE).get("chat_template")
     if isinstance(template, list):  # several, by name
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
@@ -233,9 +233,9 @@ def _read_tokenizer(directory: Path) -> "tuple[bytes, tokenizers.Tokenizer]":
         content = (directory / TOKENIZER_FILE).read_bytes()
         return content, tokenizers.Tokenizer.from_str(content.decode())
     except OSError as error:
-        raise InputError(f"tokenizer.path: '{error.filename}' cannot be read ({error.strerror}).") from None
+        raise InputError(f"'{error.filename}' cannot be read ({error.strerror}); {GOOD_COPY}.") from None
     except Exception as error:  # tokenizers raises Exception itself
-        raise InputError(f"tokenizer.path: '{directory / TOKENIZER_FILE}' is no tokenizer ({error}).") from None
+        raise InputError(f"'{directory / TOKENIZER_FILE}' is no tokenizer ({error}); {GOOD_COPY}.") from None
 
 
 def _unknown_id(content: bytes, tokenizer: "tokenizers.Tokenizer") -> int | None:
@@ -255,11 +255,11 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         values: Any = json.loads(path.read_bytes()) if path.exists() else {}
     except OSError as error:
-        raise InputError(f"tokenizer.path: '{path}' cannot be read ({error.strerror}).") from None
+        raise InputError(f"'{path}' cannot be read ({error.strerror}); {GOOD_COPY}.") from None
     except ValueError as error:
-        raise InputError(f"tokenizer.path: '{path}' is not valid JSON ({error}).") from None
+        raise InputError(f"'{path}' is not valid JSON ({error}); {GOOD_COPY}.") from None
     if not isinstance(values, dict):
-        raise InputError(f"tokenizer.path: '{path}' must hold a JSON object, found {type(values).__name__}.")
+        raise InputError(f"'{path}' must hold a JSON object, found {type(values).__name__}; {GOOD_COPY}.")
     return values
 
 

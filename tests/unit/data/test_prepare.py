@@ -251,7 +251,7 @@ def test_a_prepared_set_refuses_another_tokenizer(config: DataConfig, tmp_path: 
     prepare(one, TokenizerConfig(vocab_size=390), tmp_path / "other")
     other_model = tmp_path / "other/tokenizer/tokenizer.model"
     prepared = DataConfig(source=DataSource.prepared, paths=[str(tmp_path / "set")])
-    with pytest.raises(InputError, match=r"tokenizer.path=.*was prepared with another tokenizer"):
+    with pytest.raises(InputError, match=r"^data.paths: .*set was prepared with another .* anew with tokenizer.path="):
         load(prepared, TokenizerConfig(path=str(other_model)), tmp_path / "run")
     both = DataConfig(source=DataSource.prepared, paths=[str(tmp_path / "set"), str(tmp_path / "other")])
     with pytest.raises(InputError, match=r"data.paths: .*other was prepared with another tokenizer than .*set"):

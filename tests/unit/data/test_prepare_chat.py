@@ -154,8 +154,8 @@ def test_what_can_not_be_trained_on_is_a_sentence(
     bad = write(tmp_path / "bad/x.jsonl", [*ROWS[:30], {"messages": [{"role": "user", "content": "?"}]}])
     refused(r"^data.paths: .*x.jsonl, line 31: no message is the assistant's", paths=[bad])
     refused(
-        r"^data.validation_paths: .*three.jsonl, line 1: the conversation has no message; no row is left to hold out \(left out: "
-        r"3 × no messages\); mend or remove it\.$",
+        r"^data.validation_paths: .*three.jsonl, line 1: the conversation has no message; no row is left to hold out "
+        r"\(left out: 3 × no messages\); mend or remove it\.$",
         validation_paths=three,
         on_bad_row=OnBadRow.skip,
     )
@@ -183,9 +183,12 @@ def test_another_template_or_length_is_another_set(
     ):
         with pytest.raises(InputError, match=rf"^{name}.* was prepared with other settings"):
             prepare(dataclasses.replace(config, **changes), tokenizer_config, tmp_path / "set")
-    gone = TokenizerConfig(path=str(tmp_path / "gone"))
-    with pytest.raises(InputError, match=r"^tokenizer.path="):  # the path is a setting, but what is missing is no crash
-        prepare(config, gone, tmp_path / "set")
+    assert tokenizer_config.path is not None
+    (tmp_path / "copy").mkdir()
+    for path in Path(tokenizer_config.path).iterdir():
+        (tmp_path / "copy" / path.name).write_bytes(path.read_bytes())
+    for name in ("copy", "gone"):  # it is known by what it is, and by its copy in the set
+        assert prepare(config, TokenizerConfig(path=str(tmp_path / name)), tmp_path / "set")
 
 
 def test_a_prepared_set_says_which_rows_are_too_short(

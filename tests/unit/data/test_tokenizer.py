@@ -148,10 +148,15 @@ def test_files_that_are_no_tokenizer_are_sentences(tmp_path: Path) -> None:
     (tmp_path / "noise.model").write_bytes(b"not a model")
     (tmp_path / "empty.model").write_bytes(b"")
     with pytest.raises(InputError, match=r"tokenizer.path: '.*absent.model' cannot be read"):
-        SentencePieceTokenizer(tmp_path / "absent.model")
+        load_tokenizer(tmp_path / "absent.model")
     for name in ("noise", "empty"):
         with pytest.raises(InputError, match=f"tokenizer.path: '.*{name}.model' is not a sentencepiece"):
-            SentencePieceTokenizer(tmp_path / f"{name}.model")
+            load_tokenizer(tmp_path / f"{name}.model")
+    (tmp_path / "noise.model").rename(tmp_path / "tokenizer.model")
+    with pytest.raises(
+        InputError, match=r"^'.*tokenizer.model' is not a sentencepiece .* good copy, or fetch it again"
+    ):
+        load_tokenizer(tmp_path)  # of a model's directory, whose command has no such option
 
 
 def test_transformers_gives_the_same_ids_and_text(

@@ -121,9 +121,10 @@ class HuggingFaceSource:
         tied = {"lm_head.weight", "output.weight"} if self.config.tie_word_embeddings else set()
         extra = [name for name in self.ignored if name not in tied and not is_derived(name)]
         if extra and f"model.{extra[0]}" in missing and "lm_head.weight" not in self._stored:
+            kind = read_object(self.path / "config.json")["model_type"].capitalize()
             raise InputError(
                 f"{self.path}: holds the body of a model without its language-model head ({extra[0]} is what a whole "
-                f"one names model.{extra[0]}); save it whole, as LlamaForCausalLM rather than LlamaModel."
+                f"one names model.{extra[0]}); save it whole, as {kind}ForCausalLM rather than {kind}Model."
             )
         if extra:
             raise InputError(

@@ -128,12 +128,15 @@ def test_quantised_weights_are_refused(directory):
 
 
 def test_a_body_without_a_head_is_named(directory):
-    """Catches a `LlamaModel` that is called a model of another architecture."""
+    """Catches a `MixtralModel` that is called a model of another architecture."""
     weights = load_file(directory / SINGLE)
     del weights["lm_head.weight"]
     save_file({name.removeprefix("model."): tensor for name, tensor in weights.items()}, directory / SINGLE)
     said = _refused(directory)
-    assert "without its language-model head (embed_tokens.weight is what" in said and "LlamaForCausalLM" in said
+    assert (
+        "without its language-model head (embed_tokens.weight is what" in said
+        and "as MixtralForCausalLM rather than MixtralModel" in said
+    )
 
 
 def test_other_shapes_in_the_configuration_are_named(directory):

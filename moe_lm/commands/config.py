@@ -187,7 +187,8 @@ class GenerateConfig:
     batch_size: int = 16
     """How many of them are continued at once."""
     chat: bool = False
-    """Whether the prompt is a user's message, rendered by the tokenizer's chat template; only the answer is printed."""
+    """Whether the prompt is a user's message, rendered by the tokenizer's chat template (moe-lm's own where a tokenizer
+    of moe-lm's has none); only the answer is printed."""
     max_new_tokens: int = 200
     """Most tokens to make; the text may end before."""
     temperature: float = 0.8

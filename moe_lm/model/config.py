@@ -28,6 +28,16 @@ class LoadSource(enum.Enum):
     micro_batch = "micro_batch"
 
 
+class Recompute(enum.Enum):
+    """What the backward pass computes again of each layer (`model/recompute.py`)."""
+
+    none = "none"
+    selective = "selective"
+    """All but products of matrices, and attention that keeps no probabilities: norms, rotations, softmax, gathers."""
+    full = "full"
+    """Everything but the choice of experts."""
+
+
 @dataclasses.dataclass
 class ModelConfig:
     """Shape of the decoder and of its routing."""

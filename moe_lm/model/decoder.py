@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moe_lm.kernels.attention import attention_mask
 from moe_lm.kernels.normalization import rms_norm
 from moe_lm.model.attention import Attention, KeyValueCache, rotary_angles
-from moe_lm.model.config import ModelConfig
+from moe_lm.model.config import ModelConfig, Recompute
 from moe_lm.model.moe import DenseFeedForward, MixtureOfExperts
 from moe_lm.model.recompute import recompute_in_backward
 from moe_lm.model.router import RoutingStatistics
@@ -73,9 +73,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.recompute_layers = False
-        """Activation checkpointing: keep each layer's input and routing decision, compute the rest again in
-        backward."""
+        self.recompute = Recompute.none
+        """Activation checkpointing: what backward computes again of each layer."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -110,7 +109,7 @@ class Decoder(nn.Module):
         rotary = rotary_angles(position_ids_BS, config.width_of_head, config.rope_theta, x_BSD.dtype)
         statistics = []
         for layer in self.layers:
-            run = recompute_in_backward(layer) if self.recompute_layers and torch.is_grad_enabled() else layer
+            run = recompute_in_backward(layer, self.recompute) if torch.is_grad_enabled() else layer
             x_BSD, of_layer = run(x_BSD, rotary, mask_BST, routing_mask_BS, cache)
             statistics.append(of_layer)
         if cache is not None:

@@ -1,8 +1,8 @@
 """Activation checkpointing that keeps the routing decision.
 
-Backward runs the layer's forward again. Its router would choose again, and where two experts nearly tie, a matrix
-product that rounds differently (another thread count, another kernel) would choose otherwise: the gradient of a routing
-that never happened. So the top-k result is kept, [T, K] numbers a layer, and everything else is computed again.
+Backward runs a layer's forward again. Its router would choose again, and where two experts nearly tie, a matrix product
+that rounds differently (another thread count, another kernel) would choose otherwise: the gradient of a routing that
+never happened. So the top-k result is kept in every mode, [T, K] numbers a layer.
 Statistics are returned by the forward, not counted by a side effect, so that the second run does not count twice.
 """
 
@@ -13,21 +13,38 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from moe_lm.kernels.experts import EXPERT_PRODUCTS
+from moe_lm.model.config import Recompute
 
-def _keep_top_k(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    if operator is torch.ops.aten.topk.default:
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
+_aten = torch.ops.aten
+_KEPT = {
+    Recompute.selective: {
+        _aten.topk.default,
+        _aten.mm.default,
+        _aten._grouped_mm.default,
+        _aten._scaled_dot_product_flash_attention.default,
+        _aten._scaled_dot_product_efficient_attention.default,
+        _aten._scaled_dot_product_cudnn_attention.default,
+        _aten._scaled_dot_product_flash_attention_for_cpu.default,
+        *EXPERT_PRODUCTS,
+    },
+    Recompute.full: {_aten.topk.default},
+}
 
 
-def recompute_in_backward(layer: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a layer so that only its inputs and its router's top-k survive its forward pass."""
-    contexts = functools.partial(create_selective_checkpoint_contexts, _keep_top_k)
+def recompute_in_backward(layer: Callable[..., Any], mode: Recompute) -> Callable[..., Any]:
+    """Wrap a layer so that of its forward pass only its inputs survive, and what the mode keeps."""
+    if mode is Recompute.none:
+        return layer
+
+    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if operator in _KEPT[mode] else CheckpointPolicy.PREFER_RECOMPUTE
+
     return functools.partial(
         checkpoint,
         layer,
         use_reentrant=False,
-        context_fn=contexts,
+        context_fn=functools.partial(create_selective_checkpoint_contexts, policy),
         preserve_rng_state=False,
         determinism_check="default",
     )

@@ -10,7 +10,7 @@ from typing import Any
 from moe_lm.checkpoint.config import CheckpointConfig
 from moe_lm.data.config import DataConfig, TokenizerConfig
 from moe_lm.errors import InputError
-from moe_lm.model.config import ModelConfig
+from moe_lm.model.config import ModelConfig, Recompute
 from moe_lm.parallel.config import ParallelConfig
 
 WEEK = 7 * 24 * 3600
@@ -143,8 +143,9 @@ class TrainerConfig:
     case."""
     device: Device = Device.auto
     """`cpu`, `cuda`, or `auto`: CUDA where there is one."""
-    activation_checkpointing: bool = False
-    """Compute activations again in the backward pass: about a third more arithmetic, far less memory."""
+    activation_checkpointing: Recompute = Recompute.none
+    """What the backward pass computes again, to save memory: `none`; `selective`, all but products of matrices, at
+    little cost; or `full`, everything, a third more arithmetic."""
     log_interval: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_interval: int = 100

@@ -78,7 +78,7 @@ class Run:
         self.parallel = parallelize(
             config.model, layout, placement, runtime.rank, runtime.device, dtype, lambda m: self.start.adapt(m, dtype)
         )
-        self.parallel.module.model.recompute_layers = trainer.activation_checkpointing
+        self.parallel.module.model.recompute = trainer.activation_checkpointing
         self._initialize()
         self.compute = ComputeModel(self.parallel, dtype)
         self.optimizer = Optimizer(self._saved_shards(), config.optimizer)

@@ -22,7 +22,7 @@ from moe_lm.checkpoint.store import CheckpointStore, TensorSlice
 from moe_lm.data.batch import IGNORED, Batch
 from moe_lm.finetune.base import FromBase
 from moe_lm.finetune.config import LORA_PARTS, FinetuneConfig, Method
-from moe_lm.model.config import LoadBalancing, LoadSource, ModelConfig, ModelFamily
+from moe_lm.model.config import LoadBalancing, LoadSource, ModelConfig, ModelFamily, Recompute
 from moe_lm.model.initialization import initial_value
 from moe_lm.parallel.cost import Traffic, Work, step_traffic
 from moe_lm.parallel.dispatch import AllToAllDispatcher
@@ -58,7 +58,7 @@ class Case:
     optimizer: str = "adamw"
     scattered: bool = False
     """Experts placed otherwise in each layer, instead of in order."""
-    recompute: bool = False
+    recompute: str = "none"
     lora: int = 0
     """Rank of adapters on all that can have some, which alone are trained; 0 trains the model itself."""
     experts: tuple[int, ...] = ()
@@ -72,11 +72,13 @@ class Case:
     @property
     def alone(self) -> "Case":
         """The same work in one process, undivided."""
-        return dataclasses.replace(self, world=1, replicas=1, ep=1, micro=ROWS, scattered=False, recompute=False)
+        return dataclasses.replace(self, world=1, replicas=1, ep=1, micro=ROWS, scattered=False, recompute="none")
 
     @property
     def name(self) -> str:
-        flags = [flag for flag in ("packed", "scattered", "recompute") if getattr(self, flag)]
+        flags = [flag for flag in ("packed", "scattered") if getattr(self, flag)]
+        if self.recompute != "none":
+            flags.append(self.recompute)
         of_model = [f"{key}={value}" for key, value in self.model]
         return "-".join(
             [
@@ -119,7 +121,16 @@ class Case:
         size = getattr(torch, self.dtype).itemsize
         micro_batches = ROWS // self.world // self.micro
         muon, tokens = self.optimizer == "muon", self.micro * LENGTH
-        return Work(micro_batches, size, max(size, 4), self.recompute, muon, rows_sent, rows_received, tokens)
+        return Work(
+            micro_batches,
+            size,
+            max(size, 4),
+            self.recompute != "none",
+            muon,
+            rows_sent,
+            rows_received,
+            tokens,
+        )
 
     def placement(self) -> Placement | None:
         if self.ep == 1:
@@ -211,7 +222,7 @@ def run_case(case: Case, runtime: Runtime, directory: Path, keep_state: bool) ->
         dtype,
         lambda model: FromBase(Base(config), case.finetune(), 0, "").adapt(model, dtype),
     )
-    parallel.module.model.recompute_layers = case.recompute
+    parallel.module.model.recompute = Recompute(case.recompute)
     for shard in parallel.shards:
         # Drawn in fp32 for both, so that all types begin with the same weights. (Adapters, too: a B of zeros would
         # leave its A without a gradient.)
@@ -249,7 +260,7 @@ def run_case(case: Case, runtime: Runtime, directory: Path, keep_state: bool) ->
         with CountTraffic() as counted, count_rows(runtime.rank % case.ep) as rows:
             result = train_step(compute, optimizer, runtime, batch, load_LE, 1.0)
         load_LE = next_load(result, load_LE)
-        times = 2 if case.recompute else 1  # that a dispatch was made, and counted
+        times = 1 if case.recompute == "none" else 2  # that a dispatch was made, and counted
         rows = [number // times for number in rows]
         predicted = step_traffic(config, case.layout, case.work(*rows), parallel.placement, runtime.rank % case.ep)
         traffic.append(

@@ -132,7 +132,7 @@ def test_a_finished_run_is_made_longer_by_insisting(finished):
     assert misspelt.returncode == 2 and "did you mean 'trainer.max_steps'" in misspelt.stderr
     wider = [*longer, "resume.allow_change=[trainer,model]", "model.num_experts=4"]
     unfit = moe_lm(*wider, cwd=directory, check=False)
-    assert unfit.returncode == 2 and "gate.weight is float32 [8, 32] instead of float32 [4, 32]" in unfit.stderr
+    assert unfit.returncode == 2 and "(model.num_experts can not change)." in unfit.stderr
     done = moe_lm(*longer, "resume.allow_change=[trainer.max_steps]", cwd=directory)
     assert "step 6 of 9" in done.stdout
     whole = metrics(directory / "runs/whole", "validation_bits_per_byte")
@@ -238,6 +238,6 @@ def test_json_lines_with_a_field_and_activation_checkpointing(finished):
     directory, options, _ = finished
     rows = [json.dumps({"body": f"row {i}: " + "words and more words " * 5}) for i in range(200)]
     (directory / "rows.jsonl").write_text("\n".join(rows) + "\n")
-    source = ["data=jsonl", "data.paths=rows.jsonl", "data.text_field=body", "trainer.activation_checkpointing=true"]
+    source = ["data=jsonl", "data.paths=rows.jsonl", "data.text_field=body", "trainer.activation_checkpointing=full"]
     moe_lm(*options, *source, "trainer.max_steps=4", "run_name=rows", cwd=directory)
     assert sorted(metrics(directory / "runs/rows")) == [1, 2, 3, 4]

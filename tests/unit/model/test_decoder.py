@@ -1,13 +1,15 @@
 """The decoder by itself: documents, cache, recomputation, initial weights."""
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_lm.kernels.loss import linear_cross_entropy
 from moe_lm.model.attention import KeyValueCache
-from moe_lm.model.config import ModelConfig, ModelFamily
+from moe_lm.model.config import ModelConfig, ModelFamily, Recompute
 from moe_lm.model.decoder import CausalLM
 from moe_lm.model.initialization import initialize
 
@@ -68,23 +70,57 @@ def _gradients(model: CausalLM, tokens: torch.Tensor):
     return output, [p.grad.clone() for p in model.parameters()]
 
 
-def test_recomputed_layers_give_the_same_gradients():
+@pytest.mark.parametrize("mode", [Recompute.selective, Recompute.full])
+def test_recomputed_layers_give_the_same_gradients(mode):
     """Catches activation checkpointing that changes a number, or counts routing statistics twice."""
     model, tokens = _model(), torch.randint(97, (3, 31))
     plain_output, plain = _gradients(model, tokens)
-    model.model.recompute_layers = True
+    model.model.recompute = mode
     output, recomputed = _gradients(model, tokens)
     for ours, theirs in zip(recomputed, plain, strict=True):
         torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(output.statistics.count_E, plain_output.statistics.count_E)
 
 
-def test_recomputation_keeps_the_routing_decision():
+class _Operators(TorchDispatchMode):
+    """Counts what is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.calls[operator] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+def _calls(mode: Recompute, dtype: torch.dtype) -> Counter:
+    model = _model().to(dtype)
+    model.model.recompute = mode
+    with _Operators() as operators:
+        model(torch.randint(97, (3, 31))).hidden_BSD.sum().backward()
+    return operators.calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_mode_chooses_experts_twice_and_selective_multiplies_no_matrix_twice(dtype):
+    """Catches a product that is not kept, by whatever name torch calls it, and a norm that is."""
+    aten, experts = torch.ops.aten, torch.ops.moe_lm.expert_loop.default
+    none, selective, full = (_calls(mode, dtype) for mode in Recompute)
+    assert none[aten.topk.default] == selective[aten.topk.default] == full[aten.topk.default] > 0
+    for product in (aten.mm.default, experts):
+        assert none[product] == selective[product] < full[product]
+    norm = aten.linalg_vector_norm.default
+    assert none[norm] < selective[norm] == full[norm]
+
+
+@pytest.mark.parametrize("mode", [Recompute.selective, Recompute.full])
+def test_recomputation_keeps_the_routing_decision(mode):
     """Catches a backward that routes again: the gate is changed between forward and backward, and only the choice of
     the forward may count. Every expert that got no token in the forward must keep an exactly zero gradient."""
     config = dataclasses.replace(CONFIG, num_hidden_layers=1, num_experts_per_tok=1)
     model = _model(config)
-    model.model.recompute_layers = True
+    model.model.recompute = mode
     output = model(torch.randint(97, (1, 5)))
     idle = output.statistics.count_E[0] == 0
     assert idle.any()

@@ -62,6 +62,8 @@ class Side:
     """Ours: `bf16` or `fp32`. Theirs: `fp32`, `bf16-autocast`, `bf16-held` (the model itself in bf16)."""
     trainer: bool = False
     """Whether transformers' Trainer drives it, or a loop by hand."""
+    recompute: str = "none"
+    """Ours: the mode of activation checkpointing."""
     tuned_allocator: bool = False
     """Whether theirs gets the allocator settings that this trainer makes for itself."""
 
@@ -96,6 +98,8 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            # as the command line sets it for itself (`cli.wait_briefly_for_threads`)
+            env=os.environ | ({"GOMP_SPINCOUNT": "10000"} if side.experts is None or side.tuned_allocator else {}),
         )
         self._answer()
 

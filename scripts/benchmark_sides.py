@@ -18,7 +18,7 @@ from torch import Tensor
 from moe_lm.config import load
 from moe_lm.data.batch import IGNORED, Batch
 from moe_lm.kernels.allocator import keep_freed_memory
-from moe_lm.model.config import ModelConfig
+from moe_lm.model.config import ModelConfig, Recompute
 from moe_lm.model.decoder import CausalLM
 from moe_lm.model.initialization import initialize
 from moe_lm.model.router import Router
@@ -59,12 +59,15 @@ class Conductor:
         self._left, self._begin = int(line), time.perf_counter()
 
 
-def ours(model: ModelConfig, batches: list[Tensor], precision: Precision, between: Between) -> None:
+def ours(
+    model: ModelConfig, batches: list[Tensor], precision: Precision, recompute: Recompute, between: Between
+) -> None:
     """This trainer's own step, as `moe-lm pretrain` runs it."""
     runtime = Runtime("cpu")
     dtype = compute_dtype(precision, CPU)
     parallel = parallelize(model, Layout(), None, 0, CPU, dtype)
     initialize(parallel.module, seed=0)
+    parallel.module.model.recompute = recompute
     compute = ComputeModel(parallel, dtype)
     optimizer = Optimizer(parallel.shards, RULE)
     load_LE = initial_load(model)
@@ -204,6 +207,7 @@ if __name__ == "__main__":
     data = list(load_file(Path(side["batches"]))["input_ids"].long())
     conductor = Conductor(peak_memory(CPU))
     if side["experts"] is None:
-        ours(model_config, data, Precision(side["precision"]), conductor.between_steps)
+        recompute = Recompute(side["recompute"])
+        ours(model_config, data, Precision(side["precision"]), recompute, conductor.between_steps)
     else:
         theirs(model_config, data, side["experts"], side["precision"], side["trainer"], conductor.between_steps)

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from moe_lm.model.config import ModelConfig
+from moe_lm.model.config import ModelConfig, Recompute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,43 @@ def training_state_bytes(config: ModelConfig, moments: int, compute_bytes: int) 
     """
     copy = compute_bytes if compute_bytes < 4 else 0
     return (4 * (2 + moments) + copy) * count_parameters(config).total
+
+
+def activation_bytes(
+    config: ModelConfig, tokens: int, recompute: Recompute, compute_bytes: int, probabilities: int = 0
+) -> int:
+    """What the layers keep of one micro-batch from its forward to its backward pass, and what one layer adds to that
+    while it is computed again; bytes.
+
+    What each operator keeps is its inputs: of a layer the residual stream and its norm, twice; q, k, v and the
+    attention's output; the router's input in fp32; and of every expert row its input, its gate-up product and its
+    output. (A dense block keeps both factors and the product of its gate as well.)
+
+    Args:
+        config: The model.
+        tokens: Of the micro-batch.
+        recompute: The mode of activation checkpointing.
+        compute_bytes: Size of a number that is computed with.
+        probabilities: Attention probabilities that are kept per token and head; 0 for kernels that keep none.
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
+    query = config.num_attention_heads * config.width_of_head
+    projections = query + 2 * config.num_key_value_heads * config.width_of_head
+    attention = 2 * hidden + projections + query + config.num_attention_heads * probabilities
+    if config.is_mixture:
+        products = config.num_experts_per_tok * (2 * inner + hidden)
+        block = 2 * hidden + config.num_experts_per_tok * hidden + products
+    else:
+        products, block = 2 * inner + hidden, 2 * hidden + 4 * inner
+    router = 4 * hidden if config.is_mixture and compute_bytes < 4 else 0
+    layer = compute_bytes * (attention + block) + router
+    kept = {
+        Recompute.none: layer,
+        Recompute.selective: compute_bytes * (2 * hidden + projections + products),
+        Recompute.full: compute_bytes * hidden,
+    }[recompute]
+    again = 0 if recompute is Recompute.none else layer
+    return tokens * (config.num_hidden_layers * kept + again)
 
 
 def training_flops_per_token(config: ModelConfig, sequence_length: int) -> int:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from moe_lm.kernels.combine import weighted_sum
 from moe_lm.kernels.experts import row_alignment
 from moe_lm.model.router import Assignments, expert_capacity
 
@@ -79,7 +80,7 @@ class LocalDispatcher:
 
     def combine(self, y_PD: Tensor, handle: LocalHandle) -> Tensor:
         """See `TokenDispatcher`."""
-        return _weighted_sum(y_PD, handle)
+        return weighted_sum(y_PD, *handle)
 
 
 class CapacityDispatcher:
@@ -112,9 +113,4 @@ class CapacityDispatcher:
 
     def combine(self, y_PD: Tensor, handle: LocalHandle) -> Tensor:
         """See `TokenDispatcher`."""
-        return _weighted_sum(y_PD, handle)
-
-
-def _weighted_sum(y_PD: Tensor, handle: LocalHandle) -> Tensor:
-    y_TD = y_PD.new_zeros(handle.num_tokens, y_PD.shape[1])
-    return y_TD.index_add(0, handle.token_P, y_PD * handle.weight_P[:, None])
+        return weighted_sum(y_PD, *handle)

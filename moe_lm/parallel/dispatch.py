@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_lm.kernels.combine import weighted_sum
 from moe_lm.kernels.experts import row_alignment
 from moe_lm.model.dispatch import CapacityDispatcher, LocalHandle
 from moe_lm.model.router import Assignments
@@ -87,8 +88,7 @@ class AllToAllDispatcher(_Owners):
         """See `TokenDispatcher`; every process of the group must call it."""
         rows_QD = y_PD.index_select(0, handle.place_Q)
         rows_RD = _Exchange.apply(rows_QD, handle.sent, handle.received, self._group)
-        y_TD = rows_RD.new_zeros(handle.num_tokens, rows_RD.shape[1])
-        return y_TD.index_add(0, handle.token_R, rows_RD * handle.weight_R[:, None])
+        return weighted_sum(rows_RD, handle.token_R, handle.weight_R, handle.num_tokens)
 
     def _exchange_sizes(self, size_E: Tensor) -> tuple[Tensor, list[int], list[int]]:
         """From the rows that this process has for each expert, in the order of owners: the rows that come from each

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from moe_lm.kernels.attention import attention, attention_mask
+from moe_lm.kernels.combine import weighted_sum
 from moe_lm.kernels.experts import ROW_ALIGNMENT, expert_swiglu, row_alignment
 from moe_lm.kernels.loss import linear_cross_entropy
 from moe_lm.kernels.newton_schulz import orthogonalize
@@ -174,6 +175,41 @@ def test_row_alignment_pads_little_and_never_a_decoding_step() -> None:
     for experts in (8, 64):
         for rows in (1024, 4096, 65536):
             assert row_alignment(CPU, bf16, rows, experts) * experts / 2 <= rows / 4
+
+
+# --- combine ---------------------------------------------------------------------------------------------------------
+
+TOKENS_OF_ROWS = {
+    "random": [3, 0, 3, 1, 2, 0, 3],
+    "all rows of one token": [1, 1, 1],
+    "a token without rows": [0, 2, 0],
+    "one row": [0],
+    "no rows": [],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", TOKENS_OF_ROWS)
+def test_combining_rows(tokens: str, dtype: torch.dtype) -> None:
+    """Catches a row that goes to another token, and a weight's gradient that is another row's."""
+    token_P = torch.tensor(TOKENS_OF_ROWS[tokens], dtype=torch.int64)
+    inputs = [torch.randn(len(token_P), 24), torch.rand(len(token_P))]
+    fused = lambda y, w: weighted_sum(y, token_P, w, 4, "fused")  # noqa: E731
+    assert_parity(fused, lambda y, w: weighted_sum(y, token_P, w, 4, "reference"), inputs, dtype)
+
+
+def test_combining_keeps_no_product() -> None:
+    """Catches a second tensor as large as the rows that waits for the backward pass."""
+    y_PD, weight_P = leaves(torch.randn(64, 8), torch.rand(64), dtype=torch.float32)
+    kept: dict[str, int] = {}
+    for backend in ("reference", "fused"):
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()), lambda t: t):
+            weighted_sum(y_PD, torch.arange(64) % 8, weight_P, 8, backend)
+        kept[backend] = sum(size == 64 * 8 for size in sizes)
+    assert kept == {"reference": 2, "fused": 1}
+    with pytest.raises(ValueError, match="choose reference or fused"):
+        weighted_sum(y_PD, torch.arange(64), weight_P, 64, "other")
 
 
 # --- attention -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,62 @@
+"""Peak memory of a training step by mode of activation checkpointing, against the formulas of `model/accounting.py`.
+
+    python scripts/benchmark_memory.py [reference | wide | default] [MICRO_BATCH_SIZE]
+
+Each mode trains some steps in a process of its own (`benchmark_sides.py`, this trainer's side), in turn with the
+others, so that the ratios of their times hold too. What is measured is the most that was resident, less what was after
+the imports: the state, activations, and what operators need while they run.
+"""
+
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from benchmark import MODELS, SAME_WORK, Side, make_batches, processes
+
+from moe_lm.config import load
+from moe_lm.model.accounting import activation_bytes, training_state_bytes
+from moe_lm.model.config import Recompute
+from moe_lm.training.config import Precision
+from moe_lm.training.precision import compute_dtype
+
+ROUNDS = 3
+
+
+def main(model: str, micro_batch_size: int | None) -> None:
+    """Measure and print a table."""
+    sizes = [] if micro_batch_size is None else [f"trainer.micro_batch_size={micro_batch_size}"]
+    sizes += [f"trainer.global_batch_size={micro_batch_size}"] if sizes else []
+    options = [*MODELS[model], *SAME_WORK, *sizes]
+    config = load("pretrain", options)
+    dtype = compute_dtype(Precision.auto, torch.device("cpu"))
+    precision = "bf16" if dtype is torch.bfloat16 else "fp32"
+    sides = [Side(None, precision, recompute=mode.value) for mode in Recompute]
+    with tempfile.TemporaryDirectory() as directory:
+        batches = make_batches(options, Path("runs/benchmark/data"), Path(directory) / "batches.safetensors")
+        with processes(sides, options, batches, balanced=False) as running:
+            for process in running.values():
+                process.steps(2)
+            answers = {side: [] for side in sides}
+            for _ in range(ROUNDS):
+                for side, process in running.items():
+                    answers[side].append(process.steps(2))
+    tokens = config.trainer.micro_batch_size * config.data.sequence_length
+    state = training_state_bytes(config.model, 2, dtype.itemsize)
+    kept = config.data.sequence_length // 2 if dtype is torch.bfloat16 else 0
+    print(f"{model}, {tokens:,} tokens, {dtype}; state {state / 1e6:,.0f} MB")
+    print("| mode | measured, MB | above the state | activations by formula | time |\n" + "| --- " * 5 + "|")
+    for side in sides:
+        peak = answers[side][-1]["memory"]
+        expected = activation_bytes(config.model, tokens, Recompute(side.recompute), dtype.itemsize, kept)
+        ratios = [a["seconds"] / b["seconds"] for a, b in zip(answers[side], answers[sides[0]], strict=True)]
+        print(
+            f"| {side.recompute} | {peak / 1e6:,.0f} | {(peak - state) / 1e6:,.0f} | {expected / 1e6:,.0f} "
+            f"| {statistics.median(ratios):.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    main(arguments[0] if arguments else "reference", int(arguments[1]) if len(arguments) > 1 else None)

@@ -1,0 +1,58 @@
+"""What the formulas of memory say, against what autograd keeps."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from moe_lm.model.accounting import activation_bytes
+from moe_lm.model.config import ModelConfig, ModelFamily, Recompute
+from moe_lm.model.decoder import CausalLM
+from moe_lm.model.initialization import initialize
+
+CONFIG = ModelConfig(
+    vocab_size=50,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    num_experts=4,
+)
+TOKENS = torch.randint(50, (8, 128), generator=torch.Generator().manual_seed(2))
+
+
+def _kept(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes that the layers of a forward pass keep for its backward pass, each storage once."""
+    model = CausalLM(config)
+    initialize(model, 0)
+    model.to(dtype)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(TOKENS)
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in own)
+
+
+@pytest.mark.parametrize("family", ModelFamily)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_keeps_what_the_formula_says(dtype, family):
+    """Catches an operator that keeps more than its inputs: a copy, or a product that is needed for its shape alone."""
+    one = dataclasses.replace(CONFIG, family=family)
+    two = dataclasses.replace(one, num_hidden_layers=2)
+    of_layer = _kept(two, dtype) - _kept(one, dtype)  # what is outside of layers, such as angles, is in both
+    probabilities = 128 if dtype is torch.bfloat16 else 0  # one block of queries sees all keys
+    expected = activation_bytes(one, TOKENS.numel(), Recompute.none, dtype.itemsize, probabilities)
+    assert 0.97 < of_layer / expected < 1.08
+
+
+def test_recomputation_keeps_less():
+    """Catches modes that are swapped."""
+    many = dataclasses.replace(CONFIG, num_hidden_layers=32)
+    none, selective, full = (activation_bytes(many, 1024, mode, 2, 128) for mode in Recompute)
+    assert none > 1.5 * selective and selective > 3 * full

@@ -51,6 +51,9 @@ SCHEMAS: dict[str, type] = {
 FROM_BASE = ("finetune",)
 """Commands whose model and tokenizer are those of a base, unless an option says otherwise."""
 
+OF_BASE = ("model", "tokenizer.vocab_size", "tokenizer.training_bytes")
+"""Options that those have no use for."""
+
 
 def config_directory() -> Path:
     """The YAML groups: inside the installed package, or in the checkout that this package runs from."""
@@ -93,7 +96,10 @@ def load_saved(schema: type, path: Path) -> Any:
     try:
         if not path.stat().st_size:
             raise ValueError("it is empty")
-        return to_dataclass(schema, OmegaConf.load(path))
+        values = OmegaConf.load(path)
+        kind = "fine-tuning" if "base" in values else "pretraining" if "finish" in values else ""
+        if not kind or (kind == "fine-tuning") == (schema is FinetuneRunConfig):
+            return to_dataclass(schema, values)
     except FileNotFoundError as error:
         raise InputError(
             f"{path}: is missing; bring it back (each checkpoint's state.json has the values under `config`), or "
@@ -101,6 +107,10 @@ def load_saved(schema: type, path: Path) -> Any:
         ) from error
     except Exception as error:  # OmegaConf lets through whatever its YAML reader raises
         raise InputError(f"{path}: is not a saved configuration ({error}); restore it, or remove the run.") from error
+    raise InputError(
+        f"run_name={path.parent.name}: {path.parent} holds a {kind} run; give another run_name=, or go on with it "
+        f"by `moe-lm {'finetune' if kind == 'fine-tuning' else 'pretrain'}`."
+    )
 
 
 def group_choices(command: str) -> dict[str, list[str]]:
@@ -178,6 +188,8 @@ def _parse(command: str, arguments: list[str]) -> tuple[list[str], list[_Given]]
         name = key.lstrip("+~")
         if key.startswith("-") or not (equals or key.startswith("~")):
             raise InputError(f"{argument!r}: options are written NAME=VALUE; `moe-lm {command} --help` lists them.")
+        if command in FROM_BASE and name in OF_BASE:
+            raise InputError(f"{argument}: the model's shape and the tokenizer are the base's; leave it out.")
         kind = _kind_of(name, kinds)
         if kind is None and name not in choices:
             raise InputError(f"{argument}: there is no option {name!r}{nearest(name, [*kinds, *choices])}")
@@ -223,7 +235,7 @@ def _merge(command: str, arguments: list[str]) -> Any:
     except OmegaConfBaseException as error:
         raise InputError(_readable(error)) from error
     for argument, name, value, kind in values:
-        if isinstance(value, str) and typing.get_origin(kind) is list:
+        if isinstance(value, str | int | float) and typing.get_origin(kind) is list:
             value = [value]  # data.paths=book.txt means the list of one
         if isinstance(value, str) and kind in (str, str | None):
             value = _escaped(value)

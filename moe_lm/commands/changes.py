@@ -27,17 +27,37 @@ FREE_TO_CHANGE = (
 )
 """Fields (or sections) of a run that may differ when it is resumed: they change what is learned by rounding at most."""
 
-NEVER_TO_CHANGE = ("data.streaming", "data.num_streams")
-"""Fields that the data's position in a checkpoint means nothing without."""
+NEVER_TO_CHANGE = (
+    "data.streaming",
+    "data.num_streams",
+    "model.family",
+    "model.vocab_size",
+    "model.hidden_size",
+    "model.intermediate_size",
+    "model.num_hidden_layers",
+    "model.num_attention_heads",
+    "model.num_key_value_heads",
+    "model.head_dim",
+    "model.tie_word_embeddings",
+    "model.num_experts",
+    "optimizer.name",
+    "finetune.method",
+    "finetune.parts",
+    "finetune.rank",
+)
+"""Fields that the data's position in a checkpoint means nothing without, or that its tensors' names and shapes depend
+on."""
 
 
 def differences(old: RunConfig, new: RunConfig) -> dict[str, str]:
     """Fields that differ between two configurations of a run and may not, by name, as `old → new`.
 
-    What `resume.allow_change` of the new one names may differ as well.
+    What `resume.allow_change` of the new one names may differ as well, and where a tokenizer lies if the base lies
+    elsewhere too: what it is is compared with the data.
     """
     before, after = flatten(to_plain(old)), flatten(to_plain(new))
-    free = [f"{name}." for name in (*FREE_TO_CHANGE, *new.resume.allow_change)]
+    follows = ["tokenizer.path"] if before.get("base") != after.get("base") else []
+    free = [f"{name}." for name in (*FREE_TO_CHANGE, *follows, *new.resume.allow_change)]
     return {
         name: f"{written(before.get(name))} → {written(after.get(name))}"
         for name in {**before, **after}

@@ -14,16 +14,17 @@ from moe_lm.model.source import ModelSource
 from moe_lm.parallel.runtime import Runtime
 from moe_lm.training.start import Start
 
-OF_TRAINING = (
+OF_ROUTING = (
     "load_balancing",
     "load_balancing_source",
     "router_aux_loss_coef",
     "router_z_loss_coef",
     "router_drift_coef",
     "capacity_factor",
-    "max_position_embeddings",
-    "initializer_range",
 )
+"""Fields of the model that training a dense one has no use for."""
+
+OF_TRAINING = (*OF_ROUTING, "max_position_embeddings", "initializer_range")
 """Fields of the model that its weights do not depend on: they may differ from the base's."""
 
 
@@ -77,9 +78,14 @@ def _agreed_fingerprint(given: str, base: ModelSource, runtime: Runtime) -> str:
 
 
 def _check_model(config: FinetuneRunConfig, base: ModelSource) -> None:
-    """Refuse another shape than the base's."""
+    """Refuse another shape than the base's, and of a dense base what would do nothing."""
     for field in dataclasses.fields(base.config):
         given, has = getattr(config.model, field.name), getattr(base.config, field.name)
+        if given != has and field.name in OF_ROUTING and not base.config.is_mixture:
+            raise InputError(
+                f"model.{field.name}={written(given)}: the base in {config.base} is a dense model, which routes "
+                "nothing; leave it out."
+            )
         if given != has and field.name not in OF_TRAINING:
             raise InputError(
                 f"model.{field.name}={written(given)}: the base in {config.base} has {written(has)}; leave it out."

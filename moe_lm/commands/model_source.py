@@ -179,6 +179,13 @@ def _open_base(checkpoint: Checkpoint, given: Path | None) -> ModelSource:
         base = open_source(place, "base")
         if fingerprint(base) == start.get("base_fingerprint"):
             return base
+    if given is not None:
+        missing = "is no directory" if given.exists() else "there is no such directory"
+        found = "is another model than the adapters' base" if present else missing
+        raise InputError(
+            f"base={given}: {found}; give the model that {checkpoint.path} was trained on, then in {recorded}, a copy "
+            "or an fp32 export of it."
+        )
     where = " or ".join(map(str, places))
     found = f"another model than their base is in {where}" if present else f"their base is not in {where} any more"
     raise InputError(
@@ -266,4 +273,6 @@ def _require_directory(path: Path, option: str) -> None:
     if not os.path.isdir(path):
         is_file = os.path.exists(path)
         said = "is no directory; give the one that it lies in" if is_file else "there is no such directory"
+        if option == "base" and not is_file:
+            said += "; a run whose base was moved goes on with base=COPY resume.allow_change=[base]"
         raise InputError(f"{option}={path}: {said}.")

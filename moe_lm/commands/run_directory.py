@@ -145,12 +145,20 @@ def _remove_after_bad_input(directory: Path, kind: type[BaseException] | None, *
 def _check_same_run(config: RunConfig, directory: Path) -> None:
     if config.resume.policy is ResumePolicy.never:
         raise InputError(f"resume=never: {directory} holds a run already; give another run_name=, or resume=auto.")
+    for command in ("import", "upcycle"):
+        if (directory / f"{command}.json").exists():
+            raise InputError(
+                f"run_name={config.run_name}: {directory} holds a model that `moe-lm {command}` wrote, and no run; "
+                "give another run_name=."
+            )
     if changed := differences(load_saved(type(config), directory / CONFIG_FILE), config):
         fields = "; ".join(f"{name}={change}" for name, change in changed.items())
         insist = f"[{','.join(changed)}]" if len(changed) <= 4 else "[…], with the name of each"
         insist = f", or insist with resume.allow_change={insist}"
+        if "base" in changed:
+            insist += " if the base is a copy with the same weights"
         if fixed := [name for name in changed if name in NEVER_TO_CHANGE]:
-            insist = f" ({fixed[0]} can not change)"
+            insist = f" ({', '.join(fixed)} can not change)"
         raise InputError(
             f"{directory} was started with another configuration: {fields}. Give the old values to go on with it, or "
             f"another run_name= to start anew{insist}."

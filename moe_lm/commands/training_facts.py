@@ -29,7 +29,11 @@ def training_of(source: ModelSource) -> Training:
     if base := state.get("start", {}).get("base"):
         how = "by LoRA, merged into the weights, " if isinstance(source, MergedSource) else ""
         origin = f"Fine-tuned by moe-lm, {how}from the model in `{_said(Path(base))}`."
-    configuration = {name: _without_places(v) for name, v in state["config"].items() if name in _SECTIONS}
+    sections = {name: section for name, section in state["config"].items() if name in _SECTIONS}
+    if sections["data"]["source"] == "prepared" or sections["tokenizer"]["path"] is not None:
+        # What a tokenizer is trained with says nothing of one that was there.
+        sections["tokenizer"] = {"path": sections["tokenizer"]["path"]}
+    configuration = {name: _without_places(section) for name, section in sections.items()}
     return Training(run.name, origin, _rows(state, run), json.dumps(configuration, indent=2))
 
 

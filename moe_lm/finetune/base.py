@@ -91,6 +91,7 @@ class FromBase:
         if placement is not None:
             owned = {len(placement.experts_of(layer, owner)) for layer in layers for owner in range(layout.ep)}
         cut = any(expert_dim(number, layout) == 1 for number in owned)
+        assert config.rank is not None
         if self._base.config.is_mixture and cut and config.rank % layout.expert_shards:
             raise InputError(
                 f"finetune.rank={config.rank}: each expert is cut over {layout.expert_shards} processes, which do not "
@@ -111,6 +112,7 @@ def choose_trained(model: CausalLM, config: FinetuneConfig) -> None:
     """Add adapters where there shall be some, and freeze what is not trained, in place."""
     parts = config.chosen_parts
     if config.method is Method.lora:
+        assert config.rank is not None
         adapt(model, parts, config.rank, config.scale)
         return
     for name, parameter in model.named_parameters():
@@ -170,6 +172,11 @@ def _check(model: ModelConfig, config: FinetuneConfig) -> None:
             raise InputError(
                 f"finetune.experts=[{text}]: the base has {model.num_experts} experts in a layer, numbered from 0."
             )
+    if config.rank is not None and config.rank > model.hidden_size:  # a side of every matrix
+        raise InputError(
+            f"finetune.rank={config.rank}: no matrix of the base has a rank above its hidden_size={model.hidden_size}; "
+            "give that at most."
+        )
     tied = {Part.embedding, Part.head} & config.chosen_parts if model.tie_word_embeddings else set()
     if tied and config.method is Method.lora:
         raise InputError(

@@ -31,6 +31,8 @@ LORA_PARTS = (Part.embedding, Part.attention, Part.experts, Part.router, Part.he
 LORA_DEFAULT = (Part.attention, Part.experts, Part.router)
 """Those that have them where nothing else is asked for."""
 
+DEFAULT_RANK, DEFAULT_ALPHA = 8, 16.0
+
 
 @dataclasses.dataclass
 class FinetuneConfig:
@@ -45,12 +47,15 @@ class FinetuneConfig:
     Leaving `router` out freezes it."""
     experts: list[str] = dataclasses.field(default_factory=list)
     """Numbers of the experts to train, in every layer, such as [0,3]; an empty list means all."""
-    rank: int = 8
-    """Rank of LoRA's matrices."""
-    alpha: float = 16.0
-    """LoRA's matrices are scaled by alpha / rank."""
+    rank: int | None = None
+    """Rank of LoRA's matrices, at most the model's hidden_size; null means 8."""
+    alpha: float | None = None
+    """LoRA's matrices are scaled by alpha / rank; null means 16."""
 
     def __post_init__(self) -> None:
+        if self.method is Method.lora:
+            self.rank = DEFAULT_RANK if self.rank is None else self.rank
+            self.alpha = DEFAULT_ALPHA if self.alpha is None else self.alpha
         names = [part.name for part in Part]
         for name in self.parts:
             if name not in names:
@@ -68,9 +73,9 @@ class FinetuneConfig:
         numbers = [int(text) for text in self.experts]
         if twice := [str(number) for number in numbers if numbers.count(number) > 1]:
             raise InputError(f"finetune.experts=[{','.join(self.experts)}]: expert {twice[0]} stands there twice.")
-        if self.rank < 1:
+        if self.rank is not None and self.rank < 1:
             raise InputError(f"finetune.rank={self.rank}: must be at least 1.")
-        if self.alpha <= 0:
+        if self.alpha is not None and self.alpha <= 0:
             raise InputError(f"finetune.alpha={self.alpha}: must be greater than 0.")
 
     @property
@@ -82,6 +87,7 @@ class FinetuneConfig:
     @property
     def scale(self) -> float:
         """Factor of LoRA's product of matrices."""
+        assert self.alpha is not None and self.rank is not None, "of LoRA alone"
         return self.alpha / self.rank
 
 
@@ -99,6 +105,12 @@ class FinetuneRunConfig(RunConfig):
         super().__post_init__()
         if not self.base:
             raise InputError("base: is required; give base=DIRECTORY, a run, a checkpoint or an export.")
+        for name in ("rank", "alpha") if self.finetune.method is Method.full else ():
+            if (value := getattr(self.finetune, name)) is not None:
+                raise InputError(
+                    f"finetune.{name}={value}: finetune.method=full trains the weights themselves; give finetune=lora, "
+                    "or leave it out."
+                )
         has_router = self.finetune.chosen_parts & {Part.router}
         if self.model.router_drift_coef > 0 and not has_router:
             raise InputError(

@@ -1,6 +1,7 @@
 """Whole runs of `moe-lm finetune` as processes: from a run, from its export, all of it and LoRA, resumed, exported."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,10 +130,8 @@ def test_another_base_is_refused(place, lora):
     state = place / "runs/lora/checkpoints/step-00000012/state.json"
     assert json.loads(state.read_text())["start"]["base"] == str(place / "runs/base/checkpoints/step-00000010")
     moe_lm("pretrain", *TINY, "data.paths=[corpus]", "trainer.max_steps=4", "run_name=other", "seed=2", cwd=place)
-    longer = ["trainer.max_steps=20", "resume.allow_change=[trainer.max_steps,base,tokenizer.path,data]"]
-    done = _finetune(
-        place, "lora", *LORA, *longer, "tokenizer.path=runs/base/tokenizer", base="runs/other", check=False
-    )
+    longer = ["trainer.max_steps=20", "resume.allow_change=[trainer.max_steps,base]"]
+    done = _finetune(place, "lora", *LORA, *longer, base="runs/other", check=False)
     assert done.returncode == 2 and "its weights are not those that" in done.stderr, done.stderr
     moved = place / "runs/base"
     moved.rename(place / "runs/hidden")
@@ -141,7 +140,10 @@ def test_another_base_is_refused(place, lora):
         assert done.returncode == 2 and "holds adapters alone, and their base is not in" in done.stderr
         options = ["checkpoint=runs/lora", "output=elsewhere", "base=runs/other"]
         done = moe_lm("export", *options, cwd=place, check=False)
-        assert done.returncode == 2 and "another model than their base is in runs/other" in done.stderr
+        assert done.returncode == 2 and "base=runs/other: is another model than the adapters' base" in done.stderr
+        assert f"was trained on, then in {moved / 'checkpoints/step-00000010'}, a copy" in done.stderr
+        done = moe_lm("export", *options[:2], "base=nosuch", cwd=place, check=False)
+        assert done.returncode == 2 and "base=nosuch: there is no such directory" in done.stderr
         moe_lm("export", *options[:2], "base=runs/hidden/hf", cwd=place)
         written = [place / directory / "model.safetensors" for directory in ("elsewhere", "runs/lora/hf")]
         assert written[0].read_bytes() == written[1].read_bytes()
@@ -157,7 +159,19 @@ def test_another_base_is_refused(place, lora):
         (["base=corpus"], "holds no complete checkpoint"),
         (["model.hidden_size=64"], "model.hidden_size=64: the base in runs/base has 32; leave it out."),
         (["model.num_experts_per_tok=1"], "model.num_experts_per_tok=1: the base in runs/base has 2"),
-        (["model=dense"], "there is no option 'model'"),
+        (["model=dense"], "model=dense: the model's shape and the tokenizer are the base's; leave it out."),
+        (["tokenizer.vocab_size=600"], "tokenizer.vocab_size=600: the model's shape and the tokenizer are the base's"),
+        (["finetune.experts=8"], "finetune.experts=[8]: the base has 8 experts"),
+        (
+            ["finetune.rank=4"],
+            "finetune.rank=4: finetune.method=full trains the weights themselves; give finetune=lora",
+        ),
+        (["finetune.alpha=4"], "finetune.alpha=4.0: finetune.method=full"),
+        (["base=other.model"], "base=other.model: is no directory"),
+        (
+            ["data=prepared", "data.paths=[set]"],
+            "data.paths: set was prepared with another tokenizer than that in runs",
+        ),
         (["finetune.experts=[9]"], "finetune.experts=[9]: the base has 8 experts"),
         (["finetune=qlora"], "there is no such finetune; choose from full, lora"),
         (["finetune.rank=0"], "finetune.rank=0: must be at least 1"),
@@ -174,6 +188,62 @@ def test_a_mistake_is_one_sentence(place, options, sentence):
     done = _finetune(place, "wrong", *options, check=False)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and sentence in done.stderr, done.stderr
     assert not (place / "runs/wrong").exists()
+
+
+def test_a_run_goes_on_with_a_copy_of_its_base(place):
+    """Catches a copy of the base that is refused for where it lies, or where its tokenizer does; an advice that can not
+    be followed; and a full fine-tuning that takes a rank for granted."""
+    shutil.copytree(place / "runs/base", place / "runs/kept")
+    _finetune(place, "moved", *LORA, base="runs/kept")
+    (place / "runs/kept").rename(place / "runs/copy")
+    longer = [*LORA, "trainer.max_steps=16"]
+    done = _finetune(place, "moved", *longer, base="runs/kept", check=False)
+    assert (
+        "base=runs/kept: there is no such directory; a run whose base was moved goes on with base=COPY" in done.stderr
+    )
+    done = _finetune(place, "moved", *longer, base="runs/copy", check=False)
+    assert "resume.allow_change=[trainer.max_steps,base] if the base is a copy" in done.stderr, done.stderr
+    done = _finetune(place, "moved", *longer, "finetune.rank=2", base="runs/copy", check=False)
+    assert done.returncode == 2 and "(finetune.rank can not change)." in done.stderr and "insist" not in done.stderr
+    insisting = "resume.allow_change=[trainer.max_steps,base]"
+    assert "resumed" in _finetune(place, "moved", *longer, insisting, base="runs/copy").stdout
+    assert "good" in moe_lm("verify", "checkpoint=runs/moved/checkpoints/step-00000016", cwd=place).stdout
+
+
+def test_a_directory_of_another_command_is_named(place, lora):
+    """Catches a whole file that is called broken, and the advice to remove a run or a model."""
+    small = [*TINY, "data.paths=[corpus]", "trainer.max_steps=12"]
+    moe_lm("import", "checkpoint=runs/base/hf", "output=runs/imported", cwd=place)
+    for command, name, sentence in (
+        ("pretrain", "lora", "run_name=lora: runs/lora holds a fine-tuning run; give another run_name="),
+        ("finetune", "base", "run_name=base: runs/base holds a pretraining run; give another run_name="),
+        (
+            "pretrain",
+            "imported",
+            "run_name=imported: runs/imported holds a model that `moe-lm import` wrote, and no run",
+        ),
+    ):
+        if command == "finetune":
+            done = _finetune(place, name, check=False)
+        else:
+            done = moe_lm(command, *small, f"run_name={name}", cwd=place, check=False)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and sentence in done.stderr, done.stderr
+
+
+def test_a_dense_base_routes_nothing(place):
+    """Catches a penalty, or a weight of a loss, that does nothing."""
+    options = [*TINY, "data.paths=[corpus]", "trainer.max_steps=2", "model=dense", "run_name=dense"]
+    moe_lm("pretrain", *options, "finish.export=false", cwd=place)
+    for option in ("router_drift_coef=0.1", "router_aux_loss_coef=0.5"):
+        done = _finetune(place, "wrong", f"model.{option}", base="runs/dense", check=False)
+        assert done.returncode == 2 and f"model.{option}: the base in runs/dense is a dense model" in done.stderr
+
+
+def test_the_card_says_nothing_of_a_tokenizer_that_was_not_trained(place, lora):
+    """Catches the size of a vocabulary that the model does not have."""
+    card = (place / "runs/lora/hf/README.md").read_text()
+    assert '"path"' in card and '"vocab_size": 4096' not in card and "training_bytes" not in card
+    assert '"vocab_size": 400' in (place / "runs/base/hf/README.md").read_text()
 
 
 def test_a_run_from_scratch_has_no_router_to_stay_near(place):

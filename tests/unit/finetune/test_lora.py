@@ -164,6 +164,11 @@ def test_a_wrong_choice_is_named(options, sentence):
             "would be merged into both",
         ),
         (MIXTURE, {"experts": ["4"]}, "finetune.experts=[4]: the base has 4 experts"),
+        (
+            MIXTURE,
+            {"method": Method.lora, "rank": 33},
+            "finetune.rank=33: no matrix of the base has a rank above its hid",
+        ),
     ],
 )
 def test_a_choice_that_the_base_does_not_have_is_named(model, options, sentence):

@@ -43,8 +43,17 @@ _REFERENCE = [
     "trainer.micro_batch_size=8",
 ]
 _WIDE = ["model.hidden_size=512", "model.intermediate_size=1792", "model.num_hidden_layers=8"]
-MODELS = {"reference": _REFERENCE, "wide": [*_REFERENCE, *_WIDE], "default": []}
-"""Options on top of the default experiment."""
+_TINY = [
+    "tokenizer.vocab_size=384",
+    "data.sequence_length=32",
+    "model.hidden_size=64",
+    "model.intermediate_size=32",
+    "model.num_hidden_layers=2",
+    "trainer.global_batch_size=4",
+    "trainer.micro_batch_size=4",
+]
+MODELS = {"reference": _REFERENCE, "wide": [*_REFERENCE, *_WIDE], "default": [], "tiny": _TINY}
+"""Options on top of the default experiment; `tiny` is for trying the script."""
 
 SAME_WORK = ["data.mask_documents=false", "model.load_balancing=pooled"]
 
@@ -63,7 +72,8 @@ class Side:
     trainer: bool = False
     """Whether transformers' Trainer drives it, or a loop by hand."""
     recompute: str = "none"
-    """Ours: the mode of activation checkpointing."""
+    """The mode of activation checkpointing; of theirs anything but `none` is all that they have."""
+    device: str = "cpu"
     tuned_allocator: bool = False
     """Whether theirs gets the allocator settings that this trainer makes for itself."""
 

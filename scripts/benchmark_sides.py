@@ -34,7 +34,6 @@ from moe_lm.training.state import initial_load
 from moe_lm.training.step import train_step
 
 RULE = OptimizerConfig(learning_rate=1e-3)
-CPU = torch.device("cpu")
 
 Between = Callable[[float | None], None]
 """To be called before every step, with the loss of the one before."""
@@ -43,16 +42,19 @@ Between = Callable[[float | None], None]
 class Conductor:
     """Lets a training loop run as many steps as standard input asks for, then waits."""
 
-    def __init__(self, memory_after_import: int):
-        self._left, self._begin, self._before = 0, 0.0, memory_after_import
+    def __init__(self, device: torch.device):
+        self._device, self._before = device, peak_memory(device)
+        self._left, self._begin = 0, 0.0
 
     def between_steps(self, loss: float | None = None) -> None:
         """Called before each step: returns when it may run, ends the process when there is nothing more to do."""
         self._left -= 1
         if self._left > 0:
             return
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
         taken = time.perf_counter() - self._begin
-        _say({"seconds": taken, "loss": loss, "memory": peak_memory(CPU) - self._before})
+        _say({"seconds": taken, "loss": loss, "memory": peak_memory(self._device) - self._before})
         line = sys.stdin.readline()
         if not line:
             sys.exit(0)
@@ -60,17 +62,22 @@ class Conductor:
 
 
 def ours(
-    model: ModelConfig, batches: list[Tensor], precision: Precision, recompute: Recompute, between: Between
+    model: ModelConfig,
+    batches: list[Tensor],
+    precision: Precision,
+    recompute: Recompute,
+    device: torch.device,
+    between: Between,
 ) -> None:
     """This trainer's own step, as `moe-lm pretrain` runs it."""
-    runtime = Runtime("cpu")
-    dtype = compute_dtype(precision, CPU)
-    parallel = parallelize(model, Layout(), None, 0, CPU, dtype)
+    runtime = Runtime(device.type)
+    dtype = compute_dtype(precision, device)
+    parallel = parallelize(model, Layout(), None, 0, device, dtype)
     initialize(parallel.module, seed=0)
     parallel.module.model.recompute = recompute
     compute = ComputeModel(parallel, dtype)
     optimizer = Optimizer(parallel.shards, RULE)
-    load_LE = initial_load(model)
+    load_LE = initial_load(model).to(device)
     loss: float | None = None
     for input_BS in _forever(batches):
         between(loss)
@@ -90,19 +97,28 @@ def _our_batch(input_BS: Tensor) -> Batch:
 
 
 def theirs(
-    model: ModelConfig, batches: list[Tensor], experts: str, precision: str, trainer: bool, between: Between
+    model: ModelConfig,
+    batches: list[Tensor],
+    experts: str,
+    precision: str,
+    trainer: bool,
+    recompute: Recompute,
+    device: torch.device,
+    between: Between,
 ) -> None:
     """Transformers' Mixtral under its own Trainer, or under the loop that one writes by hand."""
-    module = their_model(model, experts)
+    module = their_model(model, experts, device)
     if precision == "bf16-held":
         module.to(torch.bfloat16)
+    if recompute is not Recompute.none:
+        module.gradient_checkpointing_enable()
     if trainer:
         _their_trainer(module, batches, precision, between)
     else:
         _bare_loop(module, batches, precision, between)
 
 
-def their_model(config: ModelConfig, experts: str) -> Any:
+def their_model(config: ModelConfig, experts: str, device: torch.device) -> Any:
     """Transformers' Mixtral with the weights that our side begins with."""
     from transformers import AutoModelForCausalLM, MixtralConfig
 
@@ -110,8 +126,9 @@ def their_model(config: ModelConfig, experts: str) -> Any:
 
     hf_config = MixtralConfig(**to_hf_config(config), output_router_logits=True, use_cache=False)
     hf_config._experts_implementation = experts
-    module = AutoModelForCausalLM.from_config(hf_config, experts_implementation=experts)
-    source = CausalLM(config)
+    with device:
+        module = AutoModelForCausalLM.from_config(hf_config, experts_implementation=experts)
+        source = CausalLM(config)
     initialize(source, seed=0)
     module.load_state_dict(source.state_dict())
     return module.train()
@@ -128,7 +145,8 @@ def _bare_loop(module: Any, batches: list[Tensor], precision: str, between: Betw
     loss: float | None = None
     for input_BS in _forever(batches):
         between(loss)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-autocast"):
+        input_BS = input_BS.to(module.device)
+        with torch.autocast(module.device.type, torch.bfloat16, enabled=precision == "bf16-autocast"):
             output = module(input_ids=input_BS, labels=input_BS)
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), RULE.max_grad_norm)
@@ -157,7 +175,7 @@ def _their_trainer(module: Any, batches: list[Tensor], precision: str, between: 
             weight_decay=RULE.weight_decay,
             optim="adamw_torch_fused",
             bf16=precision == "bf16-autocast",
-            use_cpu=True,
+            use_cpu=module.device.type == "cpu",
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
@@ -205,9 +223,9 @@ if __name__ == "__main__":
         balance_by_force()
     model_config = load("pretrain", side["options"]).model
     data = list(load_file(Path(side["batches"]))["input_ids"].long())
-    conductor = Conductor(peak_memory(CPU))
+    where, mode = torch.device(side["device"]), Recompute(side["recompute"])
+    between_steps = Conductor(where).between_steps
     if side["experts"] is None:
-        recompute = Recompute(side["recompute"])
-        ours(model_config, data, Precision(side["precision"]), recompute, conductor.between_steps)
+        ours(model_config, data, Precision(side["precision"]), mode, where, between_steps)
     else:
-        theirs(model_config, data, side["experts"], side["precision"], side["trainer"], conductor.between_steps)
+        theirs(model_config, data, side["experts"], side["precision"], side["trainer"], mode, where, between_steps)

@@ -160,6 +160,7 @@ def main() -> None:
 def make_batches(options: list[str], directory: Path, path: Path) -> Path:
     """The first batches of the default text, as training would see them."""
     config = load("pretrain", options)
+    directory = directory / f"vocabulary-{config.tokenizer.vocab_size}"
     prepare(config.data, config.tokenizer, directory, report=lambda text: None, progress=lambda done, total: None)
     data = load_data(config.data, config.tokenizer, directory)
     size = config.trainer.global_batch_size

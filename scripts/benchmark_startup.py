@@ -38,7 +38,7 @@ def moments(place: Path, arguments: list[str]) -> list[tuple[str, float]]:
     """Seconds from the start of the process to what it says."""
     begin = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, *MOE_LM, *arguments], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, *MOE_LM, *arguments], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert process.stdout is not None
     found = []

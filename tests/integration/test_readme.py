@@ -30,6 +30,7 @@ def place(tmp_path_factory):
     )
     question, answer = '{"role": "user", "content": "What is %d + 1?"}', '{"role": "assistant", "content": "%d"}'
     turns = (f"{question % i}, {answer % (i + 1)}" for i in range(100))
+    (directory / "prompts.jsonl").write_text('"import os"\n"def f("\n')
     (directory / "chats.jsonl").write_text("".join(f'{{"messages": [{turn}]}}\n' for turn in turns))
     _run(directory, ["moe-lm", "pretrain", *SHORT])
     return directory

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -96,17 +97,27 @@ SIDES = [
 """Without batched_mm, which gathers the weights of its experts for every token (`batched_mm_bytes`)."""
 
 
+LAST_LINES = 20
+"""How much of what a side that failed has written is shown."""
+
+
+class OutOfMemoryError(RuntimeError):
+    """A side has ended for want of memory."""
+
+
 class Process:
-    """A side's process."""
+    """A side's process. Every method, the constructor too, raises RuntimeError where it has ended."""
 
     def __init__(self, side: Side, options: list[str], batches: Path, balanced: bool):
         told = {**dataclasses.asdict(side), "options": options, "batches": str(batches), "balanced": balanced}
         script = Path(__file__).parent / "benchmark_sides.py"
+        self._name = side.name
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 -- needed as long as the process
         self._process = subprocess.Popen(
             [sys.executable, str(script), json.dumps(told)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._errors,
             text=True,
             # as the command line sets it for itself (`cli.wait_briefly_for_threads`)
             env=os.environ | ({"GOMP_SPINCOUNT": "10000"} if side.experts is None or side.tuned_allocator else {}),
@@ -116,15 +127,20 @@ class Process:
     def steps(self, count: int) -> dict[str, Any]:
         """Train so many steps; what they took."""
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{count}\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # `_answer` says why
+            self._process.stdin.write(f"{count}\n")
+            self._process.stdin.flush()
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"a side has ended: {self._process.args}")
+            code = self._process.wait()
+            self._errors.seek(0)
+            last = "".join(self._errors.readlines()[-LAST_LINES:]).rstrip()
+            memory = code == -signal.SIGKILL or "out of memory" in last  # Linux kills who takes the last of it
+            raise (OutOfMemoryError if memory else RuntimeError)(f"{self._name} ended with exit code {code}:\n{last}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 

@@ -2,7 +2,7 @@
 
     python scripts/benchmark_components.py            prints the table
     python scripts/benchmark_components.py --store    also makes it the baseline of this kind of machine
-    python scripts/benchmark_components.py --check    exits with 1 where a fast path has lost a quarter of its lead
+    python scripts/benchmark_components.py --check    exits with 1 where less than three quarters of a ratio are left
 
 Reference and fast path take turns, and only ratios of the two are kept: another machine's speed, or a busy hour,
 changes both. The baseline lies beside this file, by kind of machine (what multiplies bf16, and the number of threads).
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moe_lm.kernels.allocator import keep_freed_memory
 from moe_lm.kernels.attention import attention, attention_mask
+from moe_lm.kernels.combine import weighted_sum
 from moe_lm.kernels.experts import expert_swiglu, row_alignment
 from moe_lm.kernels.hardware import has_fast_bf16
 from moe_lm.kernels.loss import linear_cross_entropy
@@ -57,7 +58,7 @@ def main() -> int:
         floor = ALLOWED * baseline.get(name, 0.0)
         for _ in range(TRIES if given.check and ratio < floor else 0):
             ratio = max(ratio, measure(reference, fast))
-        was = f", {baseline[name]:.2f} in the baseline" if name in baseline else ""
+        was = f", {baseline[name]:.2f} in the baseline" if name in baseline else ", no baseline"
         print(f"{name}: {ratio:.2f} times as fast as the reference{was}")
         ratios[name] = round(ratio, 2)
         if given.check and ratio < floor:
@@ -99,6 +100,7 @@ def components() -> dict[str, tuple[Pass, Pass]]:
         suffix = str(dtype).removeprefix("torch.")
         made[f"norm {suffix}"] = _norm(draw)
         made[f"experts {suffix}"] = _experts(draw, dtype)
+        made[f"combine {suffix}"] = _combine(draw)
         made[f"attention {suffix}"] = _attention(draw)
         made[f"loss {suffix}"] = _loss(draw)
     return made
@@ -134,6 +136,16 @@ def _experts(draw: Callable[..., Tensor], dtype: torch.dtype) -> tuple[Pass, Pas
         return expert_swiglu(rows_RD, cuts[number[0] % len(cuts)], gate_up, down, backend)
 
     return _pair(run, [rows_RD, gate_up, down], "cpu")
+
+
+def _combine(draw: Callable[..., Tensor]) -> tuple[Pass, Pass]:
+    y_PD, weight_P = draw(B * S * K, D), draw(B * S * K)
+    token_P = torch.randperm(B * S * K) // K
+
+    def run(backend: str | None) -> Tensor:
+        return weighted_sum(y_PD, token_P, weight_P, B * S, backend)
+
+    return _pair(run, [y_PD, weight_P], "fused")
 
 
 def _attention(draw: Callable[..., Tensor]) -> tuple[Pass, Pass]:

@@ -5,8 +5,8 @@
 8 experts, 2 per token, sequences of 4,096 tokens, natural routing on text, AdamW. One side after the other has the GPU
 to itself; all compute in bf16: this trainer with fp32 master weights, transformers with autocast, and with the model
 held in bf16 (whose weights then have no fp32 copy). Where a side runs out of memory, its micro-batch is halved, then it
-recomputes activations. Utilisation counts the model's own FLOPs, against the best matrix product measured in the same
-run. Writes `benchmark-gpu.json`.
+recomputes activations; any other failure is its result, and the ladder goes on. Utilisation counts the model's own
+FLOPs, against the best matrix product measured in the same run. Writes `benchmark-gpu.json`.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import SAME_WORK, Process, Side, make_batches
+from benchmark import SAME_WORK, OutOfMemoryError, Side, make_batches, processes
 
 from moe_lm.config import load
 from moe_lm.model.accounting import count_parameters, training_flops_per_token
@@ -37,7 +37,7 @@ WARM, STEPS = 3, 10
 
 
 def main() -> None:
-    """Measure each rung, print it, and write all."""
+    """Measure each rung, print it, and write all so far."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu tries the script, not the GPU")
     parser.add_argument("--only", nargs="*", default=list(LADDER), choices=LADDER, help="rungs")
@@ -55,11 +55,11 @@ def main() -> None:
         for side in SIDES:
             report.append(measure(name, side, peak, given))
             print(line(report[-1]), flush=True)
-    (given.output / "benchmark-gpu.json").write_text(json.dumps(report, indent=2) + "\n")
+            (given.output / "benchmark-gpu.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 def measure(name: str, side: Side, peak: float, given: argparse.Namespace) -> dict[str, Any]:
-    """The first attempt that fits."""
+    """The first attempt that fits, or the error of one that failed otherwise."""
     found = {"rung": name, "side": side.name}
     for sequences, recompute in ATTEMPTS:
         options = rung(name, sequences, given.length)
@@ -67,14 +67,14 @@ def measure(name: str, side: Side, peak: float, given: argparse.Namespace) -> di
         whole = Side(side.experts, side.precision, recompute=recompute, device=given.device)
         with tempfile.TemporaryDirectory() as directory:
             batches = make_batches(options, given.output / "data", Path(directory) / "batches.safetensors")
-            process = Process(whole, options, batches, balanced=False)
             try:
-                process.steps(WARM)
-                answer = process.steps(STEPS)
-            except RuntimeError:  # its process has ended
+                with processes([whole], options, batches, balanced=False) as running:
+                    running[whole].steps(WARM)
+                    answer = running[whole].steps(STEPS)
+            except OutOfMemoryError:
                 continue
-            finally:
-                process.end()
+            except RuntimeError as error:
+                return found | {"error": str(error)}
         speed = STEPS * sequences * given.length / answer["seconds"]
         return found | {
             "parameters": count_parameters(config.model).total,
@@ -99,6 +99,8 @@ def rung(name: str, sequences: int, length: int) -> list[str]:
 
 def line(found: dict[str, Any]) -> str:
     """One rung of one side, for people."""
+    if "error" in found:
+        return f"{found['rung']} {found['side']}: failed, {found['error']}"
     if "utilisation" not in found:
         return f"{found['rung']} {found['side']}: does not fit"
     return (

@@ -19,8 +19,7 @@ from moe_lm.config import load
 from moe_lm.data.batch import IGNORED, Batch
 from moe_lm.kernels.allocator import keep_freed_memory
 from moe_lm.model.config import ModelConfig, Recompute
-from moe_lm.model.decoder import CausalLM
-from moe_lm.model.initialization import initialize
+from moe_lm.model.initialization import initial_value
 from moe_lm.model.router import Router
 from moe_lm.parallel.layout import Layout
 from moe_lm.parallel.parallelize import parallelize
@@ -61,6 +60,14 @@ class Conductor:
         self._left, self._begin = int(line), time.perf_counter()
 
 
+@torch.no_grad()
+def initialize_alike(module: Any, config: ModelConfig) -> None:
+    """The same weights for every side, drawn on the CPU: a GPU draws other numbers, and its memory is measured."""
+    for name, parameter in module.named_parameters():
+        cpu = torch.device("cpu")
+        parameter.copy_(initial_value(config, 0, name, parameter.shape, cpu, parameter.dtype))
+
+
 def ours(
     model: ModelConfig,
     batches: list[Tensor],
@@ -73,7 +80,7 @@ def ours(
     runtime = Runtime(device.type)
     dtype = compute_dtype(precision, device)
     parallel = parallelize(model, Layout(), None, 0, device, dtype)
-    initialize(parallel.module, seed=0)
+    initialize_alike(parallel.module, model)
     parallel.module.model.recompute = recompute
     compute = ComputeModel(parallel, dtype)
     optimizer = Optimizer(parallel.shards, RULE)
@@ -128,9 +135,7 @@ def their_model(config: ModelConfig, experts: str, device: torch.device) -> Any:
     hf_config._experts_implementation = experts
     with device:
         module = AutoModelForCausalLM.from_config(hf_config, experts_implementation=experts)
-        source = CausalLM(config)
-    initialize(source, seed=0)
-    module.load_state_dict(source.state_dict())
+    initialize_alike(module, config)
     return module.train()
 
 

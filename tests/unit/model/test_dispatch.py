@@ -48,15 +48,20 @@ def test_dispatch_and_combine_conserve_assignments(tokens, experts, number, seed
     torch.testing.assert_close(y_TD.double(), expected, rtol=tolerance, atol=tolerance * 8)
 
 
-def test_gradients_reach_tokens_and_weights():
+@pytest.mark.parametrize(
+    ("number", "align"), [(12, 1), (64, 1), (64, 8)], ids=["sorted in Python", "sorted by torch", "with filling rows"]
+)
+def test_gradients_reach_tokens_and_weights(number, align, monkeypatch):
     """Catches a combine that loses the router's gradient, or filling rows that leak one into token 0."""
-    assignments = _assignments(6, 3, 12, 0, torch.float64)
+    monkeypatch.setattr("moe_lm.model.dispatch.row_alignment", lambda *given: align)
+    assignments = _assignments(6, 3, number, 0, torch.float64)
     x_TD = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     weight_R = assignments.weight_R.requires_grad_()
 
     def forward(x, weight):
         dispatcher = LocalDispatcher(3)
         rows, _, handle = dispatcher.dispatch(x, Assignments(*assignments[:2], weight))
+        assert (len(rows) > number) == (align > 1)
         return dispatcher.combine(rows.sin(), handle)
 
     assert torch.autograd.gradcheck(forward, (x_TD, weight_R))

@@ -106,7 +106,10 @@ def load_saved(schema: type, path: Path) -> Any:
             "remove the run."
         ) from error
     except Exception as error:  # OmegaConf lets through whatever its YAML reader raises
-        raise InputError(f"{path}: is not a saved configuration ({error}); restore it, or remove the run.") from error
+        raise InputError(
+            f"{path}: is no configuration that this version reads ({error}); restore it, go on with the version that "
+            "wrote it, or give another run_name=."
+        ) from error
     raise InputError(
         f"run_name={path.parent.name}: {path.parent} holds a {kind} run; give another run_name=, or go on with it "
         f"by `moe-lm {'finetune' if kind == 'fine-tuning' else 'pretrain'}`."

@@ -57,7 +57,7 @@ def read_prompts(path: Path) -> list[str]:
         InputError: It can not be read, or a line is no JSON string.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"prompts={path}: can not be read ({error}); give a file of JSON strings, one per line."
@@ -71,8 +71,6 @@ def read_prompts(path: Path) -> list[str]:
         if not isinstance(prompt, str) or any("\ud800" <= character <= "\udfff" for character in prompt):
             raise InputError(f'prompts={path}: line {number} is no JSON string, such as "import os".')
         prompts.append(prompt)
-    if not prompts:
-        raise InputError(f"prompts={path}: is empty; give at least one prompt, a JSON string.")
     return prompts
 
 

@@ -214,21 +214,26 @@ def _check_parameters(source: NativeSource, finetune: FinetuneConfig) -> None:
 
 @torch.no_grad()
 def open_model(path: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[CausalLM, Tokenizer]:
-    """A model and its tokenizer, from any directory that `open_source` takes; routers are in fp32 whatever the rest is.
+    """A model to generate with and its tokenizer, from any directory that `open_source` takes.
+
+    Routers are in fp32 whatever the rest is, and nothing is dropped: a text must not depend on the others of its batch.
 
     Raises:
         InputError: There is no model or no tokenizer, or they do not belong together.
     """
     source = open_source(path)
     with torch.device("meta"):
-        model = CausalLM(source.config)
+        model = CausalLM(dataclasses.replace(source.config, capacity_factor=None)).to(dtype)
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.float()
     model.to_empty(device=device)
-    routers = {id(p) for module in model.modules() if isinstance(module, Router) for p in module.parameters()}
+    if source.config.tie_word_embeddings:  # which the line above has untied
+        model.lm_head.weight = model.model.embed_tokens.weight
     targets = dict(model.named_parameters())
     for name, tensor in source.parameters():
-        own = torch.float32 if id(targets[name]) in routers else dtype
-        # what a source gives may be a piece of a file that is mapped into memory
-        targets[name].data = tensor.to(device, own, copy=True)
+        targets.pop(name).copy_(tensor)
+    assert not targets, f"without a value: {list(targets)}"
     tokenizer = open_tokenizer(source)
     check_belongs(tokenizer, source.tokenizer_directory, model.config)
     return model, tokenizer
@@ -263,9 +268,10 @@ def check_outside(output: Path, source: ModelSource) -> None:
     """Refuse to write into somebody else's directory, which shall stay as it came; a run has room for what is made of
     it.
     """
-    if isinstance(source, HuggingFaceSource) and output.resolve().is_relative_to(source.path.resolve()):
+    foreign = source.base if isinstance(source, MergedSource) else source
+    if isinstance(foreign, HuggingFaceSource) and output.resolve().is_relative_to(foreign.path.resolve()):
         raise InputError(
-            f"output={output}: lies in checkpoint={source.path}, which is left as it is; give a place outside of it."
+            f"output={output}: lies in {foreign.path}, which is left as it is; give a place outside of it."
         )
 
 

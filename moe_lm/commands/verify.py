@@ -39,6 +39,8 @@ def run(config: VerifyConfig) -> int:
     output = None if config.output is None else Path(config.output).expanduser()
     if output is not None and output.is_dir():
         raise InputError(f"output={output}: is a directory; give the name of a file.")
+    if output is not None and output.resolve().is_relative_to(path.resolve()):
+        raise InputError(f"output={output}: lies in checkpoint={path}, which is left as it is; give another place.")
     if output is not None and not output.absolute().parent.is_dir():
         raise InputError(f"output={output}: there is no directory {output.parent}; make it, or give another one.")
     try:

@@ -1,6 +1,5 @@
 """Write a model as a Hugging Face directory: complete and verified, or not at all."""
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from moe_lm.errors import InputError, RunError
 from moe_lm.files import new_directory, write_atomically, write_json
 from moe_lm.hf.configuration_parity import token_ids
 from moe_lm.hf.layout import model_type, to_disk, to_hf_config
-from moe_lm.hf.receipt import MARK, RECEIPT, Receipt, VerificationError
+from moe_lm.hf.receipt import MARK, RECEIPT, Receipt, VerificationError, files_of_export
 from moe_lm.hf.tokenizer_parity import TextTokenizer
 from moe_lm.hf.verification import verify_export
 from moe_lm.model.config import ModelConfig
@@ -44,7 +43,7 @@ def check_output(directory: Path, remedy: str = "give another output=") -> None:
         raise InputError(f"{directory}: {parent} is not a directory that can be written; {remedy}.")
     if not present:
         return
-    written = _earlier_export(directory / MARK)
+    written = files_of_export(directory)
     if not written:
         raise InputError(f"{directory}: holds something that is not an export of moe-lm; {remedy}, or remove it.")
     foreign = sorted(name for name, p in present.items() if name not in written or not p.is_file())
@@ -52,14 +51,6 @@ def check_output(directory: Path, remedy: str = "give another output=") -> None:
         raise InputError(
             f"{directory}: holds something that the export did not write ({foreign[0]}); {remedy}, or remove it."
         )
-
-
-def _earlier_export(mark: Path) -> set[str]:
-    """Names of the files that an earlier export wrote; empty where there was none."""
-    try:
-        return {MARK, *json.loads(mark.read_bytes())["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
 
 
 def check_expressible(config: ModelConfig, remedy: str) -> None:

@@ -75,7 +75,7 @@ def _configuration(path: Path, raw: dict[str, Any], kind: str) -> ModelConfig:
     if kind == "mixtral":
         num_experts, num_experts_per_tok = (_field(path, raw, name, of) for name, of in _ROUTING.items())
         values |= {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok}
-        if "router_aux_loss_coef" in raw:  # of transformers' own loss, which pools layers
+        if raw.get("router_aux_loss_coef") is not None:  # of transformers' own loss, which pools layers
             coefficient = _field(path, raw, "router_aux_loss_coef", float)
             values |= {"router_aux_loss_coef": coefficient, "load_balancing": LoadBalancing.pooled}
     try:

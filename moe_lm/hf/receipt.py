@@ -1,8 +1,10 @@
 """The receipt of a verification: which checks were made, what each found, and how far they go."""
 
 import dataclasses
+import json
 import platform
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_lm.errors import RunError
@@ -13,8 +15,19 @@ RECEIPT = "verification.json"
 MARK = "moe_lm_export.json"
 """Written into every export: names its files, so that a later export may replace them and nothing else."""
 
+FORMAT = 2
+"""Of the receipt's file."""
+
 LAYERS, WHOLE = "layer by layer", "whole model"
 """Tiers. In the first, each layer was run alone, by transformers and by moe-lm; in the second, the whole model too."""
+
+
+def files_of_export(directory: Path) -> set[str]:
+    """Names of the files that an export has written there; empty where there was none."""
+    try:
+        return {MARK, *json.loads((directory / MARK).read_bytes())["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 class VerificationError(RunError):
@@ -68,7 +81,7 @@ class Receipt:
         """What the receipt's file holds."""
         packages = {name: version(name) for name in ("moe-lm", "torch", "transformers")}
         return {
-            "format": 1,
+            "format": FORMAT,
             "tier": self.tier,
             "why": self.why,
             "checks": [dataclasses.asdict(check) for check in self.checks],

@@ -23,12 +23,26 @@ from moe_lm.hf.configuration_parity import check_configuration, check_reading, t
 from moe_lm.hf.files import StoredTensor, find_tensors, read_into, read_object
 from moe_lm.hf.layout import is_derived, model_type, to_disk, to_hf_config
 from moe_lm.hf.parity import check_layers, check_model
-from moe_lm.hf.receipt import LAYERS, MARK, RECEIPT, WHOLE, Check, Receipt, StoredDigest, VerificationError
+from moe_lm.hf.receipt import (
+    FORMAT,
+    LAYERS,
+    MARK,
+    RECEIPT,
+    WHOLE,
+    Check,
+    Receipt,
+    StoredDigest,
+    VerificationError,
+    files_of_export,
+)
 from moe_lm.hf.their_model import DiskModel
 from moe_lm.hf.tokenizer_parity import TextTokenizer, check_tokenizer
 from moe_lm.memory import available_memory
 from moe_lm.model.accounting import count_parameters
 from moe_lm.model.source import ModelSource
+
+_READ = (".json", ".jinja", ".model", ".txt")
+"""What readers of a model open beside its weights: configurations, templates, tokenizers and vocabularies."""
 
 _CAN_RUN_CODE = re.compile(r".*\.(bin|pt|pth|pkl|pickle|joblib|ckpt|py|pyc|so)", re.IGNORECASE)
 
@@ -156,8 +170,11 @@ def _read(name: str, stored: Mapping[str, StoredTensor]) -> Tensor:
 def _read_receipt(directory: Path) -> dict[str, Any] | None:
     """The receipt of a directory; null where none was written."""
     if (directory / RECEIPT).exists():
-        return read_object(directory / RECEIPT)
-    if (directory / MARK).exists() and RECEIPT in read_object(directory / MARK).get("files", []):
+        recorded = read_object(directory / RECEIPT)
+        if (found := recorded.get("format")) != FORMAT:
+            raise VerificationError("files", f"{RECEIPT} has format {found}, and this version reads {FORMAT} alone")
+        return recorded
+    if RECEIPT in files_of_export(directory):
         raise VerificationError("files", f"{RECEIPT} is missing, which {MARK} names")
     return None
 
@@ -181,9 +198,10 @@ def check_files(directory: Path, recorded: dict[str, Any] | None = None) -> Chec
 
 
 def _file_digests(directory: Path) -> dict[str, str]:
-    """SHA-256 of the files that a reader of the model opens beside the weights."""
-    paths = (path for path in directory.iterdir() if path.suffix in (".json", ".jinja", ".model") and path.is_file())
-    return {path.name: sha256(path) for path in sorted(paths) if path.name not in (RECEIPT, MARK)}
+    """SHA-256 of the files that a reader of the model opens beside the weights, by their path in the directory."""
+    paths = (path for path in directory.rglob("*") if path.suffix in _READ and path.is_file())
+    named = {str(path.relative_to(directory)): path for path in sorted(paths)}
+    return {name: sha256(path) for name, path in named.items() if name not in (RECEIPT, MARK) and name[0] != "."}
 
 
 def _compare(found: Mapping[str, Any], recorded: dict[str, Any], kind: str) -> None:

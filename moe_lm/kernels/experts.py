@@ -123,12 +123,9 @@ def _with_gradients(
     return _expert_loop(x_RD, group_ends_E, gate_up_proj, down_proj)
 
 
-EXPERT_PRODUCTS = (torch.ops.moe_lm.expert_loop.default,)
-"""Operators that multiply with experts' weights, besides torch's own."""
-
-
 def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else a gradient of zeros as large as the gate-up product is made for nothing
     ctx.save_for_backward(*inputs, output[1])
 
 

@@ -6,6 +6,8 @@ have to be apart; this is one of them.
 Letters: R routed rows (grouped by expert), I inputs, O outputs, E experts.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -38,8 +40,7 @@ def grouped_linear(x_RI: Tensor, group_ends_E: Tensor, weight_EOI: Tensor, backe
         y_RO = F.grouped_mm(torch.where(inside_R1, x_RI, 0), weight_EOI.transpose(1, 2), offs=group_ends_E)
         return torch.where(inside_R1, y_RO, 0)  # rows past the last end stay uninitialised
     if backend == "cpu":
-        result: Tensor = _LinearLoop.apply(x_RI, group_ends_E, weight_EOI)
-        return result
+        return _linear_loop(x_RI, group_ends_E, weight_EOI)
     raise ValueError(f"backend={backend!r}: choose reference, grouped or cpu")
 
 
@@ -59,39 +60,45 @@ def _reference(x_RI: Tensor, group_ends_E: Tensor, weight_EOI: Tensor) -> Tensor
     return torch.cat(parts)
 
 
-class _LinearLoop(torch.autograd.Function):
+# An operator of its own, as in `experts.py`, so that activation checkpointing can keep its result.
+@torch.library.custom_op("moe_lm::linear_loop", mutates_args=())
+def _linear_loop(x_RI: Tensor, group_ends_E: Tensor, weight_EOI: Tensor) -> Tensor:
     """A GEMM per expert into slices of one buffer; the gradient of the stacked matrices is written once."""
+    y_RO = x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
+    start = 0
+    for expert, end in enumerate(group_ends_E.tolist()):
+        if end > start:
+            torch.mm(x_RI[start:end], weight_EOI[expert].t(), out=y_RO[start:end])
+        start = end
+    y_RO[start:].zero_()
+    return y_RO
 
-    @staticmethod
-    def forward(ctx, x_RI, group_ends_E, weight_EOI):  # type: ignore[no-untyped-def]
-        y_RO = x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
-        start = 0
-        for expert, end in enumerate(group_ends_E.tolist()):
-            if end > start:
-                torch.mm(x_RI[start:end], weight_EOI[expert].t(), out=y_RO[start:end])
-            start = end
-        y_RO[start:].zero_()
-        # A frozen matrix needs no inputs kept: only what its own gradient is made of.
-        ctx.save_for_backward(x_RI if ctx.needs_input_grad[2] else None, group_ends_E, weight_EOI)
-        return y_RO
 
-    @staticmethod
-    def backward(ctx, grad_y_RO):  # type: ignore[no-untyped-def]
-        x_RI, group_ends_E, weight_EOI = ctx.saved_tensors
-        needs_x, _, needs_weight = ctx.needs_input_grad
-        grad_y_RO = grad_y_RO.contiguous()
-        grad_x_RI = grad_y_RO.new_empty(grad_y_RO.shape[0], weight_EOI.shape[2]) if needs_x else None
-        grad_weight = torch.empty_like(weight_EOI) if needs_weight else None
-        start = 0
-        for expert, end in enumerate(group_ends_E.tolist()):
-            rows, start = slice(start, end), end
-            if grad_weight is not None:
-                if end > rows.start:
-                    torch.mm(grad_y_RO[rows].t(), x_RI[rows], out=grad_weight[expert])
-                else:
-                    grad_weight[expert].zero_()
-            if grad_x_RI is not None and end > rows.start:
-                torch.mm(grad_y_RO[rows], weight_EOI[expert], out=grad_x_RI[rows])
-        if grad_x_RI is not None:
-            grad_x_RI[start:].zero_()
-        return grad_x_RI, None, grad_weight
+def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    x_RI, group_ends_E, weight_EOI = inputs
+    # A frozen matrix needs no inputs kept: only what its own gradient is made of.
+    ctx.save_for_backward(x_RI if ctx.needs_input_grad[2] else None, group_ends_E, weight_EOI)
+
+
+def _backward(ctx: Any, grad_y_RO: Tensor) -> tuple[Tensor | None, ...]:
+    x_RI, group_ends_E, weight_EOI = ctx.saved_tensors
+    needs_x, _, needs_weight = ctx.needs_input_grad
+    grad_y_RO = grad_y_RO.contiguous()
+    grad_x_RI = grad_y_RO.new_empty(grad_y_RO.shape[0], weight_EOI.shape[2]) if needs_x else None
+    grad_weight = torch.empty_like(weight_EOI) if needs_weight else None
+    start = 0
+    for expert, end in enumerate(group_ends_E.tolist()):
+        rows, start = slice(start, end), end
+        if grad_weight is not None:
+            if end > rows.start:
+                torch.mm(grad_y_RO[rows].t(), x_RI[rows], out=grad_weight[expert])
+            else:
+                grad_weight[expert].zero_()
+        if grad_x_RI is not None and end > rows.start:
+            torch.mm(grad_y_RO[rows], weight_EOI[expert], out=grad_x_RI[rows])
+    if grad_x_RI is not None:
+        grad_x_RI[start:].zero_()
+    return grad_x_RI, None, grad_weight
+
+
+_linear_loop.register_autograd(_backward, setup_context=_keep_for_backward)

@@ -47,7 +47,12 @@ def training_state_bytes(config: ModelConfig, moments: int, compute_bytes: int) 
 
 
 def activation_bytes(
-    config: ModelConfig, tokens: int, recompute: Recompute, compute_bytes: int, probabilities: int = 0
+    config: ModelConfig,
+    tokens: int,
+    recompute: Recompute,
+    compute_bytes: int,
+    probabilities: int = 0,
+    masked_keys: int = 0,
 ) -> int:
     """What the layers keep of one micro-batch from its forward to its backward pass, and what one layer adds to that
     while it is computed again; bytes.
@@ -61,25 +66,32 @@ def activation_bytes(
         tokens: Of the micro-batch.
         recompute: The mode of activation checkpointing.
         compute_bytes: Size of a number that is computed with.
-        probabilities: Attention probabilities that are kept per token and head; 0 for kernels that keep none.
+        probabilities: Attention probabilities that are kept per token and head; 0 for fused attention, which keeps
+            none, but keys and values copied for each of their query heads.
+        masked_keys: Keys of a document mask, of which fused attention makes and keeps a copy in each layer.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
     query = config.num_attention_heads * config.width_of_head
     projections = query + 2 * config.num_key_value_heads * config.width_of_head
-    attention = 2 * hidden + projections + query + config.num_attention_heads * probabilities
+    attended = projections + config.num_attention_heads * probabilities if probabilities else 3 * query + masked_keys
+    attention = 2 * hidden + attended + query
     if config.is_mixture:
         products = config.num_experts_per_tok * (2 * inner + hidden)
         block = 2 * hidden + config.num_experts_per_tok * hidden + products
     else:
-        products, block = 2 * inner + hidden, 2 * hidden + 4 * inner
+        products, block = 2 * inner, 2 * hidden + 4 * inner
     router = 4 * hidden if config.is_mixture and compute_bytes < 4 else 0
     layer = compute_bytes * (attention + block) + router
     kept = {
         Recompute.none: layer,
-        Recompute.selective: compute_bytes * (2 * hidden + projections + products),
+        Recompute.selective: compute_bytes * (2 * hidden + projections + products + (0 if probabilities else query)),
         Recompute.full: compute_bytes * hidden,
     }[recompute]
-    again = 0 if recompute is Recompute.none else layer
+    again = {
+        Recompute.none: 0,
+        Recompute.selective: layer - compute_bytes * products,  # which are there already
+        Recompute.full: layer,
+    }[recompute]
     return tokens * (config.num_hidden_layers * kept + again)
 
 

@@ -33,7 +33,8 @@ class Recompute(enum.Enum):
 
     none = "none"
     selective = "selective"
-    """All but products of matrices, and attention that keeps no probabilities: norms, rotations, softmax, gathers."""
+    """All but products with weights, and fused attention: norms, rotations, gathers, attention by written-out
+    probabilities."""
     full = "full"
     """Everything but the choice of experts."""
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from moe_lm.kernels.experts import EXPERT_PRODUCTS
+import moe_lm.kernels.experts
+import moe_lm.kernels.grouped_linear  # noqa: F401 -- both make operators
 from moe_lm.model.config import Recompute
 
 _aten = torch.ops.aten
@@ -26,7 +27,8 @@ _KEPT = {
         _aten._scaled_dot_product_efficient_attention.default,
         _aten._scaled_dot_product_cudnn_attention.default,
         _aten._scaled_dot_product_flash_attention_for_cpu.default,
-        *EXPERT_PRODUCTS,
+        torch.ops.moe_lm.expert_loop.default,
+        torch.ops.moe_lm.linear_loop.default,
     },
     Recompute.full: {_aten.topk.default},
 }

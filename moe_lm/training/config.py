@@ -144,7 +144,7 @@ class TrainerConfig:
     device: Device = Device.auto
     """`cpu`, `cuda`, or `auto`: CUDA where there is one."""
     activation_checkpointing: Recompute = Recompute.none
-    """What the backward pass computes again, to save memory: `none`; `selective`, all but products of matrices, at
+    """What the backward pass computes again, to save memory: `none`; `selective`, all but products with weights, at
     little cost; or `full`, everything, a third more arithmetic."""
     log_interval: int = 10
     """Steps between lines of metrics.jsonl."""

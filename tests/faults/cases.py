@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import moe_lm.checkpoint.saver as saving
-import moe_lm.commands.pretrain as command
+import moe_lm.commands.job as job
 import moe_lm.commands.sharing as sharing
 import moe_lm.training.loop as loop
 import moe_lm.training.run as run
@@ -187,7 +187,7 @@ def signalled(arguments: list[str], directory: str, phase: str, occurrence: int)
 
     if phase == "start":
         occurrence = 1
-        command.Run.__init__ = announced(command.Run.__init__)
+        job.Run.__init__ = announced(job.Run.__init__)
     elif phase == "step" or phase.startswith("hang"):
         loop.train_step = announced(loop.train_step)
     elif phase == "evaluation":
@@ -301,7 +301,7 @@ def random_state_kept(arguments: list[str], directory: str) -> int:
         same.append(before == states())
         return result
 
-    command.train = watched
+    job.train = watched
     code = pretrain(arguments, directory)
     return code if same == [True] else 3
 

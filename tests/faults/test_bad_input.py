@@ -328,7 +328,7 @@ def test_text_is_taken_as_it_stands(value):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "is empty"),
+        (b"", "line 1 is no JSON string"),
         (b'"good"\nnot quoted\n', "line 2 is no JSON string"),
         (b'["a"]', "line 1 is no JSON string"),
         (b'"\\ud800"', "line 1 is no JSON string"),
@@ -498,7 +498,9 @@ def test_a_damaged_saved_configuration_is_named(complain, run, content):
     """Catches a traceback out of YAML, or a damaged file taken for agreement."""
     (run / "config.yaml").write_bytes(content.encode("latin-1"))
     said = complain("pretrain", *TEXT)
-    assert "runs/stdlib" in said and ("is not a saved configuration" in said or "another configuration" in said)
+    assert "runs/stdlib" in said and (
+        "is no configuration that this version reads" in said or "another configuration" in said
+    )
 
 
 def test_checkpoints_without_a_configuration_are_not_resumed(complain, run):

@@ -22,7 +22,7 @@ CONFIG = ModelConfig(
 TOKENS = torch.randint(50, (8, 128), generator=torch.Generator().manual_seed(2))
 
 
-def _kept(config: ModelConfig, dtype: torch.dtype) -> int:
+def _kept(config: ModelConfig, dtype: torch.dtype, document_ids: torch.Tensor | None) -> int:
     """Bytes that the layers of a forward pass keep for its backward pass, each storage once."""
     model = CausalLM(config)
     initialize(model, 0)
@@ -35,19 +35,24 @@ def _kept(config: ModelConfig, dtype: torch.dtype) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(TOKENS)
+        model(TOKENS, document_ids_BS=document_ids)
     return sum(storage.nbytes() for address, storage in storages.items() if address not in own)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("key_value_heads", [4, 1])
 @pytest.mark.parametrize("family", ModelFamily)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_layer_keeps_what_the_formula_says(dtype, family):
+def test_a_layer_keeps_what_the_formula_says(dtype, family, key_value_heads, masked):
     """Catches an operator that keeps more than its inputs: a copy, or a product that is needed for its shape alone."""
-    one = dataclasses.replace(CONFIG, family=family)
+    one = dataclasses.replace(CONFIG, family=family, num_key_value_heads=key_value_heads)
     two = dataclasses.replace(one, num_hidden_layers=2)
-    of_layer = _kept(two, dtype) - _kept(one, dtype)  # what is outside of layers, such as angles, is in both
+    documents = (torch.arange(128) // 50).expand(8, 128) if masked else None
+    # What is outside of layers, such as angles, is in both.
+    of_layer = _kept(two, dtype, documents) - _kept(one, dtype, documents)
     probabilities = 128 if dtype is torch.bfloat16 else 0  # one block of queries sees all keys
-    expected = activation_bytes(one, TOKENS.numel(), Recompute.none, dtype.itemsize, probabilities)
+    keys = 128 if masked else 0
+    expected = activation_bytes(one, TOKENS.numel(), Recompute.none, dtype.itemsize, probabilities, keys)
     assert 0.97 < of_layer / expected < 1.08
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import dataclasses
 import hashlib
 import json
 import weakref
@@ -15,12 +16,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 import moe_lm.checkpoint.store as store
 import moe_lm.commands.model_directory as model_directory
 from moe_lm.cli import main
-from moe_lm.commands.model_source import describe, open_source
+from moe_lm.commands.model_source import describe, open_model, open_source
 from moe_lm.data.tokenizer import train_tokenizer
 from moe_lm.data.tokenizer_export import save_tokenizer_files
+from moe_lm.evaluation.generation import generate
 from moe_lm.files import locked
 from moe_lm.finetune.upcycle import UpcycledModel
 from moe_lm.hf.load import HuggingFaceSource
+from moe_lm.hf.model_configuration import load_config
 from tests.runs import TINY, moe_lm, write_corpus
 
 SHAPE = {
@@ -151,8 +154,9 @@ def test_text_can_be_generated_from_an_import(tmp_path, mixtral, capsys):
 
 def test_many_prompts_are_continued_as_each_alone(tmp_path, mixtral, capsys):
     """Catches completions that go to another prompt, depend on their batch, or lose a line break."""
-    prompts = ["import ", "x", "def f(a):\n    return a", "import ", "", "é" * 9]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    prompts = ["import ", "x", "def f(a):\n    return a", "import ", "", "é" * 9, "a\u2028b"]
+    lines = (json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in prompts)
+    (tmp_path / "prompts.jsonl").write_text("".join(lines), encoding="utf-8")
     options = [f"checkpoint={mixtral}", "max_new_tokens=8", "temperature=0", "device=cpu"]
     alone = []
     for prompt in prompts:
@@ -162,9 +166,34 @@ def test_many_prompts_are_continued_as_each_alone(tmp_path, mixtral, capsys):
     for size in (1, 4):
         capsys.readouterr()
         _run("generate", *options, f"prompts={tmp_path / 'prompts.jsonl'}", f"batch_size={size}")
-        made = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        made = [json.loads(line) for line in capsys.readouterr().out.removesuffix("\n").split("\n")]
         assert [one["prompt"] for one in made] == prompts
         assert [one["prompt"] + one["completion"] for one in made] == alone
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_model_generates_with_its_own_head(tmp_path, tokenizer, dtype):
+    """Catches a head that is no longer the embedding, and so memory that nobody has written; and routers in bf16."""
+    torch.manual_seed(5)
+    theirs = MixtralForCausalLM(MixtralConfig(**SHAPE, num_local_experts=4, tie_word_embeddings=True)).eval()
+    directory = _with_tokenizer(theirs, tmp_path / "tied", tokenizer)
+    model, _ = open_model(directory, torch.device("cpu"), dtype)
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.lm_head.weight.dtype is dtype
+    assert model.model.layers[0].mlp.gate.weight.dtype is torch.float32
+    if dtype is torch.float32:
+        prompt = torch.tensor([[1, 14, 22]])
+        expected = theirs.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert generate(model, prompt.tolist(), 12, end_id=-1) == expected[:, 3:].tolist()
+
+
+def test_a_text_does_not_depend_on_its_batch_whatever_the_capacity(tmp_path, mixtral, monkeypatch):
+    """Catches padding and neighbours that take an expert's places from a prompt."""
+    config = dataclasses.replace(load_config(mixtral), capacity_factor=0.5)
+    monkeypatch.setattr("moe_lm.hf.load.load_config", lambda directory: config)
+    model, _ = open_model(mixtral, torch.device("cpu"))
+    prompts = [[1, *range(10, 10 + length)] for length in (2, 30, 7)]
+    alone = [generate(model, [prompt], 10, end_id=-1)[0] for prompt in prompts]
+    assert generate(model, prompts, 10, end_id=-1) == alone
 
 
 def test_a_model_is_described_as_it_is_opened(tmp_path, mixtral, capsys):
@@ -274,7 +303,7 @@ def test_nothing_is_written_into_somebody_elses_directory(tmp_path, mixtral, lla
     for command, source in (("import", mixtral), ("upcycle", llama), ("export", mixtral)):
         for output in (source, source / "below" / "it"):
             said = _refused(capsys, tmp_path, command, f"checkpoint={source}", f"output={output}")
-            assert f"lies in checkpoint={source}, which is left as it is; give a place outside of it." in said
+            assert f"lies in {source}, which is left as it is; give a place outside" in said
     _run("import", f"checkpoint={mixtral}", f"output={tmp_path / 'native'}")
     _run("upcycle", f"checkpoint={tmp_path / 'native'}", f"output={tmp_path / 'native/up'}", "num_experts=8")
     assert (tmp_path / "native/up/upcycle.json").exists()

@@ -401,12 +401,23 @@ def test_a_bit_that_flipped_later_is_named(exporter):
         verify_alone(exporter.output, HuggingFaceSource(exporter.output, None), exporter.tokenizer)
 
 
+def _text(name: str):
+    def write(directory: Path) -> None:
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text("{{ messages }}")
+
+    return write
+
+
 LATER_FAULTS = {
     **{name: FILE_FAULTS[name][0] for name in ("theta", "top_k", "window", "begin", "end", "tokenizer")},
     "generation": lambda directory: (directory / "generation_config.json").unlink(),
     "template": lambda directory: (directory / "chat_template.jinja").write_text("{{ messages }}"),
     "no_tokenizer": lambda directory: [path.unlink() for path in directory.glob("tokenizer*")],
     "receipt": lambda directory: (directory / "verification.json").unlink(),
+    "old_receipt": _json("verification.json", format=1),
+    "template_below": _text("additional_chat_templates/tool_use.jinja"),
+    "vocabulary": _text("vocab.txt"),
 }
 
 
@@ -416,8 +427,17 @@ def test_a_file_that_changed_later_is_named(exporter, fault):
     alike."""
     exporter()
     LATER_FAULTS[fault](exporter.output)
-    with pytest.raises(VerificationError, match=r"files: [\w.]+ is (missing|not in|not the one that)"):
+    with pytest.raises(VerificationError, match=r"files: [\w./]+ (is (missing|not in|not the one that)|has format 1)"):
         verify_alone(exporter.output, HuggingFaceSource(exporter.output, None), exporter.tokenizer)
+
+
+def test_a_mark_that_names_no_files_is_no_mark(exporter):
+    """Catches a traceback over a file of another program."""
+    exporter()
+    (exporter.output / "verification.json").unlink()
+    (exporter.output / "moe_lm_export.json").write_text('{"files": null}')
+    receipt = verify_alone(exporter.output, HuggingFaceSource(exporter.output, None), exporter.tokenizer)
+    assert "no verification.json to compare them with" in receipt.table()
 
 
 def test_the_card_of_an_export_may_be_written_anew(exporter):

@@ -503,6 +503,7 @@ def test_the_package_has_no_loader_of_pickles():
     for path in package.rglob("*.py"):
         code = "\n".join(line.split("#")[0] for line in path.read_text().splitlines())
         code = re.sub(r'""".*?"""', "", code, flags=re.DOTALL)
+        code = re.sub(r'"[^"\n]*"', '""', code)  # such as the suffixes of files that are refused
         for loader in loaders:
             assert not re.search(loader, code), f"{path}: {loader}"
     assert re.search(loaders[0], "import pickle")

@@ -45,7 +45,7 @@ _REFERENCE = [
 ]
 _WIDE = ["model.hidden_size=512", "model.intermediate_size=1792", "model.num_hidden_layers=8"]
 _TINY = [
-    "tokenizer.vocab_size=384",
+    "tokenizer.vocab_size=400",
     "data.sequence_length=32",
     "model.hidden_size=64",
     "model.intermediate_size=32",

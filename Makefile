@@ -28,7 +28,7 @@ train: $(READY)  ## train the default experiment, evaluate, sample and export
 test: $(READY)  ## run the test suite
 	@$(BIN)/python -m pytest $(ARGS)
 
-bench: $(READY)  ## training steps against transformers' Mixtral, in one run (a quarter of an hour)
+bench: $(READY)  ## training steps against transformers' Mixtral, in one run
 	@$(BIN)/python scripts/benchmark.py $(ARGS)
 
 bench-check: $(READY)  ## whether a fast path has lost its lead over its reference

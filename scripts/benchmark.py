@@ -210,11 +210,12 @@ def measure(sides: list[Side], options: list[str], batches: Path, given: argpars
     with processes(sides, options, batches, given.balanced) as running:
         losses = {side.name: process.steps(1)["loss"] for side, process in running.items()}
         print("loss of the first step: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if loss))
-        for process in running.values():
-            process.steps(1)  # the first makes primitives and moments
         for number in range(given.rounds):
             peaks = {kind: matmul_rate(torch.device("cpu"), getattr(torch, kind)) for kind in ("bfloat16", "float32")}
-            answers = {side.name: process.steps(given.steps) for side, process in running.items()}
+            answers = {}
+            for side, process in running.items():
+                process.steps(1)  # memory that was given back has to be faulted in again
+                answers[side.name] = process.steps(given.steps)
             speeds = {name: tokens / answer["seconds"] for name, answer in answers.items()}
             memory = {name: answer["memory"] for name, answer in answers.items()}
             rounds.append({"peaks": peaks, "tokens_per_second": speeds, "memory": memory})

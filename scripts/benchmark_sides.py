@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_lm.config import load
 from moe_lm.data.batch import IGNORED, Batch
-from moe_lm.kernels.allocator import keep_freed_memory
+from moe_lm.kernels.allocator import give_back_freed_memory, keep_freed_memory
 from moe_lm.model.config import ModelConfig, Recompute
 from moe_lm.model.initialization import initial_value
 from moe_lm.model.router import Router
@@ -54,6 +54,7 @@ class Conductor:
             torch.cuda.synchronize()
         taken = time.perf_counter() - self._begin
         _say({"seconds": taken, "loss": loss, "memory": peak_memory(self._device) - self._before})
+        give_back_freed_memory()  # the machine does not hold what all sides have had at their peaks
         line = sys.stdin.readline()
         if not line:
             sys.exit(0)

@@ -11,9 +11,7 @@ def keep_freed_memory() -> None:
     in again, page by page (18,000–35,000 faults a step of the default model, 3–5 % of its time). No effect where the C
     library is another.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    library = ctypes.CDLL(None)
+    library = _c_library()
     if not hasattr(library, "mallopt"):
         return
     trim_threshold, top_pad, mmap_threshold, largest = -1, -2, -3, 2**31 - 1  # names and signs from malloc.h
@@ -22,3 +20,14 @@ def keep_freed_memory() -> None:
     if library.mallopt(mmap_threshold, largest) or library.mallopt(mmap_threshold, 2**25):
         library.mallopt(trim_threshold, largest)
         library.mallopt(top_pad, 64 * 2**20)
+
+
+def give_back_freed_memory() -> None:
+    """Return the pages of freed blocks to the system: the opposite, for a process that will wait a while."""
+    library = _c_library()
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
+
+
+def _c_library() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if sys.platform.startswith("linux") else None

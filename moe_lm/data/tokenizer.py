@@ -52,6 +52,10 @@ gives newlines and indentation pieces of their own."""
 
 MAX_PIECE_CHARACTERS = 24
 
+LOST_CHARACTERS = re.compile("[\t\u2585]")
+"""sentencepiece's internal marks, of a boundary and of what is unknown: it leaves out a sentence that holds one, so the
+text is split there."""
+
 
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, directory: Path, training_bytes: int = 32_000_000
@@ -71,8 +75,9 @@ def train_tokenizer(
         InputError: The text holds too few different pieces for `vocab_size`, or too many characters.
     """
     model = io.BytesIO()
-    # sentencepiece leaves out a sentence that holds a tab, its internal boundary mark: split there.
-    sentences = (part for chunk in training_chunks(texts, training_bytes) for part in chunk.split("\t") if part)
+    sentences = (
+        part for chunk in training_chunks(texts, training_bytes) for part in LOST_CHARACTERS.split(chunk) if part
+    )
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=sentences,

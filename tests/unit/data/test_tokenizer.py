@@ -104,6 +104,14 @@ def test_hard_text_can_be_trained_on(tmp_path: Path) -> None:
     assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in texts[:500])
 
 
+def test_marks_of_sentencepiece_do_not_lose_the_text_around_them(tmp_path: Path) -> None:
+    """Catches a whole chunk that nothing is learned from, for one character in it."""
+    text = "the same words again and again, to be learned whole\n" * 60
+    plain = train_tokenizer([text], 385, tmp_path / "plain")
+    marked = train_tokenizer([f"{text}\t\u2585"], 385, tmp_path / "marked")
+    assert marked.encode(text) == plain.encode(text)
+
+
 @pytest.mark.parametrize("wanted", [50_000, 30_000, 10_000, 4_001])
 def test_more_text_than_wanted_is_thinned_evenly(wanted: int) -> None:
     """Catches a beginning that is taken for the whole, and text that is kept beyond what was asked for."""

@@ -51,7 +51,7 @@ SCHEMAS: dict[str, type] = {
 FROM_BASE = ("finetune",)
 """Commands whose model and tokenizer are those of a base, unless an option says otherwise."""
 
-OF_BASE = ("model", "tokenizer.vocab_size", "tokenizer.training_bytes")
+OF_BASE = ("model", "tokenizer.kind", "tokenizer.vocab_size", "tokenizer.training_bytes")
 """Options that those have no use for."""
 
 

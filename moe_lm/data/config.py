@@ -51,6 +51,13 @@ class Packing(enum.Enum):
     best_fit = "best_fit"
 
 
+class TokenizerKind(enum.Enum):
+    """What a tokenizer that is trained here has ids for, besides bytes and control ids."""
+
+    bpe = "bpe"
+    character = "character"
+
+
 @dataclass
 class SourceConfig:
     """One source of a mixture; null takes the value that `data` has."""
@@ -310,8 +317,14 @@ def _check_source(name: str, source: SourceConfig, config: DataConfig) -> None:
 class TokenizerConfig:
     """The tokenizer: trained on the training documents (sentencepiece), or taken from a file or directory."""
 
+    kind: TokenizerKind = TokenizerKind.bpe
+    """`bpe` merges characters into the pieces that the text repeats most; `character` makes each character one token.
+    Ignored when `path` is given, or the data is prepared already."""
+
     vocab_size: int = 4096
-    """Number of token ids in all, control and byte ids included. Ignored when `path` is given."""
+    """Number of token ids in all, control and byte ids included. Of kind `character` the most there may be: if the text
+    has more characters, the rarest are spelt in bytes; if fewer (384 is enough for English), the model has spare
+    rows. Ignored when `path` is given."""
 
     path: str | None = None
     """An existing tokenizer to use instead of training one: a sentencepiece `.model`, or a Hugging Face directory with

@@ -23,7 +23,7 @@ from typing import Any
 
 from moe_lm.data.chat_template import ChatFormat, choose_template
 from moe_lm.data.chunks import ChangedSourceError, made_chunks
-from moe_lm.data.config import DataConfig, TokenizerConfig
+from moe_lm.data.config import DataConfig, TokenizerConfig, TokenizerKind
 from moe_lm.data.documents import MIN_DOCUMENTS_FOR_HASH_SPLIT, Split, SplitWay, choose_split
 from moe_lm.data.encode import Encoder, start_workers
 from moe_lm.data.prepared import FORMAT, made_tokenizer, open_set
@@ -241,8 +241,11 @@ def _tokenizer(job: _Job, splits: dict[str, Split], report: Report) -> Tokenizer
             job.tokenizer_config.vocab_size,
             path,
             job.tokenizer_config.training_bytes,
+            job.tokenizer_config.kind,
         )
-        report(f"trained a tokenizer of {tokenizer.vocab_size} ids")
+        is_bpe = job.tokenizer_config.kind is TokenizerKind.bpe
+        characters = "" if is_bpe else f", {len(tokenizer.text_ids)} of them characters"
+        report(f"trained a tokenizer of {tokenizer.vocab_size} ids{characters}")
     if job.form is not None:
         tokenizer.chat_template = job.form.template
     tokenizer.save(path, job.config.sequence_length)

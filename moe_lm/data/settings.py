@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lm.data.chunks import ChangedSourceError, Chunk, Unit, check_unchanged
-from moe_lm.data.config import DataConfig, TokenizerConfig
+from moe_lm.data.config import DataConfig, TokenizerConfig, TokenizerKind
 from moe_lm.data.prepared import made_tokenizer, read_manifest
 from moe_lm.data.sources import Source
 from moe_lm.data.tokenizer import load_tokenizer
@@ -37,7 +37,10 @@ def settings_of(config: DataConfig, tokenizer_config: TokenizerConfig, template:
         values["chat_template"] = f"SHA-256 {hashlib.sha256(template.encode()).hexdigest()[:16]}"
     for source in values["sources"].values():
         del source["weight"], source["final_weight"]
-    flat = _flatten({"data": values, "tokenizer": asdict(tokenizer_config)})
+    tokenizer = asdict(tokenizer_config)
+    if tokenizer_config.kind is TokenizerKind.bpe:
+        del tokenizer["kind"]  # as in sets that were made when there was no other: their chunks' fingerprints hold
+    flat = _flatten({"data": values, "tokenizer": tokenizer})
     return {name: value.name if hasattr(value, "name") else value for name, value in sorted(flat.items())}
 
 
@@ -73,7 +76,8 @@ def check_begun(settings: dict[str, Any], tokenizer_config: TokenizerConfig, dir
 
 def _check_settings(settings: dict[str, Any], path: Path) -> None:
     """Compares with the settings a directory was prepared with, and names what differs."""
-    written = read_manifest(path)["settings"]
+    left_out = {"tokenizer.kind": TokenizerKind.bpe.name}
+    settings, written = left_out | settings, left_out | read_manifest(path)["settings"]
     if settings["tokenizer.path"] is not None and written["tokenizer.path"] is not None:
         settings = settings | {"tokenizer.path": written["tokenizer.path"]}  # what lies there is compared by itself
     differences = [

@@ -1,11 +1,12 @@
-"""The sentencepiece BPE tokenizer: trained here, loaded here, exported for transformers in `tokenizer_export.py`.
+"""The sentencepiece tokenizer, BPE or by character: trained here, loaded here, exported for transformers in
+`tokenizer_export.py`.
 
 Lossless: identity normalisation, no dummy space in front, byte fallback; so decoding gives back any text but U+2581,
 which sentencepiece itself uses for the space. Control symbols (`<s>`, role marks, spares) never come out of text: a
 text that contains "<s>" is encoded as those three characters, and only our own code inserts the id.
 
-Options measured on the standard library (V 4096, held-out files): bytes per token, seconds to train on 11.5 MB, and
-bits per byte of an interpolated 6-gram model over all the tokens, or over 900 k of them in random rows.
+Options of BPE measured on the standard library (V 4096, held-out files): bytes per token, seconds to train on 11.5 MB,
+and bits per byte of an interpolated 6-gram model over all the tokens, or over 900 k of them in random rows.
 
     sentencepiece's defaults, fed lines                     2.14   1.2 s
     and allow_whitespace_only_pieces (indentation)          3.09   1.5 s
@@ -26,13 +27,13 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
-from moe_lm.data.config import MIN_VOCAB_SIZE
+from moe_lm.data.config import MIN_VOCAB_SIZE, TokenizerKind
 from moe_lm.errors import InputError
 from moe_lm.files import write_atomically
 
@@ -57,16 +58,35 @@ LOST_CHARACTERS = re.compile("[\t\u2585]")
 text is split there."""
 
 
+_OPTIONS: dict[TokenizerKind, dict[str, Any]] = {
+    TokenizerKind.bpe: {
+        "model_type": "bpe",
+        "allow_whitespace_only_pieces": True,
+        "split_by_unicode_script": False,
+        "split_by_whitespace": True,
+        "max_sentencepiece_length": MAX_PIECE_CHARACTERS,
+    },
+    # Every character that there is room for, the most frequent first: by default the rarest 0.05 % of a text are bytes.
+    TokenizerKind.character: {"model_type": "char", "character_coverage": 1.0},
+}
+"""What the kinds do not share."""
+
+
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, directory: Path, training_bytes: int = 32_000_000
+    texts: Iterable[str],
+    vocab_size: int,
+    directory: Path,
+    training_bytes: int = 32_000_000,
+    kind: TokenizerKind = TokenizerKind.bpe,
 ) -> "SentencePieceTokenizer":
-    """Trains a BPE tokenizer and writes `tokenizer.model` into a directory (made if missing).
+    """Trains a tokenizer and writes `tokenizer.model` into a directory (made if missing).
 
     Args:
         texts: The documents; iterated once, and never held all at a time.
-        vocab_size: Number of ids in all, control and byte ids included.
+        vocab_size: Number of ids in all, control and byte ids included; of characters the most there may be.
         directory: Where the model goes.
         training_bytes: Most UTF-8 bytes to train on; more is thinned out evenly over all the text.
+        kind: What ids are for.
 
     Returns:
         The trained tokenizer. The same texts give the same model, byte for byte.
@@ -82,16 +102,12 @@ def train_tokenizer(
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=sentences,
             model_writer=model,
-            model_type="bpe",
+            **_OPTIONS[kind],
             vocab_size=vocab_size,
             byte_fallback=True,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_by_unicode_script=False,
-            split_by_whitespace=True,
-            max_sentencepiece_length=MAX_PIECE_CHARACTERS,
             max_sentence_length=16 * CHUNK_CHARACTERS,
             control_symbols=list(CONTROL_SYMBOLS),
             unk_id=0,
@@ -338,6 +354,12 @@ class SentencePieceTokenizer:
         ids = range(self.vocab_size)
         return [i for i in ids if i == self.eos_id or not (self.is_control(i) or self.is_unknown(i))]
 
+    @cached_property
+    def text_ids(self) -> list[int]:
+        """Ids of pieces of text: neither control ids, nor `<unk>`, nor bytes."""
+        others = (self.is_control, self.is_unknown, self.is_byte)
+        return [token for token in range(self.vocab_size) if not any(is_other(token) for is_other in others)]
+
     def token_id(self, piece: str) -> int:
         """The id of a piece such as `<|user|>`.
 
@@ -362,5 +384,5 @@ class SentencePieceTokenizer:
         return self._processor.is_unknown(token)
 
     def score(self, token: int) -> float:
-        """The score of a piece; in BPE, minus its rank among the merges."""
+        """The score of a piece; in BPE, minus its rank among the merges, of characters their logarithmic frequency."""
         return self._processor.get_score(token)

@@ -3,6 +3,7 @@
 transformers' own conversion does not: it reads a literal "<s>" in a text as the control token, and puts a space in
 front. So `tokenizer.json` is written here. A BPE merge list is not stored in a sentencepiece model, but follows from
 it: a piece is made from any two pieces that concatenate to it, and the piece with the lower id (higher score) first.
+A tokenizer by character is BPE without merges.
 """
 
 import itertools
@@ -116,8 +117,7 @@ def tokenizer_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
 
 def _merges(tokenizer: SentencePieceTokenizer) -> list[list[str]]:
     """All pairs of pieces whose concatenation is a piece, by the id of the result."""
-    tokens = range(tokenizer.vocab_size)
-    ordinary = {tokenizer.piece(t): t for t in tokens if not (_is_special(tokenizer, t) or tokenizer.is_byte(t))}
+    ordinary = {tokenizer.piece(token): token for token in tokenizer.text_ids}
     merges = []
     for piece in ordinary:
         splits = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
@@ -132,15 +132,14 @@ def _is_special(tokenizer: SentencePieceTokenizer, token: int) -> bool:
 def _check_exportable(tokenizer: SentencePieceTokenizer) -> None:
     """Refuses models whose ids tokenizers' BPE would not reproduce: unigram, user-defined pieces, normalisation."""
     remedy = "use a BPE model with byte_fallback and identity normalisation, or let moe-lm train one."
-    tokens = range(tokenizer.vocab_size)
-    ordinary = [t for t in tokens if not (_is_special(tokenizer, t) or tokenizer.is_byte(t))]
-    scores = [tokenizer.score(token) for token in ordinary]
+    scores = [tokenizer.score(token) for token in tokenizer.text_ids]
     ranked = all(earlier > later for earlier, later in itertools.pairwise(scores))
-    if not ranked or any(score != round(score) for score in scores):
+    by_character = all(len(tokenizer.piece(token)) == 1 for token in tokenizer.text_ids)  # then nothing is merged
+    if not by_character and (not ranked or any(score != round(score) for score in scores)):
         raise InputError(
             f"tokenizer.path: this sentencepiece model is not plain BPE (or has pieces of its own); {remedy}"
         )
-    if sum(tokenizer.is_byte(token) for token in tokens) != 256:
+    if sum(tokenizer.is_byte(token) for token in range(tokenizer.vocab_size)) != 256:
         raise InputError(f"tokenizer.path: this sentencepiece model has no byte fallback; {remedy}")
     probe = "A  ﬁ ①\r\n\t x\u00a0"
     if tokenizer.decode(tokenizer.encode(probe)) != probe:

@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_lm.kernels import native
+
 _QUERY_BLOCK = 128
 _SCORES_AT_ONCE = 2**22
 """Scores computed at one time, unless one row has more: enough that starting threads is cheap, 8 MB in bf16."""
@@ -152,6 +154,29 @@ def _unstack_heads(x_MrH: Tensor, like_bsNH: Tensor) -> Tensor:
     return x_MrH.view(b, N, s, H).transpose(1, 2)
 
 
+def _softmax_in_place(scores_bNsk: Tensor, mask_bsk: Tensor | None, first: int, scale: float) -> None:
+    """Turn scores into softmax(scale · scores) over the keys that a query sees: without a mask, 0 to `first` + i."""
+    b, N, s, k = scores_bNsk.shape
+    if native.supports(scores_bNsk):
+        strides = (0, 0) if mask_bsk is None else mask_bsk.stride()[:2]
+        numbers = (*strides, b, N, s, k, first, scale)
+        native.run("attention_softmax", scores_bNsk.dtype, scores_bNsk.numel(), scores_bNsk, mask_bsk, *numbers)
+        return
+    if mask_bsk is None:
+        mask_bsk = _causal_mask(k, scores_bNsk.device)[:, first : first + s]
+    scores_bNsk.mul_(scale).masked_fill_(~mask_bsk.unsqueeze(1), -torch.inf)
+    torch._softmax(scores_bNsk, -1, False, out=scores_bNsk)
+
+
+def _softmax_backward(grad_Mrk: Tensor, p_Mrk: Tensor) -> Tensor:
+    """The gradient of softmax's input, over that of its output."""
+    if native.supports(grad_Mrk, p_Mrk):
+        rows, keys = grad_Mrk.flatten(0, 1).shape
+        native.run("attention_softmax_backward", grad_Mrk.dtype, grad_Mrk.numel(), grad_Mrk, p_Mrk, rows, keys)
+        return grad_Mrk
+    return torch.ops.aten._softmax_backward_data.out(grad_Mrk, p_Mrk, -1, grad_Mrk.dtype, grad_input=grad_Mrk)
+
+
 class _ExplicitAttention(torch.autograd.Function):
     """Probabilities of each block of queries are one contiguous tensor [B·G, J·block, keys], kept for the backward."""
 
@@ -159,9 +184,6 @@ class _ExplicitAttention(torch.autograd.Function):
     def forward(ctx, q_BSNH, k_BTGH, v_BTGH, mask_BST):  # type: ignore[no-untyped-def]
         B, S, N, H = q_BSNH.shape
         T, G = k_BTGH.shape[1:3]
-        if mask_BST is None:
-            mask_BST = _causal_mask(S, q_BSNH.device).expand(B, S, T)
-        zero, hidden = q_BSNH.new_zeros(()), q_BSNH.new_full((), -torch.inf)
         o_BSNH = torch.empty_like(q_BSNH)
         blocks = _query_blocks(S, T)
         saved = [q_BSNH.new_empty(B * G, N // G * (end - start), keys) for start, end, keys in blocks]
@@ -169,11 +191,10 @@ class _ExplicitAttention(torch.autograd.Function):
             k, v = _stack_heads(k_BTGH[rows], G), _stack_heads(v_BTGH[rows], G)
             for probabilities, (start, end, keys) in zip(saved, blocks, strict=True):
                 p = probabilities[rows.start * G : rows.stop * G]
-                scores = torch.empty_like(p)
-                bias = torch.where(mask_BST[rows, start:end, :keys], zero, hidden).unsqueeze(1)
-                scores.view(-1, N, end - start, keys).copy_(bias)
-                scores.baddbmm_(_stack_heads(q_BSNH[rows, start:end], G), k[:, :keys].mT, alpha=1 / math.sqrt(H))
-                torch._softmax(scores, -1, False, out=p)
+                mask_bsk = None if mask_BST is None else mask_BST[rows, start:end, :keys]
+                scores_bNsk = p.view(-1, N, end - start, keys)
+                torch.bmm(_stack_heads(q_BSNH[rows, start:end], G), k[:, :keys].mT, out=p)
+                _softmax_in_place(scores_bNsk, mask_bsk, start, 1 / math.sqrt(H))
                 o_bsNH = o_BSNH[rows, start:end]
                 o_bsNH.copy_(_unstack_heads(torch.bmm(p, v[:, :keys]), o_bsNH))
         ctx.save_for_backward(q_BSNH, k_BTGH, v_BTGH, *saved)
@@ -193,7 +214,7 @@ class _ExplicitAttention(torch.autograd.Function):
                 p = probabilities[rows.start * G : rows.stop * G]
                 q, do = _stack_heads(q_BSNH[rows, start:end], G), _stack_heads(grad_o_BSNH[rows, start:end], G)
                 dp = torch.bmm(do, v[:, :keys].mT)
-                ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, dp.dtype, grad_input=dp)
+                ds = _softmax_backward(dp, p)
                 dq = torch.baddbmm(torch.empty_like(q), ds, k[:, :keys], beta=0, alpha=scale)
                 grad_q[rows, start:end] = _unstack_heads(dq, grad_q[rows, start:end])
                 dv[:, :keys].baddbmm_(p.mT, do, beta=min(beta, 1))

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_lm.kernels import native
+
 ROW_ALIGNMENT = 128
 """Largest multiple to which groups are rounded up; see `row_alignment`."""
 
@@ -107,9 +109,7 @@ def _expert_loop(x_RD: Tensor, group_ends_E: Tensor, gate_up_proj: Tensor, down_
     for expert, end in enumerate(group_ends_E.tolist()):
         if end > start:
             h = torch.mm(x_RD[start:end], gate_up_proj[expert].t(), out=h_R2F[start:end])
-            gate, up = h.chunk(2, dim=-1)
-            activation = F.silu(gate).mul_(up)
-            torch.mm(activation, down_proj[expert].t(), out=y_RD[start:end])
+            torch.mm(_swiglu(h), down_proj[expert].t(), out=y_RD[start:end])
         start = end
     y_RD[start:].zero_()
     return y_RD, h_R2F
@@ -159,10 +159,23 @@ def _backward(ctx: Any, grad_y_RD: Tensor, _: Tensor | None) -> tuple[Tensor | N
 _with_gradients.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
+def _swiglu(h_r2F: Tensor) -> Tensor:
+    gate, up = h_r2F.chunk(2, dim=-1)
+    if not native.supports(h_r2F):
+        return F.silu(gate).mul_(up)
+    activation_rF = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    native.run("swiglu", h_r2F.dtype, gate.numel(), h_r2F, activation_rF, *gate.shape)
+    return activation_rF
+
+
 def _swiglu_backward(h_r2F: Tensor, grad_activation_rF: Tensor) -> tuple[Tensor, Tensor]:
     """The activation again, and the gradient of [gate, up], one expert at a time so that the pieces stay in cache."""
     gate, up = h_r2F.chunk(2, dim=-1)
     grad_h_r2F = torch.empty_like(h_r2F)
+    if native.supports(h_r2F, grad_activation_rF):
+        pointers = h_r2F, grad_activation_rF, grad_h_r2F
+        native.run("swiglu_backward", h_r2F.dtype, gate.numel(), *pointers, *gate.shape)
+        return grad_activation_rF, grad_h_r2F
     grad_gate, grad_up = grad_h_r2F.chunk(2, dim=-1)
     silu = F.silu(gate)
     torch.mul(grad_activation_rF, silu, out=grad_up)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_lm.kernels import native
+
 IGNORED_LABEL = -100
 
 
@@ -75,9 +77,17 @@ def _loss_and_gradients(
     grad_head = torch.zeros_like(head_VD, dtype=wide) if needs_head else None
     for start in range(0, hidden_TD.shape[0], chunk_rows):
         rows = slice(start, start + chunk_rows)
-        hidden, kept = hidden_TD[rows], (labels_T[rows] != IGNORED_LABEL).unsqueeze(1)
-        labels = labels_T[rows].unsqueeze(1).where(kept, 0)
+        hidden = hidden_TD[rows]
         logits = hidden @ head_VD.t()
+        if native.supports(logits):
+            total += _native_loss(logits, labels_T[rows], needs_hidden or needs_head)
+            if grad_hidden is not None:
+                torch.mm(logits, head_VD, out=grad_hidden[rows])
+            if grad_head is not None:
+                _add_product(grad_head, logits, hidden)
+            continue
+        kept = (labels_T[rows] != IGNORED_LABEL).unsqueeze(1)
+        labels = labels_T[rows].unsqueeze(1).where(kept, 0)
         log_probability = torch.log_softmax(logits.to(wide), dim=-1)
         total -= log_probability.gather(1, labels).where(kept, 0).sum()
         if not (needs_hidden or needs_head):
@@ -91,9 +101,20 @@ def _loss_and_gradients(
             torch.mm(gradient, head_VD, out=grad_hidden[rows])
             grad_hidden[rows].masked_fill_(~kept, 0)
         if grad_head is not None:
-            hidden = hidden.masked_fill(~kept, 0)
-            if gradient.dtype is wide:
-                grad_head.addmm_(gradient.t(), hidden)
-            else:
-                grad_head += gradient.t() @ hidden
+            _add_product(grad_head, gradient, hidden.masked_fill(~kept, 0))
     return total, grad_hidden, grad_head
+
+
+def _native_loss(logits_rV: Tensor, labels_r: Tensor, gradients: bool) -> Tensor:
+    """Sum of the losses; if wanted, the logits become their gradient, zero where the label is ignored."""
+    labels_r, losses_r = labels_r.contiguous(), logits_rV.new_empty(len(logits_rV), dtype=torch.float32)
+    pointers = logits_rV, labels_r, losses_r
+    native.run("cross_entropy", logits_rV.dtype, logits_rV.numel(), *pointers, *logits_rV.shape, gradients)
+    return losses_r.sum()
+
+
+def _add_product(grad_head_VD: Tensor, gradient_rV: Tensor, hidden_rD: Tensor) -> None:
+    if gradient_rV.dtype is grad_head_VD.dtype:
+        grad_head_VD.addmm_(gradient_rV.t(), hidden_rD)
+    else:
+        grad_head_VD += gradient_rV.t() @ hidden_rD

@@ -17,6 +17,8 @@ and 1.7. On other devices the plain version stays.
 import torch
 from torch import Tensor
 
+from moe_lm.kernels import native
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str | None = None) -> Tensor:
     """Weight ⊙ x / sqrt(mean(x²) + eps) over the last dimension (Zhang and Sennrich 2019, equation 4).
@@ -48,27 +50,35 @@ def _reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _fused(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The norm, and mean(x²) of each row in fp32."""
+    """The norm, and 1 / sqrt(mean(x²) + eps) of each row in fp32."""
+    if native.supports(x_TD, weight_D):
+        y_TD, inverse_T = torch.empty_like(x_TD), x_TD.new_empty(len(x_TD), dtype=torch.float32)
+        native.run("rms_norm", x_TD.dtype, x_TD.numel(), x_TD, weight_D, y_TD, inverse_T, *x_TD.shape, eps)
+        return y_TD, inverse_T
     norms_T = torch.linalg.vector_norm(x_TD, dim=-1, dtype=torch.float32)
     variance_T = norms_T.square_().div_(x_TD.shape[1])
     # Arguments after the statistics: not training, momentum 0, eps, no cuDNN.
     mean_T = torch.zeros_like(variance_T)
     normed = torch.batch_norm(x_TD.unsqueeze(0), None, None, mean_T, variance_T, False, 0.0, eps, False)
-    return normed.squeeze(0).mul_(weight_D), variance_T
+    return normed.squeeze(0).mul_(weight_D), variance_T.add_(eps).rsqrt_()
 
 
 class _FusedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, weight_D, eps):  # type: ignore[no-untyped-def]
-        y_TD, variance_T = _fused(x_TD, weight_D, eps)
-        ctx.save_for_backward(x_TD, weight_D, variance_T)
-        ctx.eps = eps
+        y_TD, inverse_T = _fused(x_TD, weight_D, eps)
+        ctx.save_for_backward(x_TD, weight_D, inverse_T)
         return y_TD
 
     @staticmethod
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
-        x_TD, weight_D, variance_T = ctx.saved_tensors
-        grad_TD, inverse_T1 = grad_TD.contiguous(), torch.rsqrt(variance_T + ctx.eps).unsqueeze(1)
+        x_TD, weight_D, inverse_T = ctx.saved_tensors
+        grad_TD, inverse_T1 = grad_TD.contiguous(), inverse_T.unsqueeze(1)
+        if native.supports(grad_TD, x_TD, weight_D):
+            grad_x_TD, grad_weight_D = torch.empty_like(x_TD), inverse_T.new_empty(weight_D.shape)
+            pointers = grad_TD, x_TD, weight_D, inverse_T, grad_x_TD, grad_weight_D
+            native.run("rms_norm_backward", x_TD.dtype, x_TD.numel(), *pointers, *x_TD.shape)
+            return grad_x_TD, grad_weight_D.to(weight_D.dtype), None
         grad_x_TD, _, _ = torch.ops.aten.native_layer_norm_backward(
             grad_TD,
             x_TD,

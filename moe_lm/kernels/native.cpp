@@ -1,0 +1,297 @@
+// Row-wise pieces of a training step, each one pass over memory, for CPUs. Loaded by native.py; the plain versions and
+// what they compute stand in swiglu.py, attention.py, loss.py, normalization.py and rotary.py.
+//
+// Plain C++17 that a compiler vectorises for the machine it runs on; no library but OpenMP's. Everything is computed in
+// fp32 and rounded once, to the nearest even. Sums over a row, and over rows, have a fixed order for a given number of
+// threads. T is float, or bf16 held in its 16 bits.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+using bf16 = uint16_t;
+
+static inline float load(float x) { return x; }
+
+static inline float load(bf16 x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+static inline void store(float *where, float x) { *where = x; }
+
+static inline void store(bf16 *where, float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    *where = bf16(x == x ? rounded : 0x7fc0);  // adding to a NaN's bits could make a number of it
+}
+
+template <typename T> static inline float round_to(float x) {
+    T rounded;
+    store(&rounded, x);
+    return load(rounded);
+}
+
+// exp(x) to about 2 ulp: 2^n · 2^f with f in [-1/2, 1/2], by a polynomial (Cephes' expf). NaN stays NaN; what is below
+// the smallest normal number is 0, as exp(-inf) is.
+static inline float exponential(float x) {
+    float clamped = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+    float shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 · 2^23: the sum's low bits are the nearest integer
+    float n = shifted - 12582912.0f;
+    float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    uint32_t bits;
+    std::memcpy(&bits, &shifted, 4);
+    bits = (bits - 0x4b400000u + 127u) << 23;
+    float power;
+    std::memcpy(&power, &bits, 4);
+    return x < -87.0f ? 0.0f : p * power;
+}
+
+static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+#define PARALLEL_ROWS _Pragma("omp parallel for num_threads(threads) schedule(static)")
+
+// out[r] = silu(gate) · up, of rows h = [gate, up].
+template <typename T> static void swiglu(const T *h, T *out, int64_t rows, int64_t F, int threads) {
+    PARALLEL_ROWS
+    for (int64_t r = 0; r < rows; r++) {
+        const T *gate = h + r * 2 * F, *up = gate + F;
+        T *y = out + r * F;
+#pragma omp simd
+        for (int64_t i = 0; i < F; i++) {
+            float g = load(gate[i]);
+            store(y + i, g * sigmoid(g) * load(up[i]));
+        }
+    }
+}
+
+// The gradient of h, and over `grad`, the gradient of the activation, the activation itself.
+template <typename T> static void swiglu_backward(const T *h, T *grad, T *grad_h, int64_t rows, int64_t F, int threads) {
+    PARALLEL_ROWS
+    for (int64_t r = 0; r < rows; r++) {
+        const T *gate = h + r * 2 * F, *up = gate + F;
+        T *d = grad + r * F, *grad_gate = grad_h + r * 2 * F, *grad_up = grad_gate + F;
+#pragma omp simd
+        for (int64_t i = 0; i < F; i++) {
+            float g = load(gate[i]), u = load(up[i]), dy = load(d[i]), s = sigmoid(g), silu = g * s;
+            store(grad_gate + i, dy * u * s * (1.0f + g - silu));
+            store(grad_up + i, dy * silu);
+            store(d + i, silu * u);
+        }
+    }
+}
+
+// Softmax in place of scores[b, g, j, i, :keys], scaled, over the keys that query i sees: those of mask[b, i, :keys]
+// (its rows mask_stride apart, its matrices mask_batch), or without a mask the first `offset` + i + 1. Others become 0.
+template <typename T>
+static void attention_softmax(T *scores, const uint8_t *mask, int64_t mask_batch, int64_t mask_stride, int64_t batch,
+                              int64_t heads, int64_t queries, int64_t keys, int64_t offset, float scale, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> wide(keys);
+        float *w = wide.data();
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < batch * heads * queries; row++) {
+            int64_t b = row / (heads * queries), i = row % queries;
+            T *s = scores + row * keys;
+            int64_t end = std::min(keys, offset + i + 1);
+            const uint8_t *visible = mask ? mask + b * mask_batch + i * mask_stride : nullptr;
+            if (mask) end = keys;
+            float largest = -INFINITY, sum = 0.0f;
+            if (mask) {
+#pragma omp simd reduction(max : largest)
+                for (int64_t j = 0; j < end; j++) {
+                    float value = visible[j] ? load(s[j]) * scale : -INFINITY;
+                    w[j] = value;
+                    largest = value > largest ? value : largest;
+                }
+            } else {
+#pragma omp simd reduction(max : largest)
+                for (int64_t j = 0; j < end; j++) {
+                    float value = load(s[j]) * scale;
+                    w[j] = value;
+                    largest = value > largest ? value : largest;
+                }
+            }
+#pragma omp simd reduction(+ : sum)
+            for (int64_t j = 0; j < end; j++) {
+                w[j] = exponential(w[j] - largest);
+                sum += w[j];
+            }
+            float inverse = 1.0f / sum;
+#pragma omp simd
+            for (int64_t j = 0; j < end; j++) store(s + j, w[j] * inverse);
+            for (int64_t j = end; j < keys; j++) s[j] = 0;
+        }
+    }
+}
+
+// Over grad, the gradient of probabilities p, that of what the softmax is of: p · (grad - sum(p · grad)).
+template <typename T>
+static void attention_softmax_backward(T *grad, const T *p, int64_t rows, int64_t keys, int threads) {
+    PARALLEL_ROWS
+    for (int64_t r = 0; r < rows; r++) {
+        T *d = grad + r * keys;
+        const T *q = p + r * keys;
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < keys; j++) sum += load(d[j]) * load(q[j]);
+#pragma omp simd
+        for (int64_t j = 0; j < keys; j++) store(d + j, load(q[j]) * (load(d[j]) - sum));
+    }
+}
+
+// losses[r] = logsumexp(logits[r]) - logits[r, label]; over the logits, if wanted, softmax - onehot. Where the label is
+// negative both are 0; the caller turns every label that is ignored into one.
+template <typename T>
+static void cross_entropy(T *logits, const int64_t *labels, float *losses, int64_t rows, int64_t V, int gradients,
+                          int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> wide(V);
+        float *w = wide.data();
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++) {
+            T *x = logits + r * V;
+            int64_t label = labels[r];
+            if (label < 0 || label >= V) {  // what is no label at all must not go unnoticed, nor read beyond the row
+                losses[r] = label < 0 ? 0.0f : NAN;
+                if (gradients) std::memset(x, 0, V * sizeof(T));
+                continue;
+            }
+            float largest = -INFINITY, sum = 0.0f, of_label = load(x[label]);
+#pragma omp simd reduction(max : largest)
+            for (int64_t j = 0; j < V; j++) {
+                float value = load(x[j]);
+                w[j] = value;
+                largest = value > largest ? value : largest;  // std::max would be 15 times slower here
+            }
+#pragma omp simd reduction(+ : sum)
+            for (int64_t j = 0; j < V; j++) {
+                w[j] = exponential(w[j] - largest);
+                sum += w[j];
+            }
+            losses[r] = std::log(sum) + largest - of_label;
+            if (!gradients) continue;
+            float inverse = 1.0f / sum;
+            w[label] -= sum;
+#pragma omp simd
+            for (int64_t j = 0; j < V; j++) store(x + j, w[j] * inverse);
+        }
+    }
+}
+
+// y = weight · round(x · inverse), inverse = 1 / sqrt(mean(x²) + eps).
+template <typename T>
+static void rms_norm(const T *x, const T *weight, T *y, float *inverses, int64_t rows, int64_t D, float eps,
+                     int threads) {
+    PARALLEL_ROWS
+    for (int64_t r = 0; r < rows; r++) {
+        const T *a = x + r * D;
+        T *b = y + r * D;
+        float square = 0.0f;
+#pragma omp simd reduction(+ : square)
+        for (int64_t i = 0; i < D; i++) square += load(a[i]) * load(a[i]);
+        float inverse = 1.0f / std::sqrt(square / float(D) + eps);
+        inverses[r] = inverse;
+#pragma omp simd
+        for (int64_t i = 0; i < D; i++) store(b + i, load(weight[i]) * round_to<T>(load(a[i]) * inverse));
+    }
+}
+
+// grad_x = inverse · (weight · grad - n · mean(weight · grad · n)) with n = x · inverse; grad_weight [D] = Σ grad · n.
+template <typename T>
+static void rms_norm_backward(const T *grad, const T *x, const T *weight, const float *inverses, T *grad_x,
+                              float *grad_weight, int64_t rows, int64_t D, int threads) {
+    std::vector<float> partial(threads * D, 0.0f);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int part = 0; part < threads; part++) {
+        float *of_weight = partial.data() + part * D;
+        for (int64_t r = rows * part / threads; r < rows * (part + 1) / threads; r++) {
+            const T *d = grad + r * D, *a = x + r * D;
+            T *out = grad_x + r * D;
+            float inverse = inverses[r], mean = 0.0f;
+#pragma omp simd reduction(+ : mean)
+            for (int64_t i = 0; i < D; i++) mean += load(d[i]) * load(weight[i]) * load(a[i]);
+            mean *= inverse * inverse / float(D);
+#pragma omp simd
+            for (int64_t i = 0; i < D; i++) {
+                float dy = load(d[i]), xi = load(a[i]);
+                of_weight[i] += dy * xi * inverse;
+                store(out + i, inverse * (dy * load(weight[i]) - xi * mean));
+            }
+        }
+    }
+    for (int64_t i = 0; i < D; i++) {
+        grad_weight[i] = 0.0f;
+        for (int part = 0; part < threads; part++) grad_weight[i] += partial[part * D + i];
+    }
+}
+
+// y = x · cos + rotate_half(x) · sin for rows x[position, head, :H], or with sign -1 the transpose of that.
+template <typename T>
+static void rotary(const T *x, const T *cos, const T *sin, T *y, int64_t positions, int64_t heads, int64_t H, float sign,
+                   int threads) {
+    PARALLEL_ROWS
+    for (int64_t t = 0; t < positions; t++) {
+        const T *c = cos + t * H, *s = sin + t * H;
+        int64_t half = H / 2;
+        for (int64_t n = 0; n < heads; n++) {
+            const T *a = x + (t * heads + n) * H;
+            T *b = y + (t * heads + n) * H;
+#pragma omp simd
+            for (int64_t i = 0; i < half; i++) {
+                float first = load(a[i]), second = load(a[i + half]);
+                store(b + i, first * load(c[i]) - sign * second * load(s[i]));
+                store(b + i + half, second * load(c[i + half]) + sign * first * load(s[i + half]));
+            }
+        }
+    }
+}
+
+#define EXPORT(T)                                                                                                      \
+    void swiglu_##T(const T *h, T *out, int64_t rows, int64_t F, int threads) { swiglu(h, out, rows, F, threads); }     \
+    void swiglu_backward_##T(const T *h, T *grad, T *grad_h, int64_t rows, int64_t F, int threads) {                   \
+        swiglu_backward(h, grad, grad_h, rows, F, threads);                                                            \
+    }                                                                                                                  \
+    void attention_softmax_##T(T *scores, const uint8_t *mask, int64_t mask_batch, int64_t mask_stride, int64_t batch, \
+                               int64_t heads, int64_t queries, int64_t keys, int64_t offset, float scale,              \
+                               int threads) {                                                                          \
+        attention_softmax(scores, mask, mask_batch, mask_stride, batch, heads, queries, keys, offset, scale, threads); \
+    }                                                                                                                  \
+    void attention_softmax_backward_##T(T *grad, const T *p, int64_t rows, int64_t keys, int threads) {                \
+        attention_softmax_backward(grad, p, rows, keys, threads);                                                      \
+    }                                                                                                                  \
+    void cross_entropy_##T(T *logits, const int64_t *labels, float *losses, int64_t rows, int64_t V, int gradients,    \
+                           int threads) {                                                                              \
+        cross_entropy(logits, labels, losses, rows, V, gradients, threads);                                            \
+    }                                                                                                                  \
+    void rms_norm_##T(const T *x, const T *weight, T *y, float *inverses, int64_t rows, int64_t D, float eps,          \
+                      int threads) {                                                                                   \
+        rms_norm(x, weight, y, inverses, rows, D, eps, threads);                                                       \
+    }                                                                                                                  \
+    void rms_norm_backward_##T(const T *grad, const T *x, const T *weight, const float *inverses, T *grad_x,           \
+                               float *grad_weight, int64_t rows, int64_t D, int threads) {                             \
+        rms_norm_backward(grad, x, weight, inverses, grad_x, grad_weight, rows, D, threads);                           \
+    }                                                                                                                  \
+    void rotary_##T(const T *x, const T *cos, const T *sin, T *y, int64_t positions, int64_t heads, int64_t H,         \
+                    float sign, int threads) {                                                                         \
+        rotary(x, cos, sin, y, positions, heads, H, sign, threads);                                                    \
+    }
+
+extern "C" {
+EXPORT(float)
+EXPORT(bf16)
+}

@@ -1,6 +1,7 @@
 """The data path through the command line: prepared sets, streams, epochs, and what goes wrong in the middle."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -40,6 +41,25 @@ def test_training_on_a_prepared_set_is_training_on_its_text(place):
     bits = "validation_bits_per_byte"
     assert metrics(place / "runs/set", bits) == metrics(place / "runs/own", bits)
     assert not (place / "runs/set/data").exists() and (place / "runs/set/tokenizer/tokenizer.model").exists()
+
+
+def test_a_text_is_learned_character_by_character(place):
+    """Catches characters that training, export and generation do not agree on, and a loss that is not said in their
+    unit."""
+    options = ["experiment=shakespeare_char", *TINY, "data.paths=[corpus/text01.txt]", "trainer.max_steps=4"]
+    done = moe_lm("pretrain", *options, "run_name=characters", cwd=place)
+    run, text = place / "runs/characters", (place / "corpus/text01.txt").read_text()
+    last = metrics(run, "validation_loss")[4]
+    assert f"bits per byte, {last:.4f} nats per token (whole validation set)" in done.stderr
+    # Of ASCII a byte is a character; the end mark is one target more.
+    held_out = int(done.stdout.partition("held out: 1 documents, ")[2].split()[0])
+    bits = metrics(run, "validation_bits_per_byte")[4]
+    assert bits * math.log(2) * held_out == pytest.approx(last * (held_out + 1))
+    tokenizer = AutoTokenizer.from_pretrained(run / "hf")
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert len(ids) == len(text) and tokenizer.decode(ids) == text
+    written = moe_lm("generate", "checkpoint=runs/characters", "prompt=line é", "max_new_tokens=3", cwd=place).stdout
+    assert written.startswith("line é")
 
 
 def test_a_killed_stream_goes_on_bit_for_bit(place):

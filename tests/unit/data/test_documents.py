@@ -45,6 +45,16 @@ def test_few_documents_hold_out_their_tails_without_loss(text: str) -> None:
         assert train.text.endswith("\n") and 0.03 < len(held_out.text) / len(text) < 0.1
 
 
+def test_of_one_long_text_the_end_is_held_out() -> None:
+    """Catches a split that is not the usual one of a text: its first nine tenths, and the rest, but for part of a
+    line."""
+    text = "".join(f"line {number}\n" for number in range(10_000))
+    split = choose_split([Document("only.txt", text)], 0.1)
+    train, held_out = split.sides(Document("only.txt", text))
+    assert train is not None and held_out is not None and train.text + held_out.text == text
+    assert 0 <= len(held_out.text) - len(text) / 10 < 12 and train.text.endswith("\n")
+
+
 @pytest.mark.parametrize("title", ["Title\n", "\n", "a\nb\n"])
 def test_a_title_above_one_long_line_does_not_hold_all_out(title: str) -> None:
     """Catches a cut at the only line's end there is, which leaves nothing but the title to train on."""

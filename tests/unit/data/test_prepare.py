@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import pytest
 
 from moe_lm.data import chunks
 from moe_lm.data import prepare as prepare_module
-from moe_lm.data.config import DataConfig, DataSource, OnBadRow, SourceConfig, TokenizerConfig
+from moe_lm.data.config import DataConfig, DataSource, OnBadRow, SourceConfig, TokenizerConfig, TokenizerKind
 from moe_lm.data.encode import Encoder
 from moe_lm.data.prepare import Part, prepare
 from moe_lm.data.prepared import PreparedData, load
@@ -242,6 +243,24 @@ def test_other_settings_are_named(config: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"tokenizer.vocab_size=500 \(there: 400\)"):
         prepare(config, TokenizerConfig(vocab_size=500), tmp_path / "set")
     prepare(dataclasses.replace(config, sequence_length=99, epochs=3, workers=1), TOKENIZER, tmp_path / "set")
+
+
+def test_the_kind_of_tokenizer_is_a_setting(config: DataConfig, tmp_path: Path) -> None:
+    """Catches pieces that are taken for characters or the other way round, and a set of the default kind that an
+    earlier version could not have made: its manifest names no kind.
+    """
+    by_character = dataclasses.replace(TOKENIZER, kind=TokenizerKind.character)
+    for one, other in itertools.permutations((TOKENIZER, by_character)):
+        directory, lines = tmp_path / one.kind.name, list[str]()
+        prepare(config, one, directory, report=lines.append)
+        with pytest.raises(InputError, match=f"^tokenizer.kind='{other.kind.name}' .there: '{one.kind.name}'.: "):
+            prepare(config, other, directory)
+        assert prepare(config, one, directory)
+    data = load(config, by_character, tmp_path / "character")
+    assert all(data.tokenizer.decode([token]) == "i" for token in data.tokenizer.encode("iii"))
+    characters = data.tokenizer.vocab_size - 297
+    assert f"trained a tokenizer of {data.tokenizer.vocab_size} ids, {characters} of them characters" in lines
+    assert "tokenizer.kind" not in json.loads((tmp_path / "bpe/data/manifest.json").read_text())["settings"]
 
 
 def test_a_prepared_set_refuses_another_tokenizer(config: DataConfig, tmp_path: Path) -> None:

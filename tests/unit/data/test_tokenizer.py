@@ -11,9 +11,11 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_lm.data.config import TokenizerKind
 from moe_lm.data.tokenizer import (
     CHUNK_CHARACTERS,
     CONTROL_SYMBOLS,
+    SPACE,
     SentencePieceTokenizer,
     load_tokenizer,
     train_tokenizer,
@@ -55,12 +57,46 @@ def hard_strings() -> list[str]:
     return ["", *runs, *pairs, *mixtures]
 
 
+@pytest.fixture(scope="session")
+def by_character(sample_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
+    """A tokenizer by character, trained on the sample and some hard text."""
+    texts = [*sample_texts, "".join(HARD_PIECES[::2])]
+    return train_tokenizer(texts, 1500, tmp_path_factory.mktemp("character"), kind=TokenizerKind.character)
+
+
+@pytest.fixture(scope="session", params=TokenizerKind, ids=lambda kind: kind.name)
+def each_tokenizer(
+    request: pytest.FixtureRequest, tokenizer: SentencePieceTokenizer, by_character: SentencePieceTokenizer
+) -> SentencePieceTokenizer:
+    """One of each kind."""
+    return tokenizer if request.param is TokenizerKind.bpe else by_character
+
+
 @settings(deadline=None, max_examples=300)
 @given(text=hard_text)
-def test_any_text_comes_back(tokenizer: SentencePieceTokenizer, text: str) -> None:
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text.replace("\u2581", " ")
-    assert not any(tokenizer.is_control(token) or tokenizer.is_unknown(token) for token in ids)
+def test_any_text_comes_back(each_tokenizer: SentencePieceTokenizer, text: str) -> None:
+    ids = each_tokenizer.encode(text)
+    assert each_tokenizer.decode(ids) == text.replace("\u2581", " ")
+    assert not any(each_tokenizer.is_control(token) or each_tokenizer.is_unknown(token) for token in ids)
+
+
+def test_each_character_is_one_token(by_character: SentencePieceTokenizer, sample_texts: list[str]) -> None:
+    """Catches pieces of several characters, and rare characters that sentencepiece leaves to bytes by default."""
+    for text in sample_texts:
+        assert [by_character.decode([token]) for token in by_character.encode(text)] == list(text)
+    found = {*"".join(sample_texts), *"".join(HARD_PIECES[::2])} - {"\t", "\0", "\u2585"}  # bytes: sentencepiece's own
+    assert {by_character.piece(token) for token in by_character.text_ids} == {SPACE, *found} - {" "}
+    assert by_character.vocab_size == 256 + 4 + len(CONTROL_SYMBOLS) + len(found)
+
+
+def test_characters_that_there_is_no_room_for_are_bytes(tmp_path: Path) -> None:
+    """Catches text that is lost or refused, and room that the rarest characters take."""
+    hangul = [chr(code) for code in range(0xAC00, 0xAC00 + 3000)]
+    text = "".join(hangul[:50] * 2 + hangul[50:])
+    tokenizer = train_tokenizer([text], 400, tmp_path, kind=TokenizerKind.character)
+    assert tokenizer.vocab_size == 400 and tokenizer.decode(tokenizer.encode(text)) == text
+    assert all(len(tokenizer.encode(character)) == 1 for character in hangul[:50])
+    assert len(tokenizer.encode(hangul[-1])) == 3
 
 
 def test_control_symbols_have_ids_of_their_own(tokenizer: SentencePieceTokenizer) -> None:
@@ -168,9 +204,9 @@ def test_files_that_are_no_tokenizer_are_sentences(tmp_path: Path) -> None:
 
 
 def test_transformers_gives_the_same_ids_and_text(
-    tokenizer: SentencePieceTokenizer, sample_texts: list[str], tmp_path: Path
+    each_tokenizer: SentencePieceTokenizer, sample_texts: list[str], tmp_path: Path
 ) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers, tokenizer = pytest.importorskip("transformers"), each_tokenizer
     save_tokenizer_files(tokenizer, tmp_path, model_max_length=10_000)
     other = transformers.AutoTokenizer.from_pretrained(tmp_path)
     slices = [text[start : start + 500] for text in sample_texts for start in range(0, len(text), 5000)]
@@ -195,12 +231,12 @@ def test_transformers_agrees_on_any_text(fast_tokenizer: tuple[SentencePieceToke
 
 @pytest.fixture(scope="module")
 def fast_tokenizer(
-    tokenizer: SentencePieceTokenizer, tmp_path_factory: pytest.TempPathFactory
+    each_tokenizer: SentencePieceTokenizer, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[SentencePieceTokenizer, object]:
     transformers = pytest.importorskip("transformers")
     directory = tmp_path_factory.mktemp("exported")
-    save_tokenizer_files(tokenizer, directory, model_max_length=10_000)
-    return tokenizer, transformers.AutoTokenizer.from_pretrained(directory)
+    save_tokenizer_files(each_tokenizer, directory, model_max_length=10_000)
+    return each_tokenizer, transformers.AutoTokenizer.from_pretrained(directory)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from moe_lm.data.chat_template import DEFAULT_TEMPLATE
+from moe_lm.data.config import TokenizerKind
 from moe_lm.data.tokenizer import SentencePieceTokenizer, load_tokenizer, train_tokenizer
 from moe_lm.hf.receipt import VerificationError
 from moe_lm.hf.tokenizer_parity import check_tokenizer
@@ -18,6 +19,13 @@ TEMPLATE, CONFIG, TOKENIZER = "chat_template.jinja", "tokenizer_config.json", "t
 def trained(tmp_path_factory) -> SentencePieceTokenizer:
     """A sentencepiece model of this file's text."""
     return train_tokenizer([Path(__file__).read_text() * 3], 450, tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def by_character(tmp_path_factory) -> SentencePieceTokenizer:
+    """The same, by character."""
+    text, directory = Path(__file__).read_text(), tmp_path_factory.mktemp("character")
+    return train_tokenizer([text], 450, directory, kind=TokenizerKind.character)
 
 
 @pytest.fixture
@@ -106,9 +114,9 @@ def test_a_template_that_both_read_and_that_says_nothing_is_found(chat, template
         check_tokenizer(directory, load_tokenizer(directory))
 
 
-def test_good_files_are_good(chat, tmp_path, monkeypatch):
+def test_good_files_are_good(chat, by_character, tmp_path, monkeypatch):
     """Catches a check that refuses what is right, and a receipt that does not say what was compared: with a template,
-    without one, with one that refuses some conversations, and of another kind of tokenizer.
+    without one, with one that refuses some conversations, and of other kinds of tokenizer.
     """
     tokenizer, directory = chat
     finding = check_tokenizer(directory, tokenizer).finding
@@ -119,5 +127,8 @@ def test_good_files_are_good(chat, tmp_path, monkeypatch):
         monkeypatch.setattr(tokenizer, "chat_template", template)
         tokenizer.save(directory, 64)
         assert said in check_tokenizer(directory, tokenizer).finding
+    monkeypatch.setattr(by_character, "chat_template", DEFAULT_TEMPLATE)
+    by_character.save(tmp_path / "character", 64)
+    assert "ids of 8 conversations" in check_tokenizer(tmp_path / "character", by_character).finding
     other = write_tokenizer(tmp_path / "other")
     assert "; no begin mark in front of a text; no chat" in check_tokenizer(tmp_path / "other", other).finding

@@ -9,6 +9,7 @@ from moe_lm.training.config import RunConfig
 
 CHOICES = [(group, name) for group, names in group_choices("pretrain").items() for name in names]
 NEEDS = {kind.name: ["data.paths=x"] for kind in DataSource if kind is not DataSource.stdlib}
+NEEDS["shakespeare_char"] = ["data.paths=x"]
 
 
 @pytest.mark.parametrize(("group", "name"), CHOICES)

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from moe_lm.kernels import native
 
+_TILE = 32
 _QUERY_BLOCK = 128
 _SCORES_AT_ONCE = 2**22
 """Scores computed at one time, unless one row has more: enough that starting threads is cheap, 8 MB in bf16."""
@@ -68,7 +69,8 @@ def attention(
     Args:
         mask_BST: True where a query sees a key (`attention_mask`), never a later one; None for plain causal attention
             with S = T, or for one query that sees all keys.
-        backend: "reference", "sdpa", "cpu", or None to choose by device, dtype and size.
+        backend: "reference", "sdpa", "cpu", "amx", or None to choose by device, dtype and size. "amx" takes what
+            `amx_begins` does.
 
     Returns:
         o_BSNH in q's dtype.
@@ -77,7 +79,11 @@ def attention(
         ValueError: on an unknown backend.
     """
     assert mask_BST is not None or q_BSNH.shape[1] in (1, k_BTGH.shape[1]), (q_BSNH.shape, k_BTGH.shape)
-    backend = backend or _default_backend(q_BSNH, k_BTGH, v_BTGH)
+    if backend is None:
+        begins_BS = amx_begins(q_BSNH, k_BTGH, v_BTGH, mask_BST)
+        if begins_BS is not None:
+            return _amx(q_BSNH, k_BTGH, v_BTGH, begins_BS)
+        backend = _default_backend(q_BSNH, k_BTGH, v_BTGH)
     if backend == "reference":
         return _reference(q_BSNH, k_BTGH, v_BTGH, mask_BST)
     if backend == "sdpa":
@@ -85,7 +91,11 @@ def attention(
     if backend == "cpu":
         o_BSNH: Tensor = _ExplicitAttention.apply(q_BSNH, k_BTGH, v_BTGH, mask_BST)
         return o_BSNH
-    raise ValueError(f"backend={backend!r}: choose reference, sdpa or cpu")
+    if backend == "amx":
+        begins_BS = amx_begins(q_BSNH, k_BTGH, v_BTGH, mask_BST)
+        assert begins_BS is not None, (q_BSNH.shape, q_BSNH.dtype, k_BTGH.shape)
+        return _amx(q_BSNH, k_BTGH, v_BTGH, begins_BS)
+    raise ValueError(f"backend={backend!r}: choose reference, sdpa, cpu or amx")
 
 
 def _default_backend(*tensors: Tensor) -> str:
@@ -175,6 +185,58 @@ def _softmax_backward(grad_Mrk: Tensor, p_Mrk: Tensor) -> Tensor:
         native.run("attention_softmax_backward", grad_Mrk.dtype, grad_Mrk.numel(), grad_Mrk, p_Mrk, rows, keys)
         return grad_Mrk
     return torch.ops.aten._softmax_backward_data.out(grad_Mrk, p_Mrk, -1, grad_Mrk.dtype, grad_input=grad_Mrk)
+
+
+def amx_begins(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, mask_BST: Tensor | None) -> Tensor | None:
+    """The first key that each query sees, int32 [B, S], if the kernels for matrix tiles take these tensors; else null.
+
+    They take bf16 on a CPU that has the tiles, as many queries as keys, a head width and a length that are multiples of
+    32, and a mask by which each query sees all keys from one to itself.
+    """
+    B, S, _, H = q_BSNH.shape
+    if q_BSNH.dtype is not torch.bfloat16 or S != k_BTGH.shape[1] or S % _TILE or H % _TILE:
+        return None
+    if not (native.supports(q_BSNH, k_BTGH, v_BTGH) and native.has_amx()):
+        return None
+    if mask_BST is None:
+        return torch.zeros(B, S, dtype=torch.int32)
+    begins_BS = torch.empty(B, S, dtype=torch.int32)
+    mask_BST = mask_BST.contiguous()
+    return begins_BS if native.run("mask_begins", None, mask_BST.numel(), mask_BST, begins_BS, B, S) else None
+
+
+def _amx(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, begins_BS: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        o_BSNH: Tensor = _AmxAttention.apply(q_BSNH, k_BTGH, v_BTGH, begins_BS)
+        return o_BSNH
+    return _amx_forward(q_BSNH, k_BTGH, v_BTGH, begins_BS)[0]
+
+
+def _amx_forward(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, begins_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """The output, and the logarithm of each sum of exponentials, [B, N, S]."""
+    B, S, N, H = q_BSNH.shape
+    o_BSNH, sums_BNS = torch.empty_like(q_BSNH), q_BSNH.new_empty(B, N, S, dtype=torch.float32)
+    pointers, sizes = (q_BSNH, k_BTGH, v_BTGH, begins_BS, o_BSNH, sums_BNS), (B, S, N, k_BTGH.shape[2], H)
+    native.run("amx_attention", None, B * S * S * N, *pointers, *sizes, 1 / math.sqrt(H))
+    return o_BSNH, sums_BNS
+
+
+class _AmxAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_BSNH, k_BTGH, v_BTGH, begins_BS):  # type: ignore[no-untyped-def]
+        o_BSNH, sums_BNS = _amx_forward(q_BSNH, k_BTGH, v_BTGH, begins_BS)
+        ctx.save_for_backward(q_BSNH, k_BTGH, v_BTGH, begins_BS, o_BSNH, sums_BNS)
+        return o_BSNH
+
+    @staticmethod
+    def backward(ctx, grad_o_BSNH):  # type: ignore[no-untyped-def]
+        saved = ctx.saved_tensors
+        grads = tuple(torch.empty_like(x) for x in saved[:3])
+        B, S, N, H = grad_o_BSNH.shape
+        sizes = (B, S, N, saved[1].shape[2], H)
+        pointers = (*saved, grad_o_BSNH.contiguous(), *grads)
+        native.run("amx_attention_backward", None, B * S * S * N, *pointers, *sizes, 1 / math.sqrt(H))
+        return *grads, None
 
 
 class _ExplicitAttention(torch.autograd.Function):

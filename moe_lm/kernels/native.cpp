@@ -261,6 +261,26 @@ static void rotary(const T *x, const T *cos, const T *sin, T *y, int64_t positio
     }
 }
 
+// begins[b, i]: the first key that mask[b, i, :] shows. Returns 1 where every query i sees all keys from there to its own,
+// and none begins before those of the query before it.
+extern "C" int mask_begins(const uint8_t *mask, int32_t *begins, int64_t B, int64_t S, int threads) {
+    int contiguous = 1;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(& : contiguous)
+    for (int64_t row = 0; row < B * S; row++) {
+        const uint8_t *visible = mask + row * S;
+        int64_t i = row % S, begin = 0;
+        int32_t count = 0;
+        while (begin < i && !visible[begin]) begin++;
+        for (int64_t j = 0; j < S; j++) count += visible[j];
+        int32_t between = 0;
+        for (int64_t j = begin; j <= i; j++) between += visible[j];
+        begins[row] = int32_t(begin);
+        contiguous &= count == between && between == i + 1 - begin;
+    }
+    for (int64_t row = 0; row + 1 < B * S; row++) contiguous &= (row + 1) % S == 0 || begins[row] <= begins[row + 1];
+    return contiguous;
+}
+
 #define EXPORT(T)                                                                                                      \
     void swiglu_##T(const T *h, T *out, int64_t rows, int64_t F, int threads) { swiglu(h, out, rows, F, threads); }     \
     void swiglu_backward_##T(const T *h, T *grad, T *grad_h, int64_t rows, int64_t F, int threads) {                   \
@@ -295,3 +315,7 @@ extern "C" {
 EXPORT(float)
 EXPORT(bf16)
 }
+
+#ifdef __AMX_BF16__
+#include "amx.inc"
+#endif

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from moe_lm.files import write_atomically
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "amx.inc")]
+"""The first includes the second."""
 SWITCH = "MOE_LM_NATIVE"
 """Environment variable; 0 turns the native kernels off."""
 
@@ -43,6 +44,9 @@ _ARGUMENTS = {
     "rms_norm": "ppppllf",
     "rms_norm_backward": "ppppppll",
     "rotary": "pppplllf",
+    "mask_begins": "ppll",
+    "amx_attention": "pppppplllllf",
+    "amx_attention_backward": "pppppppppplllllf",
 }
 """Of each function, pointers, 64-bit numbers, floats and ints in their order; the number of threads comes last."""
 
@@ -60,26 +64,34 @@ def supports(*tensors: Tensor | None) -> bool:
     )
 
 
-def run(name: str, dtype: torch.dtype, work: int, *arguments: Tensor | int | float | None) -> None:
+@functools.cache
+def has_amx() -> bool:
+    """Whether the library has the kernels for Intel's matrix tiles, and may use them."""
+    return hasattr(library(), "amx_granted") and bool(library().amx_granted())
+
+
+def run(name: str, dtype: torch.dtype | None, work: int, *arguments: Tensor | int | float | None) -> int:
     """Call a function of `native.cpp` for a type.
 
     Args:
         name: the function.
-        dtype: its T.
+        dtype: its T; null for a function of one type.
         work: number of values that it goes through, by which threads are started.
         arguments: those of the function in their order, but the last, the number of threads. Tensors must be
             contiguous, of the type that the function names; null is a null pointer.
+
+    Returns:
+        What the function does, if anything.
     """
     threads = max(1, min(torch.get_num_threads(), work // _ROWS_OF_A_THREAD))
     function = _function(name, dtype)
-    function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments), threads)
+    return function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments), threads)
 
 
 @functools.cache
-def _function(name: str, dtype: torch.dtype) -> "ctypes._CFuncPtr":
-    function: ctypes._CFuncPtr = getattr(library(), f"{name}_{_TYPES[dtype]}")
+def _function(name: str, dtype: torch.dtype | None) -> "ctypes._CFuncPtr":
+    function: ctypes._CFuncPtr = getattr(library(), name if dtype is None else f"{name}_{_TYPES[dtype]}")
     function.argtypes = [*(_KINDS[kind] for kind in _ARGUMENTS[name]), ctypes.c_int]
-    function.restype = None
     return function
 
 
@@ -101,13 +113,13 @@ def _compiled(compiler: str) -> Path:
     """The library for this source, compiler and processor, compiled if the user's cache has none."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, text=True).stdout
     processor = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
-    made_of = "\n".join((SOURCE.read_text(), version, *_FLAGS, processor, platform.machine()))
+    made_of = "\n".join((*(source.read_text() for source in SOURCES), version, *_FLAGS, processor, platform.machine()))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe-lm"
     path = cache / f"native-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory() as directory:
             built, objects = Path(directory) / "native.so", Path(directory) / "native.o"
-            for command in (["-c", str(SOURCE), "-o", str(objects), *_FLAGS], ["-shared", str(objects), "-o", str(built)]):
+            for command in (["-c", str(SOURCES[0]), "-o", str(objects), *_FLAGS], ["-shared", str(objects), "-o", str(built)]):
                 # -fopenmp is left out of the link: the names are then found in the library that torch has loaded.
                 subprocess.run([compiler, *command], capture_output=True, check=True, text=True, timeout=120)
             cache.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,8 @@ from moe_lm.kernels import native
 ROW_ALIGNMENT = 128
 """Largest multiple to which groups are rounded up; see `row_alignment`."""
 
+_TILE = 32
+
 _aten = torch.ops.aten
 
 
@@ -32,12 +34,15 @@ def row_alignment(device: torch.device, dtype: torch.dtype, rows: int, experts: 
     oneDNN builds a primitive for every matrix shape it has not seen (about 2 ms, many times the product itself), so
     bf16 on a CPU wants few shapes. The multiple is an eighth of the average group, so that padding stays near 6 %, and
     at least 8; a few decoded tokens, whose shapes are few anyway, are not padded. fp32 goes to MKL, CUDA to grouped
-    kernels, and both take any shape as it comes. Measured, bf16, D 256, F 512, E 8, milliseconds forward and backward
+    kernels, and both take any shape as it comes; the kernels for AMX tiles take multiples of 32. Measured, with
+    oneDNN, bf16, D 256, F 512, E 8, milliseconds forward and backward
     at alignment 1 / 8 / 32 / 128: 4096 rows 129 / 56 / 22 / 21; 1024 rows 63 / 10.2 / 9.3 / 10.1; 64 rows 4.5 / 4.0 /
     4.4 / 7.6.
     """
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16) or rows < 64:
         return 1
+    if dtype is torch.bfloat16 and 2 * _TILE * experts <= rows and native.has_amx():
+        return _TILE
     alignment = 8
     while alignment < ROW_ALIGNMENT and alignment * 2 * 8 * experts <= rows:
         alignment *= 2
@@ -106,6 +111,9 @@ def _expert_loop(x_RD: Tensor, group_ends_E: Tensor, gate_up_proj: Tensor, down_
     h_R2F = x_RD.new_empty(x_RD.shape[0], gate_up_proj.shape[1])
     y_RD = torch.empty_like(x_RD)
     start = 0
+    if _take_tiles(x_RD, group_ends_E, gate_up_proj, down_proj):
+        _tiles_forward(x_RD, group_ends_E, gate_up_proj, down_proj, h_R2F, y_RD)
+        return y_RD, h_R2F
     for expert, end in enumerate(group_ends_E.tolist()):
         if end > start:
             h = torch.mm(x_RD[start:end], gate_up_proj[expert].t(), out=h_R2F[start:end])
@@ -137,6 +145,9 @@ def _backward(ctx: Any, grad_y_RD: Tensor, _: Tensor | None) -> tuple[Tensor | N
     grad_gate_up = torch.empty_like(gate_up_proj) if needs_gate_up else None
     grad_down = torch.empty_like(down_proj) if needs_down else None
     start = 0
+    if _take_tiles(x_RD, group_ends_E, gate_up_proj, down_proj):
+        _tiles_backward(*ctx.saved_tensors, grad_y_RD, grad_x_RD, grad_gate_up, grad_down)
+        return grad_x_RD, None, grad_gate_up, grad_down
     for expert, end in enumerate(group_ends_E.tolist()):
         rows, start = slice(start, end), end
         if rows.start == end:
@@ -157,6 +168,52 @@ def _backward(ctx: Any, grad_y_RD: Tensor, _: Tensor | None) -> tuple[Tensor | N
 
 
 _with_gradients.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+def _take_tiles(x_RD: Tensor, group_ends_E: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> bool:
+    """Whether the kernels for matrix tiles take these: bf16, every size and every group's a multiple of 32."""
+    sizes = *down_proj.shape[1:], *group_ends_E.tolist()
+    return (
+        x_RD.dtype is torch.bfloat16
+        and all(size % _TILE == 0 for size in sizes)
+        and native.supports(x_RD, gate_up_proj, down_proj)
+        and native.has_amx()
+    )
+
+
+def _tiles_forward(
+    x_RD: Tensor, group_ends_E: Tensor, gate_up_proj: Tensor, down_proj: Tensor, h_R2F: Tensor, y_RD: Tensor
+) -> None:
+    """Writes y, and h in an order of its own."""
+    packed = x_RD.new_empty(gate_up_proj.numel() + down_proj.numel())
+    E, D, F = down_proj.shape
+    pointers = x_RD, group_ends_E, gate_up_proj, down_proj, packed, h_R2F, y_RD
+    native.run("amx_experts", None, x_RD.numel() * F, *pointers, E, D, F)
+    y_RD[int(group_ends_E[-1]) :].zero_()
+
+
+def _tiles_backward(
+    x_RD: Tensor,
+    group_ends_E: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    h_R2F: Tensor,
+    grad_y_RD: Tensor,
+    grad_x_RD: Tensor | None,
+    grad_gate_up: Tensor | None,
+    grad_down: Tensor | None,
+) -> None:
+    """Writes those gradients that there are."""
+    E, D, F = down_proj.shape
+    rows = len(x_RD)
+    packed, activation = x_RD.new_empty(3 * E * D * F), x_RD.new_empty(rows * F)
+    x_transposed, grad_transposed = (torch.empty_like(x_RD) for _ in range(2))
+    kept = x_RD, group_ends_E, gate_up_proj, down_proj, h_R2F, grad_y_RD
+    room = packed, activation, torch.empty_like(h_R2F), x_transposed, grad_transposed
+    gradients = grad_x_RD, grad_gate_up, grad_down
+    native.run("amx_experts_backward", None, x_RD.numel() * F, *kept, *room, *gradients, E, D, F)
+    if grad_x_RD is not None:
+        grad_x_RD[int(group_ends_E[-1]) :].zero_()
 
 
 def _swiglu(h_r2F: Tensor) -> Tensor:

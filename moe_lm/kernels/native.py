@@ -47,6 +47,8 @@ _ARGUMENTS = {
     "mask_begins": "ppll",
     "amx_attention": "pppppplllllf",
     "amx_attention_backward": "pppppppppplllllf",
+    "amx_experts": "ppppppplll",
+    "amx_experts_backward": "pppppppppppppplll",
 }
 """Of each function, pointers, 64-bit numbers, floats and ints in their order; the number of threads comes last."""
 

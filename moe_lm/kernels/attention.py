@@ -78,7 +78,11 @@ def attention(
     Raises:
         ValueError: on an unknown backend.
     """
-    assert mask_BST is not None or q_BSNH.shape[1] in (1, k_BTGH.shape[1]), (q_BSNH.shape, k_BTGH.shape)
+    sizes_BST = (*q_BSNH.shape[:2], k_BTGH.shape[1])
+    if mask_BST is None:
+        assert sizes_BST[1] in (1, sizes_BST[2]), sizes_BST
+    else:
+        assert mask_BST.dtype == torch.bool and mask_BST.shape == sizes_BST, (mask_BST.dtype, mask_BST.shape, sizes_BST)
     if backend is None:
         begins_BS = amx_begins(q_BSNH, k_BTGH, v_BTGH, mask_BST)
         if begins_BS is not None:
@@ -168,6 +172,8 @@ def _softmax_in_place(scores_bNsk: Tensor, mask_bsk: Tensor | None, first: int, 
     """Turn scores into softmax(scale · scores) over the keys that a query sees: without a mask, 0 to `first` + i."""
     b, N, s, k = scores_bNsk.shape
     if native.supports(scores_bNsk):
+        if mask_bsk is not None and mask_bsk.stride(2) != 1:
+            mask_bsk = mask_bsk.contiguous()
         strides = (0, 0) if mask_bsk is None else mask_bsk.stride()[:2]
         numbers = (*strides, b, N, s, k, first, scale)
         native.run("attention_softmax", scores_bNsk.dtype, scores_bNsk.numel(), scores_bNsk, mask_bsk, *numbers)
@@ -194,7 +200,7 @@ def amx_begins(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, mask_BST: Tensor 
     32, and a mask by which each query sees all keys from one to itself.
     """
     B, S, _, H = q_BSNH.shape
-    if q_BSNH.dtype is not torch.bfloat16 or S != k_BTGH.shape[1] or S % _TILE or H % _TILE:
+    if q_BSNH.dtype is not torch.bfloat16 or k_BTGH.shape[1] != S or S % _TILE or H % _TILE:
         return None
     if not (native.supports(q_BSNH, k_BTGH, v_BTGH) and native.has_amx()):
         return None
@@ -256,7 +262,7 @@ class _ExplicitAttention(torch.autograd.Function):
                 mask_bsk = None if mask_BST is None else mask_BST[rows, start:end, :keys]
                 scores_bNsk = p.view(-1, N, end - start, keys)
                 torch.bmm(_stack_heads(q_BSNH[rows, start:end], G), k[:, :keys].mT, out=p)
-                _softmax_in_place(scores_bNsk, mask_bsk, start, 1 / math.sqrt(H))
+                _softmax_in_place(scores_bNsk, mask_bsk, start + T - S, 1 / math.sqrt(H))
                 o_bsNH = o_BSNH[rows, start:end]
                 o_bsNH.copy_(_unstack_heads(torch.bmm(p, v[:, :keys]), o_bsNH))
         ctx.save_for_backward(q_BSNH, k_BTGH, v_BTGH, *saved)

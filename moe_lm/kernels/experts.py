@@ -68,6 +68,7 @@ def expert_swiglu(
         ValueError: on an unknown backend.
     """
     assert x_RD.dtype == gate_up_proj.dtype == down_proj.dtype, (x_RD.dtype, gate_up_proj.dtype, down_proj.dtype)
+    assert group_ends_E.dtype == torch.int32, group_ends_E.dtype
     backend = backend or _default_backend(x_RD)
     if backend == "reference":
         return _reference(x_RD, group_ends_E, gate_up_proj, down_proj)
@@ -146,7 +147,8 @@ def _backward(ctx: Any, grad_y_RD: Tensor, _: Tensor | None) -> tuple[Tensor | N
     grad_down = torch.empty_like(down_proj) if needs_down else None
     start = 0
     if _take_tiles(x_RD, group_ends_E, gate_up_proj, down_proj):
-        _tiles_backward(*ctx.saved_tensors, grad_y_RD, grad_x_RD, grad_gate_up, grad_down)
+        kept = x_RD, group_ends_E, gate_up_proj, down_proj, h_R2F
+        _tiles_backward(*kept, grad_y_RD, grad_x_RD, grad_gate_up, grad_down)
         return grad_x_RD, None, grad_gate_up, grad_down
     for expert, end in enumerate(group_ends_E.tolist()):
         rows, start = slice(start, end), end

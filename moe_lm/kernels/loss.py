@@ -24,7 +24,8 @@ def linear_cross_entropy(
     Args:
         hidden_TD: last hidden states.
         head_VD: output embedding in hidden's dtype; may be the (tied) input embedding.
-        labels_T: int64 targets; -100 is ignored.
+        labels_T: int64 targets; -100 is ignored. Any other that is outside the vocabulary makes the loss NaN in the
+            native kernel, which can not raise, and an error of torch's in the plain version.
         chunk_rows: rows whose logits exist at one time.
         backend: "reference", "chunked", or None to choose.
 
@@ -35,6 +36,7 @@ def linear_cross_entropy(
         ValueError: on an unknown backend.
     """
     assert hidden_TD.dtype == head_VD.dtype, (hidden_TD.dtype, head_VD.dtype)
+    assert labels_T.dtype == torch.int64 and len(labels_T) == len(hidden_TD), (labels_T.dtype, labels_T.shape)
     if backend == "reference":
         logits_TV = hidden_TD @ head_VD.t()
         wide = torch.promote_types(logits_TV.dtype, torch.float32)

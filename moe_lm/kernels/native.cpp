@@ -59,7 +59,8 @@ static inline float exponential(float x) {
     return x < -87.0f ? 0.0f : p * power;
 }
 
-static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+// Exactly 0 from where exp(-x) would be too large: the largest gates times less than 1e-38 would still be something.
+static inline float sigmoid(float x) { return x < -88.0f ? 0.0f : 1.0f / (1.0f + exponential(-x)); }
 
 #define PARALLEL_ROWS _Pragma("omp parallel for num_threads(threads) schedule(static)")
 
@@ -86,7 +87,7 @@ template <typename T> static void swiglu_backward(const T *h, T *grad, T *grad_h
 #pragma omp simd
         for (int64_t i = 0; i < F; i++) {
             float g = load(gate[i]), u = load(up[i]), dy = load(d[i]), s = sigmoid(g), silu = g * s;
-            store(grad_gate + i, dy * u * s * (1.0f + g - silu));
+            store(grad_gate + i, dy * u * s * (1.0f + g * (1.0f - s)));  // 1 + g - silu would lose the 1
             store(grad_up + i, dy * silu);
             store(d + i, silu * u);
         }
@@ -153,8 +154,10 @@ static void attention_softmax_backward(T *grad, const T *p, int64_t rows, int64_
     }
 }
 
+constexpr int64_t IGNORED = -100;  // as in loss.py
+
 // losses[r] = logsumexp(logits[r]) - logits[r, label]; over the logits, if wanted, softmax - onehot. Where the label is
-// negative both are 0; the caller turns every label that is ignored into one.
+// ignored both are 0.
 template <typename T>
 static void cross_entropy(T *logits, const int64_t *labels, float *losses, int64_t rows, int64_t V, int gradients,
                           int threads) {
@@ -167,7 +170,7 @@ static void cross_entropy(T *logits, const int64_t *labels, float *losses, int64
             T *x = logits + r * V;
             int64_t label = labels[r];
             if (label < 0 || label >= V) {  // what is no label at all must not go unnoticed, nor read beyond the row
-                losses[r] = label < 0 ? 0.0f : NAN;
+                losses[r] = label == IGNORED ? 0.0f : NAN;
                 if (gradients) std::memset(x, 0, V * sizeof(T));
                 continue;
             }
@@ -259,6 +262,22 @@ static void rotary(const T *x, const T *cos, const T *sin, T *y, int64_t positio
             }
         }
     }
+}
+
+// m ← beta · m + (1 - beta) · g, and once more with g, which is what `ahead` gets.
+extern "C" void nesterov(const float *g, float *m, bf16 *ahead, int64_t count, float beta, int threads) {
+#pragma omp parallel for simd num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < count; i++) {
+        float mean = m[i] + (1.0f - beta) * (g[i] - m[i]);
+        m[i] = mean;
+        store(ahead + i, g[i] + beta * (mean - g[i]));
+    }
+}
+
+// x ← keep · x + scale · d.
+extern "C" void decay_and_add(float *x, const bf16 *d, int64_t count, float keep, float scale, int threads) {
+#pragma omp parallel for simd num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < count; i++) x[i] = keep * x[i] + scale * load(d[i]);
 }
 
 // begins[b, i]: the first key that mask[b, i, :] shows. Returns 1 where every query i sees all keys from there to its own,

@@ -2,7 +2,8 @@
 
 What is left of a step on a CPU beside matrix products is memory traffic: torch makes two to eight passes where one
 would do, and each has a thread start. The compiler takes 1.2 s once; the library is kept in the user's cache. Without a
-compiler, or with MOE_LM_NATIVE=0, `supports` says no, and callers take their plain version.
+compiler, or with MOE_LM_NATIVE=0, `supports` says no, and callers take their plain version. CXX names another compiler,
+with arguments if need be ("ccache g++").
 
 The library needs nothing of torch but pointers, and it shares torch's OpenMP threads: two pools on the same cores would
 wait for each other.
@@ -13,11 +14,13 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -44,13 +47,18 @@ _ARGUMENTS = {
     "rms_norm": "ppppllf",
     "rms_norm_backward": "ppppppll",
     "rotary": "pppplllf",
+    "nesterov": "ppplf",
+    "decay_and_add": "pplff",
     "mask_begins": "ppll",
     "amx_attention": "pppppplllllf",
     "amx_attention_backward": "pppppppppplllllf",
     "amx_experts": "ppppppplll",
+    "amx_newton_schulz": "pllllfff",
     "amx_experts_backward": "pppppppppppppplll",
 }
 """Of each function, pointers, 64-bit numbers, floats and ints in their order; the number of threads comes last."""
+
+_DIGEST_BYTES = 32
 
 _ROWS_OF_A_THREAD = 8192
 """Values that one thread takes before a second is worth its start."""
@@ -69,7 +77,8 @@ def supports(*tensors: Tensor | None) -> bool:
 @functools.cache
 def has_amx() -> bool:
     """Whether the library has the kernels for Intel's matrix tiles, and may use them."""
-    return hasattr(library(), "amx_granted") and bool(library().amx_granted())
+    granted = getattr(library(), "amx_granted", None)
+    return granted is not None and bool(granted())
 
 
 def run(name: str, dtype: torch.dtype | None, work: int, *arguments: Tensor | int | float | None) -> int:
@@ -91,8 +100,8 @@ def run(name: str, dtype: torch.dtype | None, work: int, *arguments: Tensor | in
 
 
 @functools.cache
-def _function(name: str, dtype: torch.dtype | None) -> "ctypes._CFuncPtr":
-    function: ctypes._CFuncPtr = getattr(library(), name if dtype is None else f"{name}_{_TYPES[dtype]}")
+def _function(name: str, dtype: torch.dtype | None) -> Callable[..., int]:
+    function = getattr(library(), name if dtype is None else f"{name}_{_TYPES[dtype]}")
     function.argtypes = [*(_KINDS[kind] for kind in _ARGUMENTS[name]), ctypes.c_int]
     return function
 
@@ -100,30 +109,47 @@ def _function(name: str, dtype: torch.dtype | None) -> "ctypes._CFuncPtr":
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The loaded library; null where it is switched off or can not be had, which is said once."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if os.environ.get(SWITCH) == "0" or compiler is None or sys.platform != "linux":
+    named = os.environ.get("CXX")
+    if os.environ.get(SWITCH) == "0" or sys.platform != "linux" or not (named or shutil.which("c++")):
         return None
     try:
-        return ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
+        return ctypes.CDLL(str(_compiled(shlex.split(named or "c++"))))
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
-        warnings.warn(f"no native kernels, plain ones are used ({SWITCH}=0 says so without trying): {detail}", stacklevel=2)
+        warnings.warn(
+            f"no native kernels, plain ones are used ({SWITCH}=0 says so without trying): {detail}", stacklevel=2
+        )
         return None
 
 
-def _compiled(compiler: str) -> Path:
-    """The library for this source, compiler and processor, compiled if the user's cache has none."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, text=True).stdout
-    processor = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
+def _compiled(compiler: list[str]) -> Path:
+    """The library for this source, compiler and processor, compiled if the user's cache has none that is whole."""
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, text=True).stdout
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")  # x86's name, and Arm's
     made_of = "\n".join((*(source.read_text() for source in SOURCES), version, *_FLAGS, processor, platform.machine()))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe-lm"
     path = cache / f"native-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
-    if not path.exists():
+    if not (path.exists() and _is_whole(path)):
         with tempfile.TemporaryDirectory() as directory:
             built, objects = Path(directory) / "native.so", Path(directory) / "native.o"
-            for command in (["-c", str(SOURCES[0]), "-o", str(objects), *_FLAGS], ["-shared", str(objects), "-o", str(built)]):
+            for command in (
+                ["-c", str(SOURCES[0]), "-o", str(objects), *_FLAGS],
+                ["-shared", str(objects), "-o", str(built)],
+            ):
                 # -fopenmp is left out of the link: the names are then found in the library that torch has loaded.
-                subprocess.run([compiler, *command], capture_output=True, check=True, text=True, timeout=120)
+                subprocess.run([*compiler, *command], capture_output=True, check=True, text=True, timeout=120)
             cache.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, built.read_bytes())  # other processes may be doing the same
+            content = built.read_bytes()
+            write_atomically(path, content + _digest(content))  # other processes may be doing the same
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library ends in its digest, which the loader does not look at: one cut short would end the process."""
+    content = path.read_bytes()
+    return content[-_DIGEST_BYTES:] == _digest(content[:-_DIGEST_BYTES])
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()

@@ -9,9 +9,29 @@ n)²·max(m, n). bf16 where the hardware multiplies it, for the iteration correc
 import torch
 from torch import Tensor
 
+from moe_lm.kernels import native
 from moe_lm.kernels.hardware import has_fast_bf16
 
+_LARGEST = 2**18
+"""Values of a matrix: with its Gram matrix and both repacked, 1.5 MB in bf16."""
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def iteration_dtype(device: torch.device) -> torch.dtype:
+    """The type that the iteration runs in."""
+    return torch.bfloat16 if has_fast_bf16(device) else torch.float32
+
+
+def _takes_tiles(x_MNK: Tensor) -> bool:
+    """Whether each thread can iterate on matrices of its own by the kernel for AMX tiles: they fit into its cache."""
+    return (
+        x_MNK.dtype is torch.bfloat16
+        and x_MNK.shape[1] * x_MNK.shape[2] <= _LARGEST
+        and all(size % 32 == 0 for size in x_MNK.shape[1:])
+        and native.supports(x_MNK)
+        and native.has_amx()
+    )
 
 
 def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
@@ -31,7 +51,11 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
     x = x.mT if tall else x
     # Norm in fp32, and a floor instead of an added epsilon: a tiny gradient is scaled as exactly as a large one.
     norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32).clamp_min(1e-30)
-    x = (x / norms).to(torch.bfloat16 if has_fast_bf16(g.device) else torch.float32).contiguous()
+    x = x.to(iteration_dtype(g.device), memory_format=torch.contiguous_format)
+    x = x * norms.reciprocal().to(x.dtype)  # rounding a factor of the whole matrix changes no direction
+    if _takes_tiles(x):
+        native.run("amx_newton_schulz", None, x.numel() * x.shape[1], x, *x.shape, steps, a, b, c)
+        steps = 0
     for _ in range(steps):
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -22,6 +22,8 @@ def apply_rotary(x_BSNH: Tensor, cos_BSH: Tensor, sin_BSH: Tensor, backend: str 
     Raises:
         ValueError: on an unknown backend.
     """
+    angles = (*x_BSNH.shape[:2], x_BSNH.shape[3])  # one batch row of them for all would be read beyond its end
+    assert cos_BSH.shape == sin_BSH.shape == angles, (cos_BSH.shape, sin_BSH.shape, angles)
     if backend is None:
         backend = "native" if native.supports(x_BSNH, cos_BSH, sin_BSH) else "reference"
     if backend == "reference":
@@ -50,4 +52,5 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_BSNH):  # type: ignore[no-untyped-def]
-        return _rotated(grad_BSNH.contiguous(), *ctx.saved_tensors, -1.0), None, None
+        cos_BSH, sin_BSH = ctx.saved_tensors
+        return _rotated(grad_BSNH.contiguous(), cos_BSH, sin_BSH, -1.0), None, None

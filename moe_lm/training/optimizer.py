@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from moe_lm.checkpoint.tensor_file import TensorKind
-from moe_lm.kernels.newton_schulz import orthogonalize
+from moe_lm.kernels.newton_schulz import iteration_dtype, orthogonalize
+from moe_lm.kernels.updates import decay_and_add, nesterov
 from moe_lm.parallel.runtime import Runtime
 from moe_lm.parallel.shards import ParameterShard
 from moe_lm.training.config import OptimizerConfig, OptimizerName
@@ -44,15 +45,20 @@ class Muon(torch.optim.Optimizer):
                 state, gradient = self.state[parameter], parameter.grad
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
-                momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+                dtype = iteration_dtype(gradient.device)
+                ahead = nesterov(gradient, state["momentum_buffer"], group["momentum"], dtype)
                 # An expert that got no token is not moved (but by decay). Its momentum only fades, but orthogonalising
                 # would bring it back to full length and walk the expert along a stale direction, step after step.
-                moved = shard.any((gradient != 0).any(dim=-1, keepdim=True).any(dim=-2, keepdim=True))
-                whole = shard.gather(gradient.lerp(momentum, group["momentum"]) * moved)
+                sums = torch.linalg.vector_norm(gradient, 1, dim=(-2, -1), keepdim=True)
+                whole = shard.gather(ahead.mul_(shard.any(sums > 0)))
                 direction = orthogonalize(whole.unflatten(-2, (group["matrices"], -1)))
                 scale = 0.2 * max(direction.shape[-2:]) ** 0.5
-                _decay(shard, group["lr"] * group["weight_decay"])
-                parameter.add_(shard.own(direction.flatten(-3, -2)), alpha=-group["lr"] * scale)
+                keep = 1.0
+                if shard.trained is None:
+                    keep = 1 - group["lr"] * group["weight_decay"]
+                else:
+                    _decay(shard, group["lr"] * group["weight_decay"])
+                decay_and_add(parameter, shard.own(direction.flatten(-3, -2)), keep, -group["lr"] * scale)
 
 
 def _decay(shard: ParameterShard, amount: float) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_lm.kernels import native
 from tests.runs import ENVIRONMENT, TINY, write_corpus
 
 REPOSITORY = Path(__file__).parents[2]
@@ -46,6 +47,14 @@ def test_the_wheel_works_from_another_directory(installed):
     done = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (cwd / "runs/stdlib/hf/model.safetensors").exists()
+
+
+def test_the_wheel_has_the_sources_of_native_kernels(installed):
+    """Catches a build that packs Python files only: an installed trainer would silently take the plain kernels."""
+    _, bin_directory = installed
+    (kernels,) = bin_directory.parent.glob("lib/python*/site-packages/moe_lm/kernels")
+    for source in native.SOURCES:
+        assert (kernels / source.name).read_bytes() == source.read_bytes()
 
 
 def test_the_checkout_uses_its_own_configurations():

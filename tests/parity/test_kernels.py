@@ -1,6 +1,5 @@
 """Every kernel backend against its slow reference: outputs and all gradients."""
 
-from collections.abc import Callable, Sequence
 from functools import partial
 
 import pytest
@@ -16,47 +15,19 @@ from moe_lm.kernels.loss import linear_cross_entropy
 from moe_lm.kernels.newton_schulz import orthogonalize
 from moe_lm.kernels.normalization import rms_norm
 from moe_lm.kernels.rotary import apply_rotary
+from tests.kernels import (
+    DTYPES,
+    Kernels,
+    assert_close,
+    assert_parity,
+    expert_inputs,
+    leaves,
+    output_and_gradients,
+    qkv,
+    swiglu,
+)
 
 CPU = torch.device("cpu")
-# bf16 keeps 8 bits: one rounding is 2⁻⁹ relative; a chain of three products stays well under 1 % in norm.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
-DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
-def leaves(*tensors: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    return [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
-
-
-def output_and_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
-    output = function(*inputs)
-    gradients = torch.autograd.grad(output, inputs, upstream.to(output.dtype))
-    return [output.detach(), *gradients]
-
-
-def assert_close(actual: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> None:
-    """Relative error in norm of every tensor; a zero reference must be met exactly."""
-    for index, (ours, reference) in enumerate(zip(actual, expected, strict=True)):
-        assert ours.shape == reference.shape
-        assert torch.isfinite(ours).all(), f"tensor {index} is not finite"
-        error = (ours.double() - reference.double()).norm()
-        assert error <= TOLERANCE[dtype] * reference.double().norm(), f"tensor {index}: {error}"
-
-
-def assert_parity(
-    function: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: Sequence[Tensor], dtype: torch.dtype
-) -> None:
-    """`function` in `dtype` against `reference` in fp64 on the very same (rounded) inputs."""
-    inputs = leaves(*inputs, dtype=dtype)
-    upstream = torch.randn_like(reference(*inputs))
-    expected = output_and_gradients(reference, leaves(*inputs, dtype=torch.float64), upstream)
-    actual = output_and_gradients(function, inputs, upstream)
-    assert all(tensor.dtype == dtype for tensor in actual[1:])
-    assert_close(actual, expected, dtype)
 
 
 # --- experts ---------------------------------------------------------------------------------------------------------
@@ -70,17 +41,7 @@ GROUPS = {
 }
 
 
-def expert_inputs(counts: list[int], tail: int = 0, D: int = 16, F_: int = 24) -> tuple[list[Tensor], Tensor]:
-    E = len(counts)
-    x_RD = torch.randn(sum(counts) + tail, D)
-    weights = [torch.randn(E, 2 * F_, D) / D**0.5, torch.randn(E, D, F_) / F_**0.5]
-    return [x_RD, *weights], torch.tensor(counts).cumsum(0).to(torch.int32)
-
-
-def swiglu(backend: str, ends: Tensor) -> Callable[..., Tensor]:
-    return lambda x, gate_up, down: expert_swiglu(x, ends, gate_up, down, backend)
-
-
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("counts", GROUPS.values(), ids=GROUPS.keys())
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", ["reference", "grouped", "cpu", None])
@@ -100,6 +61,7 @@ def test_the_expert_reference_is_the_formula() -> None:
         torch.testing.assert_close(y_RD[row], down[expert] @ (gate * torch.sigmoid(gate) * up))
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("backend", ["reference", "grouped", "cpu"])
 def test_rows_past_the_last_end_are_zero_even_if_they_hold_nan(backend: str) -> None:
     """Catches uninitialised memory leaking out of grouped GEMMs, forward or backward."""
@@ -111,6 +73,7 @@ def test_rows_past_the_last_end_are_zero_even_if_they_hold_nan(backend: str) -> 
     assert all(torch.isfinite(gradient).all() for gradient in grad_weights)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("backend", ["grouped", "cpu"])
 def test_padding_rows_change_nothing(backend: str) -> None:
     """Catches padding that adds to weight gradients or comes back as anything but zero."""
@@ -129,6 +92,7 @@ def test_padding_rows_change_nothing(backend: str) -> None:
     assert_close([padded[0][real], padded[1][real], *padded[2:]], plain, torch.float32)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("backend", ["grouped", "cpu"])
 def test_experts_without_gradients_of_weights(backend: str) -> None:
     """Catches a backward that needs frozen weights (LoRA) or a frozen input to require gradients."""
@@ -142,6 +106,7 @@ def test_experts_without_gradients_of_weights(backend: str) -> None:
         assert_close([gradient], [expected[index + 1]], torch.float32)
 
 
+@pytest.mark.usefixtures("kernels")
 def test_experts_compose_with_selective_checkpointing() -> None:
     """Catches buffers kept outside save_for_backward, which a checkpoint would neither drop nor recompute."""
     inputs, ends = expert_inputs([3, 0, 5])
@@ -165,13 +130,13 @@ def test_experts_compose_with_selective_checkpointing() -> None:
         assert torch.equal(ours, expected)
 
 
-def test_row_alignment_pads_little_and_never_a_decoding_step() -> None:
+def test_row_alignment_pads_little_and_never_a_decoding_step(kernels: Kernels) -> None:
     """Catches a rule that pads two rows to a thousand, or many experts to several times their rows."""
     bf16 = torch.bfloat16
     assert row_alignment(CPU, torch.float32, 8192) == 1
     assert row_alignment(torch.device("cuda"), bf16, 8192) == 1
     assert row_alignment(CPU, bf16, 2) == 1
-    assert row_alignment(CPU, bf16, 8192) == ROW_ALIGNMENT
+    assert row_alignment(CPU, bf16, 8192) == (32 if kernels.path == "amx" else ROW_ALIGNMENT)
     for experts in (8, 64):
         for rows in (1024, 4096, 65536):
             assert row_alignment(CPU, bf16, rows, experts) * experts / 2 <= rows / 4
@@ -230,10 +195,7 @@ def test_attention_mask_against_the_definition() -> None:
                 assert bool(mask[row, query, key]) == bool(visible)
 
 
-def qkv(B: int, S: int, T: int, N: int, G: int, H: int) -> list[Tensor]:
-    return [torch.randn(B, S, N, H), torch.randn(B, T, G, H), torch.randn(B, T, G, H)]
-
-
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=["MHA", "GQA", "MQA"])
 @pytest.mark.parametrize("masking", ["causal", "documents", "window", "decode", "one query"])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -257,6 +219,7 @@ def test_attention_matches_the_fp64_reference(
     )
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("S", [128, 129, 300])
 def test_explicit_attention_in_several_blocks_of_queries(S: int) -> None:
     """Catches keys dropped, or gradients of keys counted once, where queries span blocks of 128."""
@@ -271,6 +234,7 @@ def test_explicit_attention_in_several_blocks_of_queries(S: int) -> None:
         )
 
 
+@pytest.mark.usefixtures("kernels")
 def test_explicit_attention_in_several_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches rows of a batch that read or write another chunk's slice."""
     monkeypatch.setattr("moe_lm.kernels.attention._SCORES_AT_ONCE", 2 * 10 * 10 * 4)
@@ -282,6 +246,7 @@ def test_explicit_attention_in_several_chunks_of_rows(monkeypatch: pytest.Monkey
     )
 
 
+@pytest.mark.usefixtures("kernels")
 def test_attention_takes_strided_inputs() -> None:
     """Catches a `view` on q, k, v that were split out of one fused projection."""
     fused = torch.randn(2, 6, 8, 8, dtype=torch.bfloat16, requires_grad=True)
@@ -293,6 +258,7 @@ def test_attention_takes_strided_inputs() -> None:
 # --- loss ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 20])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_chunked_cross_entropy_matches_the_fp64_reference(dtype: torch.dtype, tokens: int) -> None:
@@ -314,6 +280,7 @@ def test_chunked_cross_entropy_matches_the_fp64_reference(dtype: torch.dtype, to
     assert_close([loss], [expected], dtype)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 def test_cross_entropy_of_ignored_labels_only_is_zero(backend: str) -> None:
     """Catches NaN from a mean over nothing, and gradients from padding."""
@@ -325,6 +292,7 @@ def test_cross_entropy_of_ignored_labels_only_is_zero(backend: str) -> None:
     assert all((result == 0).all() for result in results)
 
 
+@pytest.mark.usefixtures("kernels")
 def test_cross_entropy_adds_to_a_tied_embedding() -> None:
     """Catches a head gradient that replaces, or is replaced by, that of the lookup when both are one parameter."""
     tokens, labels_T = torch.randint(0, 50, (12,)), torch.randint(0, 50, (12,))
@@ -349,6 +317,7 @@ def test_rms_norm_is_that_of_transformers(dtype: torch.dtype) -> None:
     torch.testing.assert_close(rms_norm(x, module.weight, 1e-3, "reference"), module(x), rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", ["reference", None])
 def test_rms_norm_matches_the_fp64_reference(backend: str, dtype: torch.dtype) -> None:
@@ -361,6 +330,7 @@ def test_rms_norm_matches_the_fp64_reference(backend: str, dtype: torch.dtype) -
     )
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rotary_is_that_of_transformers(dtype: torch.dtype) -> None:
     """Catches interleaved in place of half rotation, and a wrong sign in the backward."""

@@ -1,0 +1,458 @@
+"""The kernels in C++ and on AMX tiles, and the plain versions that stand in for them, against the fp64 reference.
+
+Every test says which native functions it is about and fails if others ran: a shape that falls back tests nothing.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_lm.kernels.attention import attention, attention_mask
+from moe_lm.kernels.experts import expert_swiglu
+from moe_lm.kernels.loss import linear_cross_entropy
+from moe_lm.kernels.normalization import rms_norm
+from moe_lm.kernels.rotary import apply_rotary
+from moe_lm.model.config import ModelConfig, Recompute
+from moe_lm.model.decoder import CausalLM
+from moe_lm.model.initialization import initialize
+from tests.kernels import (
+    DTYPES,
+    Kernels,
+    assert_close,
+    assert_parity,
+    expert_inputs,
+    leaves,
+    output_and_gradients,
+    qkv,
+    swiglu,
+)
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+# --- experts ---------------------------------------------------------------------------------------------------------
+
+ROWS = {"swiglu", "swiglu_backward"}
+TILES = {"amx_experts", "amx_experts_backward"}
+
+TILED = {
+    "one group of 32": ([32], 32, 32),
+    "empty experts": ([0, 32, 0, 64, 0], 64, 96),
+    "all rows to one expert": ([0, 160, 0, 0], 96, 32),
+    "groups of several blocks, the last one short": ([288, 32, 128], 32, 160),
+    "sums over more rows than one depth": ([544, 1056], 64, 64),
+    "sums over more columns than one depth": ([32, 64], 32, 544),
+    "as wide as real models": ([64, 576], 512, 672),
+    "no rows": ([0, 0], 32, 64),
+}
+UNTILED = {
+    "D": ([32, 64], 40, 32),
+    "F": ([32, 64], 32, 33),
+    "D and F, of half a tile": ([32, 64], 48, 16),
+    "groups": ([31, 0, 33, 1], 32, 64),
+    "nothing is a multiple": ([5, 0, 70], 7, 19),
+}
+
+
+@pytest.mark.parametrize("tail", [0, 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [*TILED, *UNTILED])
+def test_experts(case: str, dtype: torch.dtype, tail: int, kernels: Kernels) -> None:
+    """Catches a block, a depth or a panel that is left out or counted twice, and what is past the last end."""
+    counts, D, F_ = (TILED | UNTILED)[case]
+    inputs, ends = expert_inputs(counts, tail, D, F_)
+    rows = sum(counts)
+    inputs[0][rows:] = torch.nan
+    inputs = leaves(*inputs, dtype=dtype)
+    upstream = torch.randn_like(inputs[0])
+    upstream[rows:] = torch.nan
+    expected = output_and_gradients(swiglu("reference", ends), leaves(*inputs, dtype=torch.float64), upstream)
+    actual = output_and_gradients(swiglu("cpu", ends), inputs, upstream)
+    assert (actual[0][rows:] == 0).all() and (actual[1][rows:] == 0).all()
+    assert_close(actual, expected, dtype)
+    in_rows = ROWS if rows else set()
+    kernels.assert_ran(in_rows, TILES if case in TILED and dtype is BF16 else in_rows)
+
+
+@pytest.mark.parametrize("case", ["empty experts", "D"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("kernels")
+def test_frozen_experts(case: str, dtype: torch.dtype) -> None:
+    """Catches a null gradient that is written to, or one whose absence takes another's work along."""
+    counts, D, F_ = (TILED | UNTILED)[case]
+    inputs, ends = expert_inputs(counts, 3, D, F_)
+    inputs, upstream = leaves(*inputs, dtype=dtype), torch.randn(len(inputs[0]), D).to(dtype)
+    output, *gradients = output_and_gradients(swiglu("cpu", ends), inputs, upstream)
+    for needs in list(product((False, True), repeat=3))[1:]:
+        tensors = [x.detach().requires_grad_(needed) for x, needed in zip(inputs, needs)]
+        swiglu("cpu", ends)(*tensors).backward(upstream)
+        for tensor, gradient, needed in zip(tensors, gradients, needs):
+            assert torch.equal(tensor.grad, gradient) if needed else tensor.grad is None
+    with torch.no_grad():
+        assert torch.equal(swiglu("cpu", ends)(*inputs), output)
+
+
+def gated(x_RD: Tensor, backend: str) -> Tensor:
+    """silu(first input) · second input, in the first output, of one expert; the other outputs are 0."""
+    D, weights = x_RD.shape[1], torch.zeros(1, 128, x_RD.shape[1])
+    weights[0, :64, 0], weights[0, 64:, 1] = 1, 1
+    down = F.pad(torch.ones(1, 1, 1), (0, 63, 0, D - 1))
+    ends = torch.tensor([len(x_RD)], dtype=torch.int32)
+    return expert_swiglu(x_RD, ends, weights.to(x_RD.dtype), down.to(x_RD.dtype), backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_over_the_whole_range(dtype: torch.dtype, kernels: Kernels) -> None:
+    """Catches an exponential that is off by more than roundings, clamps that leave something, a lost 1 + gate."""
+    both = torch.cat([torch.linspace(0, 104, 10383), torch.logspace(-30, 38, 500), torch.tensor([90.0, 3.3e38, 1e-45])])
+    gates = torch.cat([both, -both, torch.zeros(20)])  # a multiple of 32 of them
+    x_RD = F.pad(torch.stack((gates, torch.ones_like(gates)), 1), (0, 30)).to(dtype)
+    upstream = F.pad(torch.ones(len(gates), 1), (0, 31))
+    values, slopes = output_and_gradients(lambda x: gated(x, "cpu"), leaves(x_RD, dtype=dtype), upstream)
+    wide = leaves(x_RD, dtype=torch.float64)
+    exact, exact_slopes = output_and_gradients(lambda x: gated(x, "reference"), wide, upstream)
+    tolerance = 2e-6 if dtype is FP32 else 1e-2
+    torch.testing.assert_close(values.double(), exact, rtol=tolerance, atol=2e-36)
+    torch.testing.assert_close(slopes.double(), exact_slopes, rtol=tolerance, atol=tolerance)
+    kernels.assert_ran(ROWS, TILES if dtype is BF16 else ROWS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gate", [math.inf, -math.inf, math.nan])
+@pytest.mark.usefixtures("kernels")
+def test_a_gate_that_is_no_number(gate: float, dtype: torch.dtype) -> None:
+    """Catches an overflow or NaN that comes out as a number, and one that spreads to the next row."""
+    x_R1 = torch.ones(32, 1).index_fill(0, torch.tensor([5]), gate)
+    one = torch.ones(1, 64, 1), torch.ones(1, 1, 32)
+    ends = torch.tensor([32], dtype=torch.int32)
+    for D in (1, 32):  # the second on tiles
+        x = F.pad(x_R1, (0, D - 1)).to(dtype)
+        weights = (one[0].expand(1, 64, D).contiguous().to(dtype), one[1].expand(1, D, 32).contiguous().to(dtype))
+        expected = expert_swiglu(x, ends, *weights, "reference")
+        actual = expert_swiglu(x, ends, *weights, "cpu")
+        assert not torch.isfinite(actual[5]).any()
+        torch.testing.assert_close(actual, expected, rtol=1e-2, atol=0, equal_nan=True)
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+SOFTMAX = {"attention_softmax", "attention_softmax_backward"}
+AMX_ATTENTION = {"amx_attention", "amx_attention_backward"}
+# S, N, G, H
+SHAPES = {
+    "one block": (32, 4, 4, 32),
+    "two blocks": (64, 4, 2, 64),
+    "five blocks, three columns of tiles": (160, 4, 1, 96),
+    "long": (512, 4, 2, 32),
+    "a length that tiles do not take": (48, 4, 2, 32),
+    "an odd length": (33, 2, 1, 32),
+    "a width that tiles do not take": (64, 4, 2, 24),
+}
+MASKS = ["causal", "documents", "window", "documents and window", "holes"]
+
+
+def masks(masking: str, S: int) -> Tensor | None:
+    """[2, S, S]; documents begin at other places in the second row, and nowhere at a multiple of 32."""
+    if masking == "causal":
+        return None
+    if masking == "holes":
+        mask_BST = torch.ones(2, S, S, dtype=torch.bool).tril()
+        mask_BST[1, 20:, 7] = False
+        return mask_BST
+    place_S = torch.arange(S)
+    numbers_BS = torch.stack((place_S // 45, (place_S + 20) // 27))
+    documents_BS = numbers_BS if masking.startswith("documents") else torch.zeros_like(numbers_BS)
+    return attention_mask(documents_BS, documents_BS, 0, 19 if masking.endswith("window") else None)
+
+
+def on_cpu(mask_BST: Tensor | None, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """Attention with the kernels that training in bf16 takes by itself; in fp32 they have to be asked for."""
+    return lambda q, k, v: attention(q, k, v, mask_BST, None if dtype is BF16 else "cpu")
+
+
+@pytest.mark.parametrize("masking", MASKS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention(shape: str, masking: str, dtype: torch.dtype, kernels: Kernels) -> None:
+    """Catches keys that are hidden or seen by a whole tile, and heads that share keys adding up wrongly."""
+    S, N, G, H = SHAPES[shape]
+    mask_BST = masks(masking, S)
+    reference = lambda q, k, v: attention(q, k, v, mask_BST, "reference")  # noqa: E731
+    assert_parity(on_cpu(mask_BST, dtype), reference, qkv(2, S, S, N, G, H), dtype)
+    tiled = dtype is BF16 and S % 32 == 0 and H % 32 == 0
+    asked = {"mask_begins"} if tiled and mask_BST is not None else set()
+    kernels.assert_ran(SOFTMAX, asked | (AMX_ATTENTION if tiled and masking != "holes" else SOFTMAX))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("kernels")
+def test_attention_without_gradients(dtype: torch.dtype) -> None:
+    """Catches an inference path that is another function than the one that was trained."""
+    q, k, v = (x.to(dtype) for x in qkv(2, 64, 64, 4, 2, 32))
+    with torch.no_grad():
+        for masking in MASKS:
+            expected = attention(q.double(), k.double(), v.double(), masks(masking, 64))
+            assert_close([attention(q, k, v, masks(masking, 64))], [expected], dtype)
+
+
+@pytest.mark.parametrize("strides", ["transposed", "expanded", "a part"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("kernels")
+def test_masks_of_any_strides(strides: str, dtype: torch.dtype) -> None:
+    """Catches a kernel that takes the bytes after a mask's first for its second."""
+    plain_BST = masks("documents", 64)
+    mask_BST = {
+        "transposed": plain_BST.mT.contiguous().mT,
+        "expanded": plain_BST[:1].expand(2, -1, -1),
+        "a part": F.pad(plain_BST, (3, 5, 1, 1))[:, 1:-1, 3:-5],
+    }[strides]
+    assert_parity(
+        on_cpu(mask_BST, dtype),
+        lambda q, k, v: attention(q, k, v, mask_BST, "reference"),
+        qkv(2, 64, 64, 4, 2, 32),
+        dtype,
+    )
+
+
+def test_softmax_over_the_whole_range(kernels: Kernels) -> None:
+    """Catches an exponential that is off by more than roundings, far from 0, and one query that misses keys."""
+    q_BSNH = torch.zeros(1, 1, 1, 256)
+    q_BSNH[..., 0] = 16  # undoes the scale
+    k_BTGH = torch.zeros(1, 256, 1, 256)
+    k_BTGH[0, :, 0, 0] = torch.linspace(-100, 3, 256)[torch.randperm(256)]
+    k_BTGH[0, :3, 0, 0] = torch.tensor([-1e4, -3e37, -math.inf])
+    v_BTGH = torch.eye(256).view(1, 256, 1, 256)
+    k_BTGH[0, 2, 0, 1:] = 0
+    for mask in (None, torch.ones(1, 1, 256, dtype=torch.bool)):
+        weights = attention(q_BSNH, k_BTGH, v_BTGH, mask, "cpu").flatten()
+        exact = k_BTGH[0, :, 0, 0].double().softmax(0)
+        torch.testing.assert_close(weights.double(), exact, rtol=1e-5, atol=1e-37)
+    kernels.assert_ran({"attention_softmax"})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+@pytest.mark.usefixtures("kernels")
+def test_nan_in_attention_stays_in_its_batch_row(where: str, dtype: torch.dtype) -> None:
+    """Catches NaN that a maximum or a mask swallows, and buffers that carry it from one task to the next."""
+    inputs = qkv(3, 64, 64, 4, 2, 32)
+    clean = output_and_gradients(on_cpu(None, dtype), leaves(*inputs, dtype=dtype), torch.ones_like(inputs[0]))
+    inputs["qkv".index(where)][1, 40] = torch.nan
+    dirty = output_and_gradients(on_cpu(None, dtype), leaves(*inputs, dtype=dtype), torch.ones_like(inputs[0]))
+    for before, after in zip(clean, dirty):
+        assert torch.equal(before[::2], after[::2])
+    sees = slice(40, 41) if where == "q" else slice(40, None)
+    assert torch.isnan(dirty[0][1, sees]).all()
+    if where != "v":  # 0 times NaN is NaN: queries that do not see the value may have it too, as in torch
+        assert torch.isfinite(dirty[0][1, :40]).all()
+    assert torch.isnan(dirty[1][1, sees]).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("kernels")
+def test_attention_with_large_scores(dtype: torch.dtype) -> None:
+    """Catches a softmax without its maximum, and a scale that is applied on one side of it only."""
+    q, k, v = qkv(2, 64, 64, 2, 1, 32)
+    # Scores of ±22 times powers of 2 to ±4096 · 22, so that a rounding of them in bf16 decides nothing.
+    q = 128 * F.one_hot(torch.tensor(0), 32) * q.sign()
+    k = F.one_hot(torch.tensor(0), 32) * k.sign() * 2.0 ** torch.randint(0, 13, (2, 64, 1, 1))
+    mask_BST = masks("documents", 64)
+    # Equal keys leave the gradient of q a difference of large numbers that is 0.
+    assert_parity(
+        lambda k, v: on_cpu(mask_BST, dtype)(q.to(k.dtype), k, v),
+        lambda k, v: attention(q.to(k.dtype), k, v, mask_BST, "reference"),
+        [k, v],
+        dtype,
+    )
+
+
+# --- loss ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("V", [1, 15, 16, 1003])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cross_entropy(V: int, dtype: torch.dtype, kernels: Kernels) -> None:
+    """Catches what a vectorised loop leaves at its end, and ignored labels that count."""
+    labels_T = torch.randint(0, V, (41,))
+    labels_T[[0, 8, 9, 40]] = -100
+    assert_parity(
+        lambda hidden, head: linear_cross_entropy(hidden, head, labels_T, chunk_rows=8),
+        lambda hidden, head: linear_cross_entropy(hidden, head, labels_T, backend="reference"),
+        [torch.randn(41, 24), torch.randn(V, 24) / 4],
+        dtype,
+    )
+    kernels.assert_ran({"cross_entropy"})
+
+
+@pytest.mark.usefixtures("kernels")
+def test_cross_entropy_of_large_logits() -> None:
+    """Catches an exponential that overflows, or a gradient that does where the loss does not."""
+    hidden_T1 = torch.tensor([[100.0], [-100.0], [1.0], [0.0]])
+    head_V1 = torch.arange(-100.0, 101.0).unsqueeze(1)
+    labels_T = torch.tensor([200, 3, 100, 0])
+    assert_parity(
+        lambda hidden, head: linear_cross_entropy(hidden, head, labels_T),
+        lambda hidden, head: linear_cross_entropy(hidden, head, labels_T, backend="reference"),
+        [hidden_T1, head_V1],
+        FP32,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("label", [0, 3, 20])
+@pytest.mark.parametrize("logits", [[-math.inf], [-math.inf] * 40, [math.inf], [math.nan]])
+@pytest.mark.usefixtures("kernels")
+def test_cross_entropy_of_logits_that_are_no_numbers(logits: list[float], label: int, dtype: torch.dtype) -> None:
+    """Catches infinities and NaN that come out as a loss like any other, and -inf that spoils a sound one."""
+    head_V1 = torch.linspace(-2, 2, 40).unsqueeze(1)
+    head_V1[3 if len(logits) == 1 else slice(None), 0] = torch.tensor(logits)
+    with torch.no_grad():
+        one, labels_T = torch.ones(1, 1, dtype=dtype), torch.tensor([label])
+        actual = linear_cross_entropy(one, head_V1.to(dtype), labels_T)
+        expected = linear_cross_entropy(one.double(), head_V1.to(dtype).double(), labels_T, backend="reference")
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("label", [50, 2**40, -1, -101])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_label_outside_the_vocabulary_never_passes(label: int, training: bool, kernels: Kernels) -> None:
+    """Catches a read beyond the row, and a label such as -1 that is silently left out."""
+    hidden, head = (x.requires_grad_(training) for x in (torch.randn(9, 16), torch.randn(50, 16)))
+    labels_T = torch.randint(0, 50, (9,))
+    labels_T[4] = label
+    if kernels.path == "plain":
+        with pytest.raises((RuntimeError, IndexError)):
+            linear_cross_entropy(hidden, head, labels_T)
+    else:
+        assert torch.isnan(linear_cross_entropy(hidden, head, labels_T))
+
+
+# --- normalisation, rotation -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("D", [5, 16, 33, 512])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm(D: int, dtype: torch.dtype, kernels: Kernels) -> None:
+    """Catches what a vectorised loop leaves at its end, and rows of zeros or of very large or small numbers."""
+    x_RD = torch.randn(37, D)
+    x_RD[[3, 4, 5]] *= torch.tensor([0.0, 1e-12, 1e12]).unsqueeze(1)
+    assert_parity(
+        lambda x, weight: rms_norm(x, weight, 1e-3),
+        lambda x, weight: rms_norm(x, weight, 1e-3, "reference"),
+        [x_RD, torch.randn(D)],
+        dtype,
+    )
+    kernels.assert_ran({"rms_norm", "rms_norm_backward"})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("kernels")
+def test_rms_norm_keeps_what_is_no_number_in_its_row(value: float, dtype: torch.dtype) -> None:
+    """Catches NaN that a norm turns into a number, or spreads."""
+    x_RD, weight = torch.randn(4, 32).to(dtype), torch.ones(32, dtype=dtype)
+    clean = rms_norm(x_RD, weight, 1e-3)
+    dirty = rms_norm(x_RD.index_fill(0, torch.tensor([2]), value), weight, 1e-3)
+    assert torch.isnan(dirty[2]).all()
+    assert torch.equal(dirty[[0, 1, 3]], clean[[0, 1, 3]])
+
+
+@pytest.mark.parametrize("H", [8, 32, 34])
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotary(heads: int, H: int, dtype: torch.dtype, kernels: Kernels) -> None:
+    """Catches halves whose length no vector divides, angles of another position, and a wrong sign backward."""
+    angles_BSH = (torch.rand(2, 7, H // 2) * 6).repeat(1, 1, 2)
+    cos, sin = angles_BSH.cos().to(dtype), angles_BSH.sin().to(dtype)
+    assert_parity(
+        lambda x: apply_rotary(x, cos, sin),
+        lambda x: apply_rotary(x, cos.to(x.dtype), sin.to(x.dtype), "reference"),
+        [torch.randn(2, 7, heads, H)],
+        dtype,
+    )
+    kernels.assert_ran({"rotary"})
+
+
+# --- several threads -------------------------------------------------------------------------------------------------
+
+ANGLES = torch.linspace(0, 50, 2 * 256 * 16).view(2, 256, 16).repeat(1, 1, 2)
+LABELS = torch.arange(512) % 100
+ENDS = torch.tensor([288, 288, 512], dtype=torch.int32)
+SEVERAL: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
+    "experts": (
+        lambda backend, *x: expert_swiglu(x[0], ENDS, *x[1:], backend or "cpu"),
+        [(512, 64), (3, 192, 64), (3, 64, 96)],
+    ),
+    "attention": (
+        lambda backend, *x: attention(*x, masks("documents", 256), backend or ("cpu" if x[0].dtype is FP32 else None)),
+        [(2, 256, 4, 32), (2, 256, 2, 32), (2, 256, 2, 32)],
+    ),
+    "loss": (lambda backend, *x: linear_cross_entropy(*x, LABELS, backend=backend), [(512, 32), (100, 32)]),
+    "rms norm": (lambda backend, *x: rms_norm(*x, 1e-3, backend), [(1024, 64), (64,)]),
+    "rotary": (
+        lambda backend, x: apply_rotary(x, ANGLES.cos().to(x.dtype), ANGLES.sin().to(x.dtype), backend),
+        [(2, 256, 4, 32)],
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", SEVERAL)
+@pytest.mark.usefixtures("kernels", "two_threads")
+def test_two_threads(kernel: str, dtype: torch.dtype) -> None:
+    """Catches threads that write one place, rows that fall between two, and sums whose order is left to chance."""
+    function, shapes = SEVERAL[kernel]
+    inputs = leaves(*(torch.randn(shape) / max(1, len(shape) - 1) for shape in shapes), dtype=dtype)
+    upstream = torch.randn_like(function("reference", *inputs))
+    wide = leaves(*inputs, dtype=torch.float64)
+    expected = output_and_gradients(lambda *x: function("reference", *x), wide, upstream)
+    first = output_and_gradients(lambda *x: function(None, *x), inputs, upstream)
+    assert_close(first, expected, dtype)
+    for _ in range(5):
+        again = output_and_gradients(lambda *x: function(None, *x), inputs, upstream)
+        assert all(map(torch.equal, first, again))
+
+
+# --- together --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_recomputation_changes_no_bit(dtype: torch.dtype, kernels: Kernels) -> None:
+    """Catches a kernel that writes over what a checkpoint keeps, which torch sees of its own operators only."""
+    config = ModelConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.1,
+    )
+    model = CausalLM(config).to(dtype)
+    initialize(model, 0)
+    tokens_BS, documents_BS = torch.randint(96, (8, 64)), (torch.arange(64) // 20).expand(8, -1)
+
+    def gradients(mode: Recompute) -> list[Tensor]:
+        model.model.recompute = mode
+        hidden_TD = model(tokens_BS, document_ids_BS=documents_BS).hidden_BSD.flatten(0, 1)
+        loss = linear_cross_entropy(hidden_TD, model.lm_head.weight, tokens_BS.roll(-1).flatten())
+        return list(torch.autograd.grad(loss, list(model.parameters())))
+
+    kept = gradients(Recompute.none)
+    if kernels.path == "amx" and dtype is BF16:
+        assert set(kernels.calls) >= TILES | AMX_ATTENTION
+    for mode in (Recompute.selective, Recompute.full):
+        assert all(map(torch.equal, gradients(mode), kept))

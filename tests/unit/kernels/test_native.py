@@ -1,0 +1,165 @@
+"""How the native kernels are had: built, kept, rebuilt, and done without."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from moe_lm.kernels import native
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="native kernels are for Linux")
+COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")
+
+PROBE = """
+import torch
+from moe_lm.kernels import native
+from moe_lm.kernels.normalization import rms_norm
+x = torch.arange(4096.0).view(64, 64)
+for _ in range(2):
+    torch.testing.assert_close(rms_norm(x, x[1], 1e-3), rms_norm(x, x[1], 1e-3, "reference"))
+print("plain" if native.library() is None else "native")
+"""
+
+
+def start(**environment: str) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "always", **environment}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", PROBE], env=environment, text=True, **streams)
+
+
+def result(process: subprocess.Popen) -> tuple[str, int]:
+    """Which kernels gave right results, and how often it was said that there are no native ones."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out.strip(), err.count("no native kernels")
+
+
+def load() -> ctypes.CDLL | None:
+    """The library as a new process would load it, past this one's cache."""
+    return native.library.__wrapped__()
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """One in which nothing about native kernels is set."""
+    for name in ("CXX", native.SWITCH):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.fixture
+def cache(environment: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    environment.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "moe-lm"
+
+
+@LINUX
+@COMPILER
+def test_a_compiler_is_enough(environment: pytest.MonkeyPatch) -> None:
+    """Catches a source that does not compile, which would turn every test of native kernels into a skip."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        library = load()
+    assert library is not None
+    for name in native._ARGUMENTS:
+        if not name.startswith("amx_"):
+            assert any(hasattr(library, name + suffix) for suffix in ("", "_float"))
+    macros = subprocess.run(
+        ["c++", "-march=native", "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=True
+    ).stdout
+    if "__AMX_BF16__" in macros:
+        assert all(hasattr(library, name) for name in native._ARGUMENTS if name.startswith("amx_"))
+
+
+@LINUX
+def test_the_switch_turns_them_off(tmp_path: Path) -> None:
+    """Catches a switch that is read too late, and a compilation that nobody asked for."""
+    assert result(start(MOE_LM_NATIVE="0", XDG_CACHE_HOME=str(tmp_path))) == ("plain", 0)
+    assert not list(tmp_path.iterdir())
+
+
+@LINUX
+def test_a_broken_compiler_is_said_once(tmp_path: Path) -> None:
+    """Catches a warning at every call, an error, or results that are not those of the plain kernels."""
+    assert result(start(CXX="/bin/false", XDG_CACHE_HOME=str(tmp_path))) == ("plain", 1)
+
+
+@LINUX
+@pytest.mark.parametrize("compiler", ["/bin/false", "/bin/true", "no-such-compiler", "'", "/bin/sh"])
+def test_compilers_that_do_not_compile(compiler: str, environment: pytest.MonkeyPatch, cache: Path) -> None:
+    """Catches an exception out of the search for a library, and a named compiler whose absence goes unsaid."""
+    environment.setenv("CXX", compiler)
+    with pytest.warns(UserWarning, match="no native kernels") as caught:
+        assert load() is None
+    assert len(caught) == 1
+
+
+@LINUX
+@COMPILER
+def test_a_compiler_with_arguments(environment: pytest.MonkeyPatch) -> None:
+    """Catches CXX="ccache g++" taken for the name of one program."""
+    environment.setenv("CXX", "env c++")
+    assert load() is not None
+
+
+@LINUX
+def test_no_compiler_is_no_fault(environment: pytest.MonkeyPatch) -> None:
+    """Catches a warning for those who have not asked for anything."""
+    environment.setenv("PATH", "")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load() is None
+
+
+@LINUX
+@COMPILER
+@pytest.mark.parametrize("place", ["a file", "/proc/version", "/proc"])
+def test_a_cache_that_can_not_be_written(place: str, environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Catches a training run that ends because of a home directory."""
+    if place == "a file":
+        place = str(tmp_path / "file")
+        Path(place).touch()
+    environment.setenv("XDG_CACHE_HOME", place)
+    environment.setattr(native, "_FLAGS", [flag for flag in native._FLAGS if flag != "-O3"])  # compiles faster
+    with pytest.warns(UserWarning, match="no native kernels") as caught:
+        assert load() is None
+    assert len(caught) == 1
+
+
+@LINUX
+@COMPILER
+def test_a_damaged_library_is_built_again(cache: Path) -> None:
+    """Catches a library cut short, whose pages beyond the end would kill the process that touches them."""
+    assert load() is not None
+    (path,) = cache.iterdir()
+    whole = path.read_bytes()
+    assert native._is_whole(path)
+    for content in (
+        b"",
+        whole[:20],
+        whole[:200],
+        whole[: len(whole) // 2],
+        whole[:-1],
+        whole[:99] + b"?" + whole[100:],
+    ):
+        path.unlink()  # not over the pages that this process has mapped
+        path.write_bytes(content)
+        assert not native._is_whole(path)
+    path.write_bytes(whole[: len(whole) // 2])
+    assert result(start()) == ("native", 0)
+    assert native._is_whole(path)
+
+
+@LINUX
+@COMPILER
+def test_two_processes_that_build_at_once(cache: Path) -> None:
+    """Catches one that loads what the other has half written, and files left behind."""
+    processes = [start(), start()]
+    assert [result(process) for process in processes] == [("native", 0)] * 2
+    (path,) = cache.iterdir()
+    assert native._is_whole(path)

@@ -127,7 +127,8 @@ def _compiled(compiler: list[str]) -> Path:
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, text=True).stdout
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")  # x86's name, and Arm's
-    made_of = "\n".join((*(source.read_text() for source in SOURCES), version, *_FLAGS, processor, platform.machine()))
+    sources = (source.read_text() for source in SOURCES)
+    made_of = "\n".join((*sources, version, *compiler, *_FLAGS, processor, platform.machine()))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe-lm"
     path = cache / f"native-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     if not (path.exists() and _is_whole(path)):

@@ -19,7 +19,7 @@ def nesterov(gradient: Tensor, momentum: Tensor, beta: float, dtype: torch.dtype
         beta: β.
         dtype: that of the result.
     """
-    if dtype is torch.bfloat16 and native.supports(gradient, momentum):
+    if dtype is torch.bfloat16 and gradient.dtype is torch.float32 and native.supports(gradient, momentum):
         ahead = torch.empty_like(gradient, dtype=dtype)
         native.run("nesterov", None, gradient.numel(), gradient, momentum, ahead, gradient.numel(), beta)
         return ahead
@@ -29,7 +29,8 @@ def nesterov(gradient: Tensor, momentum: Tensor, beta: float, dtype: torch.dtype
 
 def decay_and_add(parameter: Tensor, direction: Tensor, keep: float, scale: float) -> None:
     """Parameter ← keep · parameter + scale · direction; fp32, and a direction of any type."""
-    if direction.dtype is torch.bfloat16 and native.supports(parameter) and direction.is_contiguous():
+    types = (parameter.dtype, direction.dtype) == (torch.float32, torch.bfloat16)
+    if types and native.supports(parameter) and direction.is_contiguous():
         native.run("decay_and_add", None, parameter.numel(), parameter, direction, parameter.numel(), keep, scale)
     else:
         parameter.mul_(keep).add_(direction, alpha=scale)

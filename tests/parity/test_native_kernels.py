@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_lm.kernels import newton_schulz
 from moe_lm.kernels.attention import attention, attention_mask
 from moe_lm.kernels.experts import expert_swiglu
 from moe_lm.kernels.loss import linear_cross_entropy
 from moe_lm.kernels.normalization import rms_norm
 from moe_lm.kernels.rotary import apply_rotary
+from moe_lm.kernels.updates import decay_and_add, nesterov
 from moe_lm.model.config import ModelConfig, Recompute
 from moe_lm.model.decoder import CausalLM
 from moe_lm.model.initialization import initialize
@@ -384,6 +386,58 @@ def test_rotary(heads: int, H: int, dtype: torch.dtype, kernels: Kernels) -> Non
         dtype,
     )
     kernels.assert_ran({"rotary"})
+
+
+# --- Muon ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1,), (15,), (3, 4099)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("two_threads")
+def test_the_ends_of_a_step(shape: tuple[int, ...], dtype: torch.dtype, kernels: Kernels) -> None:
+    """Catches a momentum that is looked ahead before it is updated, and a decay of the updated parameter."""
+    gradient, momentum, parameter = torch.randn(3, *shape)
+    mean = 0.95 * momentum.double() + 0.05 * gradient
+    ahead = nesterov(gradient, momentum, 0.95, dtype)
+    assert ahead.dtype == dtype
+    assert_close([momentum], [mean], FP32)
+    assert_close([ahead], [0.05 * gradient + 0.95 * mean], dtype)
+    moved = 0.9 * parameter.double() - 0.02 * ahead.double()
+    decay_and_add(parameter, ahead, 0.9, -0.02)
+    assert_close([parameter], [moved], FP32)
+    kernels.assert_ran({"nesterov", "decay_and_add"} if dtype is BF16 else set())
+
+
+def test_updates_of_other_types(kernels: Kernels) -> None:
+    """Catches bf16 read and written as if it were fp32, beyond its end."""
+    gradient, momentum, parameter, direction = torch.randn(4, 40).to(BF16)
+    moved = 0.5 * parameter.double() + direction.double()
+    decay_and_add(parameter, direction, 0.5, 1.0)
+    assert_close([parameter], [moved], BF16)
+    mean = 0.5 * momentum.double() + 0.5 * gradient.double()
+    assert_close([nesterov(gradient, momentum, 0.5, BF16), momentum], [(mean + gradient.double()) / 2, mean], BF16)
+    kernels.assert_ran(set())
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (64, 160), (160, 64), (5, 96, 64), (512, 512), (2, 3, 48, 32), (544, 512)])
+@pytest.mark.usefixtures("two_threads")
+def test_newton_schulz(shape: tuple[int, ...], kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a block that is not mirrored or is a step old, and a matrix that another thread writes over."""
+    monkeypatch.setattr(newton_schulz, "iteration_dtype", lambda device: BF16)
+    values = torch.linspace(0.5, 2, min(shape[-2:]), dtype=torch.float64)
+    u, _, vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    g = (u * values @ vh).float()
+    x = values / values.norm()
+    a, b, c = newton_schulz.COEFFICIENTS
+    for _ in range(5):
+        x = a * x + b * x**3 + c * x**5
+    expected = u * x @ vh
+    actual = newton_schulz.orthogonalize(g)
+    assert actual.dtype == BF16 and actual.shape == shape
+    assert (actual.double() - expected).norm() < 0.02 * expected.norm()
+    assert torch.equal(newton_schulz.orthogonalize(g), actual)
+    fits = shape[-1] % 32 == shape[-2] % 32 == 0 and shape[-1] * shape[-2] <= 2**18
+    kernels.assert_ran(set(), {"amx_newton_schulz"} if fits else set())
 
 
 # --- several threads -------------------------------------------------------------------------------------------------

@@ -101,10 +101,13 @@ def test_compilers_that_do_not_compile(compiler: str, environment: pytest.Monkey
 
 @LINUX
 @COMPILER
-def test_a_compiler_with_arguments(environment: pytest.MonkeyPatch) -> None:
-    """Catches CXX="ccache g++" taken for the name of one program."""
-    environment.setenv("CXX", "env c++")
-    assert load() is not None
+def test_a_compiler_with_arguments(environment: pytest.MonkeyPatch, cache: Path) -> None:
+    """Catches CXX="ccache g++" taken for the name of one program, and a library kept from before an option."""
+    environment.setattr(native, "_FLAGS", [flag for flag in native._FLAGS if flag != "-O3"])  # compiles faster
+    for compiler in ("env c++", "c++ -O1"):
+        environment.setenv("CXX", compiler)
+        assert load() is not None
+    assert len(list(cache.iterdir())) == 2
 
 
 @LINUX

@@ -12,7 +12,7 @@ def keep_freed_memory() -> None:
     library is another.
     """
     library = _c_library()
-    if not hasattr(library, "mallopt"):
+    if library is None or not hasattr(library, "mallopt"):
         return
     trim_threshold, top_pad, mmap_threshold, largest = -1, -2, -3, 2**31 - 1  # names and signs from malloc.h
     # glibc before 2.35 refuses more than 32 MiB; where it refuses both, the other two settings would only freeze its
@@ -25,7 +25,7 @@ def keep_freed_memory() -> None:
 def give_back_freed_memory() -> None:
     """Return the pages of freed blocks to the system: the opposite, for a process that will wait a while."""
     library = _c_library()
-    if hasattr(library, "malloc_trim"):
+    if library is not None and hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
 
 

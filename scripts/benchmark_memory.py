@@ -16,6 +16,7 @@ import torch
 from benchmark import MODELS, SAME_WORK, Side, make_batches, processes
 
 from moe_lm.config import load
+from moe_lm.kernels import native
 from moe_lm.model.accounting import activation_bytes, training_state_bytes
 from moe_lm.model.config import Recompute
 from moe_lm.training.config import Precision
@@ -45,7 +46,8 @@ def main(model: str, micro_batch_size: int | None) -> None:
     tokens = config.trainer.micro_batch_size * config.data.sequence_length
     state = training_state_bytes(config.model, 2, dtype.itemsize)
     # in blocks of 128 queries, each against the keys up to its own end
-    kept = (config.data.sequence_length + 128) // 2 if dtype is torch.bfloat16 else 0
+    explicit = dtype is torch.bfloat16 and not native.has_amx()
+    kept = (config.data.sequence_length + 128) // 2 if explicit else 0
     print(f"{model}, {tokens:,} tokens, {dtype}; state {state / 1e6:,.0f} MB")
     print("| mode | measured, MB | above the state | activations by formula | time |\n" + "| --- " * 5 + "|")
     for side in sides:

@@ -135,11 +135,12 @@ def _sdpa(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, mask_BST: Tensor | Non
         o_BGJH = F.scaled_dot_product_attention(q_BGJH, k_BTGH.transpose(1, 2), v_BTGH.transpose(1, 2), attn_mask=mask)
         return o_BGJH.reshape(B, 1, N, H)
     shared = N // k_BTGH.shape[2]
-    if shared > 1:  # enable_gqa with a mask falls back to the unfused kernel; expanding keys is cheaper
+    if shared > 1 and mask is not None:  # enable_gqa would fall back to the unfused kernel; expanding keys is cheaper
         k_BTGH, v_BTGH = k_BTGH.repeat_interleave(shared, dim=2), v_BTGH.repeat_interleave(shared, dim=2)
-    o_BNSH = F.scaled_dot_product_attention(
-        q_BSNH.transpose(1, 2), k_BTGH.transpose(1, 2), v_BTGH.transpose(1, 2), attn_mask=mask, is_causal=mask is None
-    )
+        shared = 1
+    q_BNSH, k_BGTH, v_BGTH = (x.transpose(1, 2) for x in (q_BSNH, k_BTGH, v_BTGH))
+    causal, grouped = mask is None, shared > 1
+    o_BNSH = F.scaled_dot_product_attention(q_BNSH, k_BGTH, v_BGTH, mask, is_causal=causal, enable_gqa=grouped)
     return o_BNSH.transpose(1, 2)
 
 

@@ -81,6 +81,15 @@ def has_amx() -> bool:
     return granted is not None and bool(granted())
 
 
+def described(device: torch.device) -> str:
+    """What a reader of a run's log wants to know: which kernels it has on a CPU. Empty on other devices."""
+    if device.type != "cpu":
+        return ""
+    if library() is None:
+        return "plain kernels"
+    return "native kernels on AMX tiles" if has_amx() else "native kernels"
+
+
 def run(name: str, dtype: torch.dtype | None, work: int, *arguments: Tensor | int | float | None) -> int:
     """Call a function of `native.cpp` for a type.
 

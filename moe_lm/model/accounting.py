@@ -66,14 +66,14 @@ def activation_bytes(
         tokens: Of the micro-batch.
         recompute: The mode of activation checkpointing.
         compute_bytes: Size of a number that is computed with.
-        probabilities: Attention probabilities that are kept per token and head; 0 for fused attention, which keeps
-            none, but keys and values copied for each of their query heads.
-        masked_keys: Keys of a document mask, of which fused attention makes and keeps a copy in each layer.
+        probabilities: Attention probabilities that are kept per token and head; 0 for fused attention.
+        masked_keys: Keys of a document mask, where torch's fused attention has one: each layer then keeps a copy of it,
+            and keys and values copied for each of their query heads.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
     query = config.num_attention_heads * config.width_of_head
     projections = query + 2 * config.num_key_value_heads * config.width_of_head
-    attended = projections + config.num_attention_heads * probabilities if probabilities else 3 * query + masked_keys
+    attended = 3 * query + masked_keys if masked_keys else projections + config.num_attention_heads * probabilities
     attention = 2 * hidden + attended + query
     if config.is_mixture:
         products = config.num_experts_per_tok * (2 * inner + hidden)

@@ -62,8 +62,9 @@ class Work:
     master_bytes: int = MASTER_BYTES
     recompute: bool = False
     """Whether activations are computed again in the backward: the forward's exchanges are then made twice."""
-    muon: bool = False
-    """Whether matrices of layers are orthogonalised."""
+    muon_bytes: int = 0
+    """Size of a gathered number of the momentum of orthogonalised matrices: 2 where bf16 is fast, else
+    4; 0 without Muon."""
     rows_sent: int = 0
     """Rows that this process sends to other owners of experts in a whole step, over all layers and micro-batches."""
     rows_received: int = 0
@@ -104,7 +105,7 @@ def step_traffic(
         (_gates(model), 2, max(work.compute_bytes, work.master_bytes)),
     ):
         dense += _shards(sum(_part(shape, 0, parts) for shape in shapes), gathers, parts, work, size)
-    if work.muon:
+    if work.muon_bytes:
         matrices = [shape for shape in of_layers if len(shape) == 2]
         dense += _muon(sum(_part(shape, 0, parts) for shape in matrices), len(matrices), parts, work)
     values = sum(_part(shape, 0, parts) for shape in _root(model) + of_layers + _gates(model))
@@ -132,7 +133,7 @@ def _expert_traffic(
         dim = expert_dim(owned, layout)
         values = sum(_part(shape, dim, parts) for shape in _experts(model, owned))
         shards += _shards(values, 2, parts, work, work.compute_bytes)
-        if work.muon and dim == 1:
+        if work.muon_bytes and dim == 1:
             shards += _muon(values, 2 * owned, parts, work)
         replicas += _all_reduce(layout.dp_replicate, values * work.master_bytes)
         if layout.ep == 1:
@@ -158,7 +159,7 @@ def _shards(values: int, gathers: int, parts: int, work: Work, size: int) -> Tra
 
 def _muon(values: int, matrices: int, parts: int, work: Work) -> Traffic:
     """Of the momentum of matrices, of which a process has so many values, and whether each has a gradient at all."""
-    return Traffic(Fraction((parts - 1) * values * work.master_bytes)) + _all_reduce(parts, 4 * matrices)
+    return Traffic(Fraction((parts - 1) * values * work.muon_bytes)) + _all_reduce(parts, 4 * matrices)
 
 
 def _all_reduce(processes: int, num_bytes: int) -> Traffic:

@@ -129,11 +129,10 @@ class Optimizer:
         return square.sqrt().to(norms.dtype)
 
     @torch.no_grad()
-    def step(self, gradient_norm: Tensor, factor: float) -> None:
+    def step(self, gradient_norm: float, factor: float) -> None:
         """Clip by the given norm, then update with `factor` times the peak learning rate."""
-        if self.max_grad_norm > 0:
-            scale = (self.max_grad_norm / (gradient_norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(self.gradients(), scale)
+        if 0 < self.max_grad_norm < gradient_norm:
+            torch._foreach_mul_(self.gradients(), self.max_grad_norm / gradient_norm)
         for shard, gradient in zip(self._trained, self.gradients(), strict=True):
             shard.value.grad = gradient
         for shard in self._decayed_in_part:

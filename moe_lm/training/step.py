@@ -87,7 +87,7 @@ def train_step(
     finite = math.isfinite(gradient_norm) and math.isfinite(cross_entropy)
     applied = finite and cross_entropy <= loss_limit
     if applied:
-        optimizer.step(norm, factor)
+        optimizer.step(gradient_norm, factor)
         compute.refresh()
     losses = cross_entropy, load_balancing, router_z, router_drift
     return StepResult(*losses, gradient_norm, int(dropped), count_LE.cpu(), finite, applied)

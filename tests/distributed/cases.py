@@ -22,6 +22,7 @@ from moe_lm.checkpoint.store import CheckpointStore, TensorSlice
 from moe_lm.data.batch import IGNORED, Batch
 from moe_lm.finetune.base import FromBase
 from moe_lm.finetune.config import LORA_PARTS, FinetuneConfig, Method
+from moe_lm.kernels.newton_schulz import iteration_dtype
 from moe_lm.model.config import LoadBalancing, LoadSource, ModelConfig, ModelFamily, Recompute
 from moe_lm.model.initialization import initial_value
 from moe_lm.parallel.cost import Traffic, Work, step_traffic
@@ -120,16 +121,16 @@ class Case:
     def work(self, rows_sent: int, rows_received: int) -> Work:
         size = getattr(torch, self.dtype).itemsize
         micro_batches = ROWS // self.world // self.micro
-        muon, tokens = self.optimizer == "muon", self.micro * LENGTH
+        muon_bytes = iteration_dtype(torch.device("cpu")).itemsize if self.optimizer == "muon" else 0
         return Work(
             micro_batches,
             size,
             max(size, 4),
             self.recompute != "none",
-            muon,
+            muon_bytes,
             rows_sent,
             rows_received,
-            tokens,
+            self.micro * LENGTH,
         )
 
     def placement(self) -> Placement | None:

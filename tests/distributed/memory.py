@@ -56,7 +56,7 @@ def main() -> None:
     optimizer = Optimizer(parallel.shards, OptimizerConfig())
     for shard in parallel.shards:
         shard.parameter.grad = torch.ones_like(shard.parameter)
-    optimizer.step(torch.ones(()), 1.0)
+    optimizer.step(1.0, 1.0)
     optimizer.zero_grad()
     load_LE = initial_load(CONFIG)
     store = CheckpointStore(directory / f"saved-by-{world}", CheckpointConfig())

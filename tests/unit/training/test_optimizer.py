@@ -38,7 +38,7 @@ def _set_gradients(model: CausalLM, seed: int) -> None:
 
 def _step(model: CausalLM, optimizer: Optimizer, seed: int, factor: float = 1.0) -> None:
     _set_gradients(model, seed)
-    optimizer.step(optimizer.gradient_norm(), factor)
+    optimizer.step(float(optimizer.gradient_norm()), factor)
 
 
 @pytest.mark.parametrize("name", OptimizerName)
@@ -51,7 +51,7 @@ def test_decay_is_decoupled_and_spares_norms(name):
     )
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step(optimizer.gradient_norm(), 0.5)
+    optimizer.step(float(optimizer.gradient_norm()), 0.5)
     for key, parameter in model.named_parameters():
         expected = before[key] if parameter.dim() == 1 else before[key] * (1 - 0.5 * 0.1 * 0.5)
         torch.testing.assert_close(parameter, expected, msg=key)
@@ -109,7 +109,7 @@ def test_muon_leaves_idle_experts_where_they_are():
     before = experts.gate_up_proj.detach().clone()
     _set_gradients(model, 1)
     experts.gate_up_proj.grad[2] = 0
-    optimizer.step(optimizer.gradient_norm(), 1.0)
+    optimizer.step(float(optimizer.gradient_norm()), 1.0)
     moved = (experts.gate_up_proj - before).flatten(1).abs().amax(dim=1)
     assert moved[2] == 0 and (moved[[0, 1, 3]] > 0).all()
 

@@ -25,6 +25,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moe_lm.kernels import native
@@ -83,10 +84,11 @@ def attention(
         assert sizes_BST[1] in (1, sizes_BST[2]), sizes_BST
     else:
         assert mask_BST.dtype == torch.bool and mask_BST.shape == sizes_BST, (mask_BST.dtype, mask_BST.shape, sizes_BST)
-    if backend is None:
+    if backend in (None, "amx"):
         begins_BS = amx_begins(q_BSNH, k_BTGH, v_BTGH, mask_BST)
-        if begins_BS is not None:
+        if begins_BS is not None and (backend or q_BSNH.shape[0] * k_BTGH.shape[2] >= torch.get_num_threads()):
             return _amx(q_BSNH, k_BTGH, v_BTGH, begins_BS)
+        assert backend is None, (q_BSNH.shape, q_BSNH.dtype, k_BTGH.shape)
         backend = _default_backend(q_BSNH, k_BTGH, v_BTGH)
     if backend == "reference":
         return _reference(q_BSNH, k_BTGH, v_BTGH, mask_BST)
@@ -95,10 +97,6 @@ def attention(
     if backend == "cpu":
         o_BSNH: Tensor = _ExplicitAttention.apply(q_BSNH, k_BTGH, v_BTGH, mask_BST)
         return o_BSNH
-    if backend == "amx":
-        begins_BS = amx_begins(q_BSNH, k_BTGH, v_BTGH, mask_BST)
-        assert begins_BS is not None, (q_BSNH.shape, q_BSNH.dtype, k_BTGH.shape)
-        return _amx(q_BSNH, k_BTGH, v_BTGH, begins_BS)
     raise ValueError(f"backend={backend!r}: choose reference, sdpa, cpu or amx")
 
 
@@ -206,8 +204,8 @@ def amx_begins(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, mask_BST: Tensor 
     if not (native.supports(q_BSNH, k_BTGH, v_BTGH) and native.has_amx()):
         return None
     if mask_BST is None:
-        return torch.zeros(B, S, dtype=torch.int32)
-    begins_BS = torch.empty(B, S, dtype=torch.int32)
+        return torch.zeros(B, S, dtype=torch.int32, device=q_BSNH.device)
+    begins_BS = torch.empty(B, S, dtype=torch.int32, device=q_BSNH.device)
     mask_BST = mask_BST.contiguous()
     return begins_BS if native.run("mask_begins", None, mask_BST.numel(), mask_BST, begins_BS, B, S) else None
 
@@ -236,6 +234,7 @@ class _AmxAttention(torch.autograd.Function):
         return o_BSNH
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_o_BSNH):  # type: ignore[no-untyped-def]
         saved = ctx.saved_tensors
         grads = tuple(torch.empty_like(x) for x in saved[:3])

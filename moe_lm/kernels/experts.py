@@ -75,8 +75,9 @@ def expert_swiglu(
     if backend == "grouped":
         return _grouped(x_RD, group_ends_E, gate_up_proj, down_proj)
     if backend == "cpu":
-        loop = _with_gradients if torch.is_grad_enabled() else _expert_loop
-        return loop(x_RD, group_ends_E, gate_up_proj, down_proj)[0]
+        if torch.is_grad_enabled():
+            return _with_gradients(x_RD, group_ends_E, gate_up_proj, down_proj)[0]
+        return _expert_loop(x_RD, group_ends_E, gate_up_proj, down_proj, keeps=False)[0]
     raise ValueError(f"backend={backend!r}: choose reference, grouped or cpu")
 
 
@@ -107,14 +108,15 @@ def _grouped(x_RD: Tensor, group_ends_E: Tensor, gate_up_proj: Tensor, down_proj
     return torch.where(inside_R1, y_RD, 0)
 
 
-def _expert_loop(x_RD: Tensor, group_ends_E: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> tuple[Tensor, Tensor]:
-    """A GEMM per expert into slices of shared buffers: the output, and the gate-up product [R, 2F]."""
+def _expert_loop(
+    x_RD: Tensor, group_ends_E: Tensor, gate_up_proj: Tensor, down_proj: Tensor, keeps: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The output, and for the backward the gate-up product [R, 2F], in the tiles' order where they are taken."""
+    if _take_tiles(x_RD, group_ends_E, gate_up_proj, down_proj):
+        return _tiles_forward(x_RD, group_ends_E, gate_up_proj, down_proj, keeps)
     h_R2F = x_RD.new_empty(x_RD.shape[0], gate_up_proj.shape[1])
     y_RD = torch.empty_like(x_RD)
     start = 0
-    if _take_tiles(x_RD, group_ends_E, gate_up_proj, down_proj):
-        _tiles_forward(x_RD, group_ends_E, gate_up_proj, down_proj, h_R2F, y_RD)
-        return y_RD, h_R2F
     for expert, end in enumerate(group_ends_E.tolist()):
         if end > start:
             h = torch.mm(x_RD[start:end], gate_up_proj[expert].t(), out=h_R2F[start:end])
@@ -136,6 +138,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tenso
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # else a gradient of zeros as large as the gate-up product is made for nothing
     ctx.save_for_backward(*inputs, output[1])
+    ctx.in_tiles = _take_tiles(*inputs)
 
 
 def _backward(ctx: Any, grad_y_RD: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -146,7 +149,7 @@ def _backward(ctx: Any, grad_y_RD: Tensor, _: Tensor | None) -> tuple[Tensor | N
     grad_gate_up = torch.empty_like(gate_up_proj) if needs_gate_up else None
     grad_down = torch.empty_like(down_proj) if needs_down else None
     start = 0
-    if _take_tiles(x_RD, group_ends_E, gate_up_proj, down_proj):
+    if ctx.in_tiles:
         kept = x_RD, group_ends_E, gate_up_proj, down_proj, h_R2F
         _tiles_backward(*kept, grad_y_RD, grad_x_RD, grad_gate_up, grad_down)
         return grad_x_RD, None, grad_gate_up, grad_down
@@ -184,14 +187,14 @@ def _take_tiles(x_RD: Tensor, group_ends_E: Tensor, gate_up_proj: Tensor, down_p
 
 
 def _tiles_forward(
-    x_RD: Tensor, group_ends_E: Tensor, gate_up_proj: Tensor, down_proj: Tensor, h_R2F: Tensor, y_RD: Tensor
-) -> None:
-    """Writes y, and h in an order of its own."""
-    packed = x_RD.new_empty(gate_up_proj.numel() + down_proj.numel())
-    E, D, F = down_proj.shape
-    pointers = x_RD, group_ends_E, gate_up_proj, down_proj, packed, h_R2F, y_RD
-    native.run("amx_experts", None, x_RD.numel() * F, *pointers, E, D, F)
+    x_RD: Tensor, group_ends_E: Tensor, gate_up_proj: Tensor, down_proj: Tensor, keeps: bool
+) -> tuple[Tensor, Tensor]:
+    y_RD, packed = torch.empty_like(x_RD), x_RD.new_empty(gate_up_proj.numel() + down_proj.numel())
+    h_R2F = x_RD.new_empty(x_RD.shape[0] if keeps else 0, gate_up_proj.shape[1])
+    pointers = x_RD, group_ends_E.contiguous(), gate_up_proj, down_proj, packed, h_R2F if keeps else None, y_RD
+    native.run("amx_experts", None, gate_up_proj.shape[1] * x_RD.numel(), *pointers, *down_proj.shape)
     y_RD[int(group_ends_E[-1]) :].zero_()
+    return y_RD, h_R2F
 
 
 def _tiles_backward(
@@ -206,14 +209,13 @@ def _tiles_backward(
     grad_down: Tensor | None,
 ) -> None:
     """Writes those gradients that there are."""
-    E, D, F = down_proj.shape
-    rows = len(x_RD)
-    packed, activation = x_RD.new_empty(3 * E * D * F), x_RD.new_empty(rows * F)
+    packed = x_RD.new_empty(gate_up_proj.numel() + down_proj.numel())
+    activation = x_RD.new_empty(len(x_RD), down_proj.shape[2])
     x_transposed, grad_transposed = (torch.empty_like(x_RD) for _ in range(2))
-    kept = x_RD, group_ends_E, gate_up_proj, down_proj, h_R2F, grad_y_RD
+    kept = x_RD, group_ends_E.contiguous(), gate_up_proj, down_proj, h_R2F, grad_y_RD
     room = packed, activation, torch.empty_like(h_R2F), x_transposed, grad_transposed
     gradients = grad_x_RD, grad_gate_up, grad_down
-    native.run("amx_experts_backward", None, x_RD.numel() * F, *kept, *room, *gradients, E, D, F)
+    native.run("amx_experts_backward", None, h_R2F.numel(), *kept, *room, *gradients, *down_proj.shape)
     if grad_x_RD is not None:
         grad_x_RD[int(group_ends_E[-1]) :].zero_()
 

@@ -1,5 +1,6 @@
-// Row-wise pieces of a training step, each one pass over memory, for CPUs. Loaded by native.py; the plain versions and
-// what they compute stand in swiglu.py, attention.py, loss.py, normalization.py and rotary.py.
+// Parts of a training step on CPUs, loaded by native.py; what each computes stands as plain torch beside its caller
+// (attention.py, experts.py, loss.py, newton_schulz.py, normalization.py, rotary.py, updates.py). Here: pieces that are
+// one pass over memory. In amx*.inc: whole attention, experts and Newton–Schulz steps where there are AMX tiles.
 //
 // Plain C++17 that a compiler vectorises for the machine it runs on; no library but OpenMP's. Everything is computed in
 // fp32 and rounded once, to the nearest even. Sums over a row, and over rows, have a fixed order for a given number of
@@ -31,7 +32,8 @@ static inline void store(bf16 *where, float x) {
     *where = bf16(x == x ? rounded : 0x7fc0);  // adding to a NaN's bits could make a number of it
 }
 
-template <typename T> static inline float round_to(float x) {
+template <typename T>
+static inline float round_to(float x) {
     T rounded;
     store(&rounded, x);
     return load(rounded);
@@ -65,7 +67,8 @@ static inline float sigmoid(float x) { return x < -88.0f ? 0.0f : 1.0f / (1.0f +
 #define PARALLEL_ROWS _Pragma("omp parallel for num_threads(threads) schedule(static)")
 
 // out[r] = silu(gate) · up, of rows h = [gate, up].
-template <typename T> static void swiglu(const T *h, T *out, int64_t rows, int64_t F, int threads) {
+template <typename T>
+static void swiglu(const T *h, T *out, int64_t rows, int64_t F, int threads) {
     PARALLEL_ROWS
     for (int64_t r = 0; r < rows; r++) {
         const T *gate = h + r * 2 * F, *up = gate + F;
@@ -79,7 +82,8 @@ template <typename T> static void swiglu(const T *h, T *out, int64_t rows, int64
 }
 
 // The gradient of h, and over `grad`, the gradient of the activation, the activation itself.
-template <typename T> static void swiglu_backward(const T *h, T *grad, T *grad_h, int64_t rows, int64_t F, int threads) {
+template <typename T>
+static void swiglu_backward(const T *h, T *grad, T *grad_h, int64_t rows, int64_t F, int threads) {
     PARALLEL_ROWS
     for (int64_t r = 0; r < rows; r++) {
         const T *gate = h + r * 2 * F, *up = gate + F;
@@ -245,8 +249,8 @@ static void rms_norm_backward(const T *grad, const T *x, const T *weight, const 
 
 // y = x · cos + rotate_half(x) · sin for rows x[position, head, :H], or with sign -1 the transpose of that.
 template <typename T>
-static void rotary(const T *x, const T *cos, const T *sin, T *y, int64_t positions, int64_t heads, int64_t H, float sign,
-                   int threads) {
+static void rotary(const T *x, const T *cos, const T *sin, T *y, int64_t positions, int64_t heads, int64_t H,
+                   float sign, int threads) {
     PARALLEL_ROWS
     for (int64_t t = 0; t < positions; t++) {
         const T *c = cos + t * H, *s = sin + t * H;
@@ -280,8 +284,8 @@ extern "C" void decay_and_add(float *x, const bf16 *d, int64_t count, float keep
     for (int64_t i = 0; i < count; i++) x[i] = keep * x[i] + scale * load(d[i]);
 }
 
-// begins[b, i]: the first key that mask[b, i, :] shows. Returns 1 where every query i sees all keys from there to its own,
-// and none begins before those of the query before it.
+// begins[b, i]: the first key that mask[b, i, :] shows. Returns 1 where every query i sees all keys from there to its
+// own, and none begins before those of the query before it.
 extern "C" int mask_begins(const uint8_t *mask, int32_t *begins, int64_t B, int64_t S, int threads) {
     int contiguous = 1;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(& : contiguous)
@@ -301,7 +305,7 @@ extern "C" int mask_begins(const uint8_t *mask, int32_t *begins, int64_t B, int6
 }
 
 #define EXPORT(T)                                                                                                      \
-    void swiglu_##T(const T *h, T *out, int64_t rows, int64_t F, int threads) { swiglu(h, out, rows, F, threads); }     \
+    void swiglu_##T(const T *h, T *out, int64_t rows, int64_t F, int threads) { swiglu(h, out, rows, F, threads); }    \
     void swiglu_backward_##T(const T *h, T *grad, T *grad_h, int64_t rows, int64_t F, int threads) {                   \
         swiglu_backward(h, grad, grad_h, rows, F, threads);                                                            \
     }                                                                                                                  \
@@ -337,4 +341,7 @@ EXPORT(bf16)
 
 #ifdef __AMX_BF16__
 #include "amx.inc"
+#include "amx_attention.inc"
+#include "amx_experts.inc"
+#include "amx_newton_schulz.inc"
 #endif

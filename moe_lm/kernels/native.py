@@ -1,14 +1,16 @@
-"""Row-wise pieces of a step in C++ (`native.cpp`): compiled once for this machine at first use, then loaded.
+"""Parts of a step in C++ (`native.cpp`): compiled once for this machine at first use, then loaded.
 
 What is left of a step on a CPU beside matrix products is memory traffic: torch makes two to eight passes where one
-would do, and each has a thread start. The compiler takes 1.2 s once; the library is kept in the user's cache. Without a
-compiler, or with MOE_LM_NATIVE=0, `supports` says no, and callers take their plain version. CXX names another compiler,
-with arguments if need be ("ccache g++").
+would do, and each has a thread start. And where there are AMX tiles, products themselves gain by what is fused around
+them. GCC takes two seconds once; the library is kept in the user's cache. Without a compiler, or with MOE_LM_NATIVE=0,
+`supports` says no, and callers take their plain version. CXX names another compiler, with arguments if need be ("ccache
+g++"); one whose OpenMP is not GCC's gives no library that loads, which is said.
 
 The library needs nothing of torch but pointers, and it shares torch's OpenMP threads: two pools on the same cores would
-wait for each other.
+wait for each other. A kernel that finds no memory for its scratch ends the process.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -28,8 +30,10 @@ from torch import Tensor
 
 from moe_lm.files import write_atomically
 
-SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "amx.inc")]
-"""The first includes the second."""
+_INCLUDED = ("amx.inc", "amx_attention.inc", "amx_experts.inc", "amx_newton_schulz.inc")
+SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", *_INCLUDED)]
+"""The first includes the others."""
+_BUILT = "native.so"
 SWITCH = "MOE_LM_NATIVE"
 """Environment variable; 0 turns the native kernels off."""
 
@@ -60,15 +64,16 @@ _ARGUMENTS = {
 
 _DIGEST_BYTES = 32
 
-_ROWS_OF_A_THREAD = 8192
-"""Values that one thread takes before a second is worth its start."""
+_VALUES_OF_A_THREAD = 8192
+"""Values that one thread takes before others are worth their start."""
 
 
 def supports(*tensors: Tensor | None) -> bool:
-    """Whether the native kernels take these tensors: on a CPU, of one type that they have, contiguous."""
+    """Whether the native kernels take these tensors: plain ones on a CPU, of one type that they have, contiguous."""
     present = [tensor for tensor in tensors if tensor is not None]
     return (
-        all(t.device.type == "cpu" and t.dtype is present[0].dtype and t.is_contiguous() for t in present)
+        all(type(t) in (Tensor, torch.nn.Parameter) for t in present)  # a DTensor, say, has no memory of its own
+        and all(t.device.type == "cpu" and t.dtype is present[0].dtype and t.is_contiguous() for t in present)
         and present[0].dtype in _TYPES
         and library() is not None
     )
@@ -103,7 +108,8 @@ def run(name: str, dtype: torch.dtype | None, work: int, *arguments: Tensor | in
     Returns:
         What the function does, if anything.
     """
-    threads = max(1, min(torch.get_num_threads(), work // _ROWS_OF_A_THREAD))
+    # All or one: OpenMP ends threads that a smaller team leaves out, and would start them again for the next operator.
+    threads = torch.get_num_threads() if work >= 2 * _VALUES_OF_A_THREAD else 1
     function = _function(name, dtype)
     return function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments), threads)
 
@@ -122,7 +128,7 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get(SWITCH) == "0" or sys.platform != "linux" or not (named or shutil.which("c++")):
         return None
     try:
-        return ctypes.CDLL(str(_compiled(shlex.split(named or "c++"))))
+        return _load(shlex.split(named or "c++"))
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         warnings.warn(
@@ -131,28 +137,47 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def _compiled(compiler: list[str]) -> Path:
-    """The library for this source, compiler and processor, compiled if the user's cache has none that is whole."""
+def _load(compiler: list[str]) -> ctypes.CDLL:
+    """The library for this source, compiler and processor: from the user's cache, or compiled, and put there."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, text=True).stdout
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")  # x86's name, and Arm's
     sources = (source.read_text() for source in SOURCES)
     made_of = "\n".join((*sources, version, *compiler, *_FLAGS, processor, platform.machine()))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe-lm"
-    path = cache / f"native-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
-    if not (path.exists() and _is_whole(path)):
-        with tempfile.TemporaryDirectory() as directory:
-            built, objects = Path(directory) / "native.so", Path(directory) / "native.o"
-            for command in (
-                ["-c", str(SOURCES[0]), "-o", str(objects), *_FLAGS],
-                ["-shared", str(objects), "-o", str(built)],
-            ):
-                # -fopenmp is left out of the link: the names are then found in the library that torch has loaded.
-                subprocess.run([*compiler, *command], capture_output=True, check=True, text=True, timeout=120)
-            cache.mkdir(parents=True, exist_ok=True)
-            content = built.read_bytes()
-            write_atomically(path, content + _digest(content))  # other processes may be doing the same
-    return path
+    name = f"native-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
+    with tempfile.TemporaryDirectory() as directory:
+        with contextlib.suppress(OSError, RuntimeError):  # no home, or one that can not be written: compiled each time
+            cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe-lm" / name
+            if not _is_ours_and_whole(cached):
+                cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                content = _compile(compiler, Path(directory)).read_bytes()
+                write_atomically(cached, content + _digest(content))  # other processes may be doing the same
+            if _is_ours_and_whole(cached):
+                return ctypes.CDLL(str(cached))
+        built = Path(directory) / _BUILT
+        return ctypes.CDLL(str(built if built.exists() else _compile(compiler, Path(directory))))
+
+
+def _compile(compiler: list[str], directory: Path) -> Path:
+    built, objects = directory / _BUILT, directory / "native.o"
+    # -fopenmp is left out of the link: the names are then found in the library that torch has loaded.
+    for arguments in (
+        ["-c", str(SOURCES[0]), "-o", str(objects), *_FLAGS],
+        ["-shared", str(objects), "-o", str(built)],
+    ):
+        subprocess.run([*compiler, *arguments], capture_output=True, check=True, text=True, timeout=120)
+    return built
+
+
+def _is_ours_and_whole(path: Path) -> bool:
+    """Whether nobody else can have written a library, and it ends in its digest: one cut short ends the process."""
+    if not path.exists():
+        return False
+    for place in (path, path.parent):
+        status = place.stat()
+        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+            return False
+    return _is_whole(path)
 
 
 def _is_whole(path: Path) -> bool:

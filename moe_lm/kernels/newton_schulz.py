@@ -13,7 +13,7 @@ from moe_lm.kernels import native
 from moe_lm.kernels.hardware import has_fast_bf16
 
 _LARGEST = 2**18
-"""Values of a matrix: with its Gram matrix and both repacked, 1.5 MB in bf16."""
+"""Values of a matrix that a thread takes: with its packed form, Gram matrix and polynomial, at most 2.5 MB."""
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -51,7 +51,7 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
     x = x.mT if tall else x
     # Norm in fp32, and a floor instead of an added epsilon: a tiny gradient is scaled as exactly as a large one.
     norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32).clamp_min(1e-30)
-    x = x.to(iteration_dtype(g.device), memory_format=torch.contiguous_format)
+    x = x.to(iteration_dtype(g.device)).contiguous()
     x = x * norms.reciprocal().to(x.dtype)  # rounding a factor of the whole matrix changes no direction
     if _takes_tiles(x):
         native.run("amx_newton_schulz", None, x.numel() * x.shape[1], x, *x.shape, steps, a, b, c)

@@ -16,6 +16,7 @@ and 1.7. On other devices the plain version stays.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moe_lm.kernels import native
 
@@ -71,6 +72,7 @@ class _FusedNorm(torch.autograd.Function):
         return y_TD
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
         x_TD, weight_D, inverse_T = ctx.saved_tensors
         grad_TD, inverse_T1 = grad_TD.contiguous(), inverse_T.unsqueeze(1)

@@ -6,6 +6,7 @@ faster with head_dim 64 to 1.5× slower with 32, where halves are too short to v
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moe_lm.kernels import native
 
@@ -51,6 +52,7 @@ class _Rotation(torch.autograd.Function):
         return _rotated(x_BSNH, cos_BSH, sin_BSH, 1.0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_BSNH):  # type: ignore[no-untyped-def]
         cos_BSH, sin_BSH = ctx.saved_tensors
         return _rotated(grad_BSNH.contiguous(), cos_BSH, sin_BSH, -1.0), None, None

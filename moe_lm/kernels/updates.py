@@ -22,6 +22,7 @@ def nesterov(gradient: Tensor, momentum: Tensor, beta: float, dtype: torch.dtype
     if dtype is torch.bfloat16 and gradient.dtype is torch.float32 and native.supports(gradient, momentum):
         ahead = torch.empty_like(gradient, dtype=dtype)
         native.run("nesterov", None, gradient.numel(), gradient, momentum, ahead, gradient.numel(), beta)
+        torch.autograd.graph.increment_version(momentum)  # as torch's own in-place operators do
         return ahead
     momentum.lerp_(gradient, 1 - beta)
     return gradient.lerp(momentum, beta).to(dtype)
@@ -30,7 +31,9 @@ def nesterov(gradient: Tensor, momentum: Tensor, beta: float, dtype: torch.dtype
 def decay_and_add(parameter: Tensor, direction: Tensor, keep: float, scale: float) -> None:
     """Parameter ← keep · parameter + scale · direction; fp32, and a direction of any type."""
     types = (parameter.dtype, direction.dtype) == (torch.float32, torch.bfloat16)
-    if types and native.supports(parameter) and direction.is_contiguous():
-        native.run("decay_and_add", None, parameter.numel(), parameter, direction, parameter.numel(), keep, scale)
+    if types and native.supports(parameter):
+        numbers = parameter.numel(), keep, scale
+        native.run("decay_and_add", None, parameter.numel(), parameter, direction.contiguous(), *numbers)
+        torch.autograd.graph.increment_version(parameter)
     else:
         parameter.mul_(keep).add_(direction, alpha=scale)

@@ -129,9 +129,24 @@ def test_a_cache_that_can_not_be_written(place: str, environment: pytest.MonkeyP
         Path(place).touch()
     environment.setenv("XDG_CACHE_HOME", place)
     environment.setattr(native, "_FLAGS", [flag for flag in native._FLAGS if flag != "-O3"])  # compiles faster
-    with pytest.warns(UserWarning, match="no native kernels") as caught:
-        assert load() is None
-    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load() is not None
+
+
+@LINUX
+@COMPILER
+@pytest.mark.parametrize("writable", ["the file", "the directory"])
+def test_a_library_that_others_could_have_written_is_not_loaded(writable: str, cache: Path) -> None:
+    """Catches code of another user that runs in one's own process."""
+    assert load() is not None
+    (path,) = cache.iterdir()
+    whose = path if writable == "the file" else cache
+    whose.chmod(0o777)
+    assert not native._is_ours_and_whole(path)
+    assert load() is not None  # built anew
+    whose.chmod(0o700)
+    assert native._is_ours_and_whole(path)
 
 
 @LINUX

@@ -1,7 +1,7 @@
 """The element-wise ends of Muon's step: one interface, a plain version and a native one on CPUs.
 
-Both are memory traffic only. For 12.6 M parameters, bf16 directions, two threads, the plain versions take 40 ms of a
-step and the native ones 12.
+Both are memory traffic only. For 12.6 M parameters, bf16 directions and two threads, the plain versions take 46 ms of a
+step and the native ones 24.
 """
 
 import torch

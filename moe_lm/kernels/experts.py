@@ -5,11 +5,13 @@ intermediate.
 
 Why not one grouped GEMM everywhere: on a CPU `F.grouped_mm` loops inside, pays oneDNN's set-up for every new group size
 (about 2 ms each), and autograd then keeps the activations and runs SwiGLU's backward as separate passes over memory.
-The "cpu" backend is one operator: a GEMM per expert into slices of one buffer, the gradient of a stacked
-parameter written once, and the activation computed again in the backward from the gate-up product, so that one [R, 2F]
-buffer per layer is kept instead of four. Measured, 8192 rows, D 256, F 512, E 8, two AMX cores, milliseconds forward
-and backward for reference / grouped / cpu: bf16 45 / 39 / 34, fp32 98 / 106–145 / 87. Most of what is left is memory
-traffic; smaller blocks of rows were slower (thread starts). CUDA takes "grouped"; that choice has not been measured.
+The "cpu" backend is one operator: the gradient of a stacked parameter is written once, and the activation computed
+again in the backward from the gate-up product, so that one [R, 2F] buffer per layer is kept instead of four. In it,
+either a GEMM per expert into slices of one buffer (smaller blocks of rows were slower: oneDNN packs the weights at each
+call); or, in bf16 where there are AMX tiles, kernels of our own (`amx_experts.inc`) that pack weights once, take 128
+rows at a time through both products, and have no set-up per shape. Measured, 8192 rows, D 256, F 512, E 8, two AMX
+cores, milliseconds forward and backward: reference 45, grouped 39, cpu 34 by oneDNN before the native SwiGLU, 27 with
+it, 20 on tiles; fp32 98, 106–145, 87. CUDA takes "grouped"; that choice has not been measured.
 """
 
 from typing import Any
@@ -32,12 +34,11 @@ def row_alignment(device: torch.device, dtype: torch.dtype, rows: int, experts: 
     """The multiple to which a dispatcher should round up every expert's group, for `rows` assignments to `experts`.
 
     oneDNN builds a primitive for every matrix shape it has not seen (about 2 ms, many times the product itself), so
-    bf16 on a CPU wants few shapes. The multiple is an eighth of the average group, so that padding stays near 6 %, and
-    at least 8; a few decoded tokens, whose shapes are few anyway, are not padded. fp32 goes to MKL, CUDA to grouped
-    kernels, and both take any shape as it comes; the kernels for AMX tiles take multiples of 32. Measured, with
-    oneDNN, bf16, D 256, F 512, E 8, milliseconds forward and backward
-    at alignment 1 / 8 / 32 / 128: 4096 rows 129 / 56 / 22 / 21; 1024 rows 63 / 10.2 / 9.3 / 10.1; 64 rows 4.5 / 4.0 /
-    4.4 / 7.6.
+    bf16 on a CPU wants few shapes. The multiple is an eighth of the average group, so that padding stays near 6 %
+    (kernels for AMX tiles take multiples of 32: more where groups are below 256 rows), and at least 8; a few decoded
+    tokens, whose shapes are few anyway, are not padded. fp32 goes to MKL, CUDA to grouped kernels, and both take any
+    shape as it comes. Measured, with oneDNN, bf16, D 256, F 512, E 8, milliseconds forward and backward at alignment 1
+    / 8 / 32 / 128: 4096 rows 129 / 56 / 22 / 21; 1024 rows 63 / 10.2 / 9.3 / 10.1; 64 rows 4.5 / 4.0 / 4.4 / 7.6.
     """
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16) or rows < 64:
         return 1

@@ -1,8 +1,9 @@
 """Root-mean-square normalisation, transformers' MixtralRMSNorm: fp32 inside, cast, then times the weight.
 
-The plain version reads as the formula and makes many passes over memory forward and backward. torch has no
-fused RMS norm for the CPU (`F.rms_norm` is a composite, and multiplies the weight before the cast), but its fused CPU
-kernels of two neighbours compute the parts:
+The plain version reads as the formula and makes many passes over memory forward and backward. "fused" is one pass each
+way in native kernels (0.6 and 0.6 ms where the figures below are taken). Without them: torch has no fused RMS norm for
+the CPU (`F.rms_norm` is a composite, and multiplies the weight before the cast), but its fused CPU kernels of two
+neighbours compute the parts:
 
 - batch norm in evaluation mode, with rows as channels, mean 0 and variance mean(x²), is x / sqrt(mean(x²) + eps) in one
   pass, rounded once, where transformers rounds;

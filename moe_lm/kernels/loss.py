@@ -1,9 +1,9 @@
 """Cross-entropy straight from hidden states: the [T, V] logits never exist.
 
-Letters: T tokens, D hidden, V vocabulary. The "chunked" backend takes some rows at a time and, since the gradient
-of a sum of losses needs nothing from later layers, computes it right there in the forward (Liger's and Cut
-cross-entropy's idea); the backward only scales. Measured at T 4096, V 4096, D 256 in bf16, two AMX cores, before the softmax
-was native: 36–47 ms against 51 for the whole logits, and 1/8 of their memory; larger chunks gain little. torch's own
+Letters: T tokens, D hidden, V vocabulary. The "chunked" backend takes some rows at a time and, since the gradient of a
+sum of losses needs nothing from later layers, computes it right there in the forward (Liger's and Cut cross-entropy's
+idea); the backward only scales. Measured at T 4096, V 4096, D 256 in bf16, two AMX cores, before the softmax was
+native: 36–47 ms against 51 for the whole logits, and 1/8 of their memory; larger chunks gain little. torch's own
 `F.linear_cross_entropy` is missing in 2.11.
 """
 

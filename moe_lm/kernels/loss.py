@@ -15,7 +15,7 @@ from moe_lm.kernels import native
 
 IGNORED_LABEL = -100
 _LOGITS_AT_ONCE = 2**24
-"""32 MB in bf16. A quarter of it made a whole step of 4,096 tokens with V 8192 slower by 2 to 9 %: oneDNN packs the head
+"""32 MB in bf16. With a quarter of it a step of 4,096 tokens, V 8192, is slower by 2 to 9 %: oneDNN packs the head
 anew for every chunk."""
 
 

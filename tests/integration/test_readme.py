@@ -60,7 +60,7 @@ def test_command(place, line):
     if "pretrain" in command and "--help" not in command:
         own = [option for option in command if "=" in option and not option.startswith("trainer.micro_batch_size")]
         command += [*SHORT, "trainer.micro_batch_size=8", "finish.export=false", *own]
-        if "trainer.max_steps=600" in command:
+        if "trainer.max_steps=800" in command:
             command.append("trainer.max_steps=6")
     if "finetune" in command and "--help" not in command:
         command += [

@@ -37,15 +37,17 @@ bench-check: $(READY)  ## whether a fast path has lost its lead over its referen
 test-faults: $(READY)  ## run the whole fault matrix (a quarter of an hour)
 	@MOE_LM_FAULTS=full $(BIN)/python -m pytest tests/faults $(ARGS)
 
-lint: $(READY)  ## ruff (lint and format check), mypy, import layering
+lint: $(READY)  ## ruff (lint and format check), mypy, clang-format, import layering
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/clang-format --dry-run --Werror moe_lm/kernels/*.cpp moe_lm/kernels/*.inc
 	@$(BIN)/python -m pytest tests/unit/test_layers.py
 
 format: $(READY)  ## format the code and mend what ruff can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+	@$(BIN)/clang-format -i moe_lm/kernels/*.cpp moe_lm/kernels/*.inc
 
 clean:  ## remove environment, caches and build products; runs/ stays
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 TEXT = "import os\n\n\ndef f(x):\n    return [os.path.join(x, str(i)) for i in range(10)]\n\n\n"
@@ -23,7 +24,7 @@ def scripts(monkeypatch, tmp_path):
     import benchmark_gpu
 
     yield benchmark, benchmark_gpu
-    for name in ("benchmark", "benchmark_gpu"):
+    for name in [name for name in sys.modules if name.startswith("benchmark")]:
         del sys.modules[name]
 
 
@@ -98,3 +99,21 @@ def test_only_out_of_memory_leads_to_the_next_attempt(ladder, tmp_path, monkeypa
     assert tried[:-1] == [recompute for _, recompute in ladder.ATTEMPTS]
     assert "tiny moe-lm bf16: does not fit" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "runs/benchmark/benchmark-gpu.json").read_text())) == 1
+
+
+def test_the_script_for_generation_compares_texts(scripts, monkeypatch, capsys):
+    """Catches a table of speeds of two different texts, which is no comparison."""
+    import benchmark_generation
+
+    monkeypatch.setattr(benchmark_generation, "IMPLEMENTATIONS", ("grouped_mm",))
+    monkeypatch.setattr(benchmark_generation, "PROMPTS", (2,))
+    monkeypatch.setattr(benchmark_generation, "ROUNDS", 1)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # other tests go on in this process
+    monkeypatch.setattr(sys, "argv", ["benchmark_generation.py", "--tokens", "3"])
+    assert benchmark_generation.main() == 0
+    assert "| 2 | " in capsys.readouterr().out
+    own = benchmark_generation.generate
+    monkeypatch.setattr(
+        benchmark_generation, "generate", lambda *a, **k: [[token + 1 for token in text] for text in own(*a, **k)]
+    )
+    assert benchmark_generation.main() == 1

@@ -155,13 +155,15 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", nargs="?", choices=MODELS, default="reference")
-    parser.add_argument("--rounds", type=int, default=3, help="how often every side trains in turn")
-    parser.add_argument("--steps", type=int, default=5, help="steps of a turn")
+    parser.add_argument("--rounds", type=positive, default=3, help="how often every side trains in turn")
+    parser.add_argument("--steps", type=positive, default=5, help="steps of a turn")
     parser.add_argument("--balanced", action="store_true", help="route by force, the same number of tokens to each")
     parser.add_argument("--only", nargs="*", default=[""], help="sides whose name contains one of these")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="a directory")
     given = parser.parse_args()
     wanted = [side for side in SIDES if any(part in side.name for part in given.only)]
+    if not wanted:
+        parser.error(f"--only {' '.join(given.only)}: no side's name contains it; {', '.join(s.name for s in SIDES)}")
     options = [*MODELS[given.model], *SAME_WORK]
     given.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
@@ -172,6 +174,13 @@ def main() -> None:
     name = f"benchmark-{given.model}{'-balanced' if given.balanced else ''}"
     (given.output / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
     draw(report, given.output / f"{name}.svg")
+
+
+def positive(text: str) -> int:
+    """A number of rounds or steps."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def make_batches(options: list[str], directory: Path, path: Path) -> Path:
@@ -252,7 +261,7 @@ def describe(options: list[str], rounds: list[dict[str, Any]], given: argparse.N
     """The report as plain values; ratios are this trainer's best speed to the other's, round by round."""
     config = load("pretrain", options)
     flops = training_flops_per_token(config.model, config.data.sequence_length)
-    peak = max(rate for one in rounds for rate in one["peaks"].values())
+    peaks = {kind: max(one["peaks"][kind] for one in rounds) for kind in rounds[0]["peaks"]}
     state = 8 * count_parameters(config.model).total
     sides = {}
     for name in rounds[0]["tokens_per_second"]:
@@ -261,7 +270,7 @@ def describe(options: list[str], rounds: list[dict[str, Any]], given: argparse.N
         ratios = [one["tokens_per_second"].get(own, float("nan")) / one["tokens_per_second"][name] for one in rounds]
         sides[name] = {
             "tokens_per_second": statistics.median(speeds),
-            "share_of_peak": statistics.median(speeds) * flops / peak,
+            "share_of_peak": statistics.median(speeds) * flops / peaks["float32" if " fp32" in name else "bfloat16"],
             "memory_without_moments": rounds[-1]["memory"][name] - (state // 2 if "held" in name else state),
             "ratios": sorted(ratios),
         }
@@ -273,7 +282,7 @@ def describe(options: list[str], rounds: list[dict[str, Any]], given: argparse.N
         "machine": machine(),
         "torch": torch.__version__,
         "flops_per_token": flops,
-        "peak_flops": {kind: max(one["peaks"][kind] for one in rounds) for kind in rounds[0]["peaks"]},
+        "peak_flops": peaks,
         "batched_mm_bytes_per_layer": batched_mm_bytes(options),
         "sides": sides,
         "rounds": rounds,
@@ -297,7 +306,7 @@ def table(report: dict[str, Any]) -> str:
         f"{report['machine']}, torch {report['torch']}; best matrix products {peaks} GFLOP/s",
         f"batched_mm would gather {report['batched_mm_bytes_per_layer'] / 1e9:.1f} GB of weights per layer: not run",
         "",
-        "| | tokens/s | of the best product's rate | memory, MB | moe-lm is faster by (least to most) |",
+        "| | tokens/s | of its type's best product | memory, MB | moe-lm is faster by (least to most) |",
         "| --- | --- | --- | --- | --- |",
     ]
     for name, side in report["sides"].items():

@@ -90,7 +90,7 @@ def _run(config: RunConfig, make_start: Callable[[Runtime], Start]) -> int:
                 runtime.on_main(lambda: write_placement(directory / PLACEMENT_FILE, placement))
             for text in filter(None, [*said_of_sharing, start.said()]):
                 say(text)
-            details = [str(layout) if layout.sharded else "", native.described(runtime.device)]
+            details = [str(layout) if layout.sharded else "", native.described(runtime.device, training.compute.dtype)]
             detailed = f" ({', '.join(filter(None, details))})" if any(details) else ""
             say(
                 f"{count.total / 1e6:.1f} M parameters, {count.active / 1e6:.1f} M active per token; computing in "

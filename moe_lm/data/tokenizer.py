@@ -109,6 +109,7 @@ def train_tokenizer(
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             max_sentence_length=16 * CHUNK_CHARACTERS,
+            required_chars=SPACE,  # without a piece of its own it would be spelt in the bytes of U+2581
             control_symbols=list(CONTROL_SYMBOLS),
             unk_id=0,
             bos_id=1,
@@ -185,6 +186,10 @@ class Tokenizer(Protocol):
     @property
     def special_tokens(self) -> dict[str, str]:
         """The texts of `bos_token`, `eos_token` …, which templates write."""
+
+    @property
+    def is_by_character(self) -> bool:
+        """Whether each piece of text is one character."""
 
     @property
     def control_strings(self) -> list[str]:
@@ -353,6 +358,11 @@ class SentencePieceTokenizer:
         """Ids that a text may go on with: its pieces, and the end mark; not the other control ids, nor `<unk>`."""
         ids = range(self.vocab_size)
         return [i for i in ids if i == self.eos_id or not (self.is_control(i) or self.is_unknown(i))]
+
+    @cached_property
+    def is_by_character(self) -> bool:
+        """Whether each piece of text is one character."""
+        return all(len(self.piece(token)) == 1 for token in self.text_ids)
 
     @cached_property
     def text_ids(self) -> list[int]:

@@ -73,6 +73,7 @@ class HuggingFaceTokenizer:
         self.special_tokens = {
             f"{name}_token": text for name, text in _marks(directory, ("bos", "eos", "unk", "pad")).items()
         }
+        self.is_by_character = False  # nobody compares such models by character
         self.control_strings = sorted(text for text in self._marks.values() if len(text) > 1)
 
     def encode(self, text: str) -> list[int]:

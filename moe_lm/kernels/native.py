@@ -36,6 +36,7 @@ SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", *_INCLUDED)
 _BUILT = "native.so"
 SWITCH = "MOE_LM_NATIVE"
 """Environment variable; 0 turns the native kernels off."""
+_OFF = ("0", "false", "no", "off")
 
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
 _FLAGS += ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
@@ -86,13 +87,13 @@ def has_amx() -> bool:
     return granted is not None and bool(granted())
 
 
-def described(device: torch.device) -> str:
+def described(device: torch.device, dtype: torch.dtype) -> str:
     """What a reader of a run's log wants to know: which kernels it has on a CPU. Empty on other devices."""
     if device.type != "cpu":
         return ""
     if library() is None:
         return "plain kernels"
-    return "native kernels on AMX tiles" if has_amx() else "native kernels"
+    return "native kernels on AMX tiles" if has_amx() and dtype is torch.bfloat16 else "native kernels"
 
 
 def run(name: str, dtype: torch.dtype | None, work: int, *arguments: Tensor | int | float | None) -> int:
@@ -125,14 +126,15 @@ def _function(name: str, dtype: torch.dtype | None) -> Callable[..., int]:
 def library() -> ctypes.CDLL | None:
     """The loaded library; null where it is switched off or can not be had, which is said once."""
     named = os.environ.get("CXX")
-    if os.environ.get(SWITCH) == "0" or sys.platform != "linux" or not (named or shutil.which("c++")):
+    if os.environ.get(SWITCH, "").lower() in _OFF or sys.platform != "linux" or not (named or shutil.which("c++")):
         return None
     try:
         return _load(shlex.split(named or "c++"))
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         warnings.warn(
-            f"no native kernels, plain ones are used ({SWITCH}=0 says so without trying): {detail}", stacklevel=2
+            f"no native kernels, plain ones are used (CXX names a compiler, {SWITCH}=0 does without): {detail}",
+            stacklevel=2,
         )
         return None
 

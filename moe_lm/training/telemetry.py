@@ -3,7 +3,6 @@
 import time
 from typing import Any
 
-from moe_lm.data.config import TokenizerKind
 from moe_lm.data.prepare import said_skipped
 from moe_lm.errors import InputError
 from moe_lm.evaluation.bits_per_byte import Validation
@@ -143,7 +142,7 @@ class Telemetry:
         said = f"{figures.bits_per_byte:.4f} bits per byte"
         if all(shard.spans is not None for shard in self._run.data.validation):
             said = f"loss {figures.loss:.4f} nats per assistant token"
-        elif self._run.config.tokenizer.kind is TokenizerKind.character:  # what such models are compared by
+        elif self._run.data.tokenizer.is_by_character:  # what such models are compared by
             said += f", {figures.loss:.4f} nats per token"
         self._display.line(f"step {step}: validation {said} ({extent})")
         self.restart_clock()

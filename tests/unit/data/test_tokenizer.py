@@ -297,3 +297,14 @@ def test_hard_text_of_other_languages(
             ids = tokenizer.encode(text)
             assert tokenizer.decode(ids) == text
             assert other.encode(text, add_special_tokens=False) == ids  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", TokenizerKind)
+@pytest.mark.parametrize("spaces", [0, 3])
+def test_a_text_with_few_spaces_or_none(spaces, kind, tmp_path):
+    """Catches a space without a piece of its own, which is spelt in bytes of another character and comes back as that."""
+    text = " ".join(["".join(chr(0x4E00 + (i * i) % 200) for i in range(20_000))] * (1 + spaces))
+    tokenizer = train_tokenizer([text], 560, tmp_path, kind=kind)
+    for sample in ("a b  c", " ", text[:300]):
+        assert tokenizer.decode(tokenizer.encode(sample)) == sample
+    assert tokenizer.is_by_character is (kind is TokenizerKind.character)

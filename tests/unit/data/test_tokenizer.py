@@ -302,7 +302,7 @@ def test_hard_text_of_other_languages(
 @pytest.mark.parametrize("kind", TokenizerKind)
 @pytest.mark.parametrize("spaces", [0, 3])
 def test_a_text_with_few_spaces_or_none(spaces, kind, tmp_path):
-    """Catches a space without a piece of its own, which is spelt in bytes of another character and comes back as that."""
+    """Catches a space without a piece of its own, which is spelt in bytes of U+2581 and comes back as that."""
     text = " ".join(["".join(chr(0x4E00 + (i * i) % 200) for i in range(20_000))] * (1 + spaces))
     tokenizer = train_tokenizer([text], 560, tmp_path, kind=kind)
     for sample in ("a b  c", " ", text[:300]):

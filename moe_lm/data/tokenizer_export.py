@@ -134,8 +134,7 @@ def _check_exportable(tokenizer: SentencePieceTokenizer) -> None:
     remedy = "use a BPE model with byte_fallback and identity normalisation, or let moe-lm train one."
     scores = [tokenizer.score(token) for token in tokenizer.text_ids]
     ranked = all(earlier > later for earlier, later in itertools.pairwise(scores))
-    by_character = all(len(tokenizer.piece(token)) == 1 for token in tokenizer.text_ids)  # then nothing is merged
-    if not by_character and (not ranked or any(score != round(score) for score in scores)):
+    if not tokenizer.is_by_character and (not ranked or any(score != round(score) for score in scores)):
         raise InputError(
             f"tokenizer.path: this sentencepiece model is not plain BPE (or has pieces of its own); {remedy}"
         )

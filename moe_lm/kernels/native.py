@@ -154,6 +154,7 @@ def _load(compiler: list[str]) -> ctypes.CDLL:
                 cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 content = _compile(compiler, Path(directory)).read_bytes()
                 write_atomically(cached, content + _digest(content))  # other processes may be doing the same
+                cached.chmod(0o600)  # whatever the umask: what a group may write is not loaded
             if _is_ours_and_whole(cached):
                 return ctypes.CDLL(str(cached))
         built = Path(directory) / _BUILT

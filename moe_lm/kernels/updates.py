@@ -28,10 +28,17 @@ def nesterov(gradient: Tensor, momentum: Tensor, beta: float, dtype: torch.dtype
     return gradient.lerp(momentum, beta).to(dtype)
 
 
-def decay_and_add(parameter: Tensor, direction: Tensor, keep: float, scale: float) -> None:
-    """Parameter ← keep · parameter + scale · direction; fp32, and a direction of any type."""
+def decay_and_add(parameter: Tensor, direction: Tensor, keep: float | Tensor, scale: float) -> None:
+    """Parameter ← keep · parameter + scale · direction, in place.
+
+    Args:
+        parameter: fp32, of any shape.
+        direction: of that shape and any type.
+        keep: a number, or one for each matrix of a stack.
+        scale: a number.
+    """
     types = (parameter.dtype, direction.dtype) == (torch.float32, torch.bfloat16)
-    if types and native.supports(parameter):
+    if types and isinstance(keep, float) and native.supports(parameter):
         numbers = parameter.numel(), keep, scale
         native.run("decay_and_add", None, parameter.numel(), parameter, direction.contiguous(), *numbers)
         torch.autograd.graph.increment_version(parameter)

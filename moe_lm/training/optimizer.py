@@ -53,17 +53,13 @@ class Muon(torch.optim.Optimizer):
                 whole = shard.gather(ahead.mul_(shard.any(sums > 0)))
                 direction = orthogonalize(whole.unflatten(-2, (group["matrices"], -1)))
                 scale = 0.2 * max(direction.shape[-2:]) ** 0.5
-                keep = 1.0
-                if shard.trained is None:
-                    keep = 1 - group["lr"] * group["weight_decay"]
-                else:
-                    _decay(shard, group["lr"] * group["weight_decay"])
+                keep = _kept(shard, group["lr"] * group["weight_decay"])
                 decay_and_add(parameter, shard.own(direction.flatten(-3, -2)), keep, -group["lr"] * scale)
 
 
-def _decay(shard: ParameterShard, amount: float) -> None:
-    """Shrink what is trained of a parameter by a share of itself."""
-    shard.value.mul_(1 - amount if shard.trained is None else 1 - amount * shard.trained)
+def _kept(shard: ParameterShard, decay: float) -> float | Tensor:
+    """The factor that decay leaves of a parameter; 1 for what of it is not trained."""
+    return 1 - decay if shard.trained is None else 1 - decay * shard.trained
 
 
 class Optimizer:
@@ -136,7 +132,7 @@ class Optimizer:
         for shard, gradient in zip(self._trained, self.gradients(), strict=True):
             shard.value.grad = gradient
         for shard in self._decayed_in_part:
-            _decay(shard, self._peak * factor * self._weight_decay)
+            shard.value.mul_(_kept(shard, self._peak * factor * self._weight_decay))
         for rule in self._rules:
             for group in rule.param_groups:
                 group["lr"] = self._peak * factor

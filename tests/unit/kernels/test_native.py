@@ -136,6 +136,19 @@ def test_a_cache_that_can_not_be_written(place: str, environment: pytest.MonkeyP
 
 @LINUX
 @COMPILER
+def test_a_umask_that_lets_the_group_write_does_not_compile_each_time(cache: Path) -> None:
+    """Catches a library that is written to the cache and never taken from it, where 002 is the default umask."""
+    before = os.umask(0o002)
+    try:
+        assert load() is not None
+    finally:
+        os.umask(before)
+    (path,) = cache.iterdir()
+    assert native._is_ours_and_whole(path)
+
+
+@LINUX
+@COMPILER
 @pytest.mark.parametrize("writable", ["the file", "the directory"])
 def test_a_library_that_others_could_have_written_is_not_loaded(writable: str, cache: Path) -> None:
     """Catches code of another user that runs in one's own process."""

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <vector>
 
 using bf16 = uint16_t;
@@ -343,5 +344,6 @@ EXPORT(bf16)
 #include "amx.inc"
 #include "amx_attention.inc"
 #include "amx_experts.inc"
+#include "amx_loss.inc"
 #include "amx_newton_schulz.inc"
 #endif

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from moe_lm.files import write_atomically
 
-_INCLUDED = ("amx.inc", "amx_attention.inc", "amx_experts.inc", "amx_newton_schulz.inc")
+_INCLUDED = ("amx.inc", "amx_attention.inc", "amx_experts.inc", "amx_loss.inc", "amx_newton_schulz.inc")
 SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", *_INCLUDED)]
 """The first includes the others."""
 _BUILT = "native.so"
@@ -58,6 +58,7 @@ _ARGUMENTS = {
     "amx_attention": "pppppplllllf",
     "amx_attention_backward": "pppppppppplllllf",
     "amx_experts": "ppppppplll",
+    "amx_cross_entropy": "ppppppppplll",
     "amx_newton_schulz": "pllllfff",
     "amx_experts_backward": "pppppppppppppplll",
 }

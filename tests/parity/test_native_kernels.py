@@ -299,6 +299,32 @@ def test_cross_entropy(V: int, dtype: torch.dtype, kernels: Kernels) -> None:
     kernels.assert_ran({"cross_entropy"})
 
 
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(("T", "D", "V"), [(32, 32, 32), (160, 96, 416), (96, 64, 16416)])
+def test_cross_entropy_on_tiles(T: int, D: int, V: int, needs: tuple[bool, bool], kernels: Kernels) -> None:
+    """Catches blocks, chunks or panels that are mixed up, a gradient that only one of two gets, and ignored labels."""
+    labels_T = torch.randint(0, V, (T,))
+    labels_T[[0, 8, 9, T - 1]] = -100
+    inputs = leaves(torch.randn(T, D), torch.randn(V, D) / 4, dtype=BF16)
+    for x, wanted in zip(inputs, needs, strict=True):
+        x.requires_grad_(wanted)
+    wide = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
+    losses = (
+        linear_cross_entropy(*inputs, labels_T, chunk_rows=64),
+        linear_cross_entropy(*wide, labels_T, backend="reference"),
+    )
+    for loss in losses:
+        (loss / T).backward()
+    assert_close(
+        [losses[0], *(x.grad for x in inputs if x.requires_grad)],
+        [losses[1], *(x.grad for x in wide if x.requires_grad)],
+        BF16,
+    )
+    kernels.assert_ran({"cross_entropy"}, {"amx_cross_entropy"})
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(*inputs, labels_T), losses[0].detach(), rtol=1e-6, atol=0)
+
+
 @pytest.mark.usefixtures("kernels")
 def test_cross_entropy_of_large_logits() -> None:
     """Catches an exponential that overflows, or a gradient that does where the loss does not."""
@@ -315,25 +341,32 @@ def test_cross_entropy_of_large_logits() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("label", [0, 3, 20])
-@pytest.mark.parametrize("logits", [[-math.inf], [-math.inf] * 40, [math.inf], [math.nan]])
+@pytest.mark.parametrize("rows", [slice(3, 4), slice(None)])
+@pytest.mark.parametrize("logit", [-math.inf, math.inf, math.nan])
+@pytest.mark.parametrize("size", [1, 32])
 @pytest.mark.usefixtures("kernels")
-def test_cross_entropy_of_logits_that_are_no_numbers(logits: list[float], label: int, dtype: torch.dtype) -> None:
+def test_cross_entropy_of_logits_that_are_no_numbers(
+    size: int, logit: float, rows: slice, label: int, dtype: torch.dtype
+) -> None:
     """Catches infinities and NaN that come out as a loss like any other, and -inf that spoils a sound one."""
-    head_V1 = torch.linspace(-2, 2, 40).unsqueeze(1)
-    head_V1[3 if len(logits) == 1 else slice(None), 0] = torch.tensor(logits)
+    head_VD = (torch.linspace(-2, 2, 64).unsqueeze(1) / size).repeat(1, size).to(dtype)
+    head_VD[rows] = logit
     with torch.no_grad():
-        one, labels_T = torch.ones(1, 1, dtype=dtype), torch.tensor([label])
-        actual = linear_cross_entropy(one, head_V1.to(dtype), labels_T)
-        expected = linear_cross_entropy(one.double(), head_V1.to(dtype).double(), labels_T, backend="reference")
+        ones, labels_T = torch.ones(size, size, dtype=dtype), torch.full((size,), label)
+        actual = linear_cross_entropy(ones, head_VD, labels_T)
+        expected = linear_cross_entropy(ones.double(), head_VD.double(), labels_T, backend="reference")
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("label", [50, 2**40, -1, -101])
+@pytest.mark.parametrize("label", [64, 2**40, -1, -101])
 @pytest.mark.parametrize("training", [False, True])
-def test_a_label_outside_the_vocabulary_never_passes(label: int, training: bool, kernels: Kernels) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_label_outside_the_vocabulary_never_passes(
+    dtype: torch.dtype, label: int, training: bool, kernels: Kernels
+) -> None:
     """Catches a read beyond the row, and a label such as -1 that is silently left out."""
-    hidden, head = (x.requires_grad_(training) for x in (torch.randn(9, 16), torch.randn(50, 16)))
-    labels_T = torch.randint(0, 50, (9,))
+    hidden, head = (x.to(dtype).requires_grad_(training) for x in (torch.randn(32, 32), torch.randn(64, 32)))
+    labels_T = torch.randint(0, 64, (32,))
     labels_T[4] = label
     if kernels.path == "plain":
         with pytest.raises((RuntimeError, IndexError)):
@@ -455,6 +488,7 @@ SEVERAL: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
         [(2, 256, 4, 32), (2, 256, 2, 32), (2, 256, 2, 32)],
     ),
     "loss": (lambda backend, *x: linear_cross_entropy(*x, LABELS, backend=backend), [(512, 32), (100, 32)]),
+    "loss on tiles": (lambda backend, *x: linear_cross_entropy(*x, LABELS, backend=backend), [(512, 32), (128, 32)]),
     "rms norm": (lambda backend, *x: rms_norm(*x, 1e-3, backend), [(1024, 64), (64,)]),
     "rotary": (
         lambda backend, x: apply_rotary(x, ANGLES.cos().to(x.dtype), ANGLES.sin().to(x.dtype), backend),

@@ -86,7 +86,8 @@ def _loss_and_gradients(
         rows = slice(start, start + chunk_rows)
         hidden = hidden_TD[rows]
         if _take_tiles(hidden, head_VD):
-            total += _loss_on_tiles(hidden, head_VD, labels_T[rows], None if grad_hidden is None else grad_hidden[rows], grad_head)
+            of_hidden = None if grad_hidden is None else grad_hidden[rows]
+            total += _loss_on_tiles(hidden, head_VD, labels_T[rows], of_hidden, grad_head)
             continue
         logits = hidden @ head_VD.t()
         if native.supports(logits):
@@ -131,7 +132,8 @@ def _loss_on_tiles(
     """Sum of the losses; writes one gradient and adds to the other, where they are wanted."""
     (r, D), V = hidden_rD.shape, len(head_VD)
     labels_r, losses_r = labels_r.contiguous(), hidden_rD.new_empty(r, dtype=torch.float32)
-    packed, columns, packed_hidden = (hidden_rD.new_empty(size) for size in ((2 * V + _TILE) * D, (r + _TILE) * V, (r + _TILE) * D))
+    room = (2 * V + _TILE) * D, (r + _TILE) * V, (r + _TILE) * D
+    packed, columns, packed_hidden = (hidden_rD.new_empty(size) for size in room)
     pointers = hidden_rD, head_VD, labels_r, packed, columns, packed_hidden, losses_r, grad_hidden_rD, grad_head_VD
     native.run("amx_cross_entropy", None, r * V, *pointers, r, D, V)
     return losses_r.sum()

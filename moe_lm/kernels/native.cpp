@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <numeric>
 #include <vector>
 
 using bf16 = uint16_t;
@@ -269,13 +270,43 @@ static void rotary(const T *x, const T *cos, const T *sin, T *y, int64_t positio
     }
 }
 
-// m ← beta · m + (1 - beta) · g, and once more with g, which is what `ahead` gets.
-extern "C" void nesterov(const float *g, float *m, bf16 *ahead, int64_t count, float beta, int threads) {
+// The sum of squares of x, into `sum`: in fp32 over some thousand values, and those in fp64.
+template <typename T>
+static void sum_of_squares(const T *x, double *sum, int64_t count, int threads) {
+    constexpr int64_t part = 4096;
+    std::vector<double> partial(threads, 0.0);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int thread = 0; thread < threads; thread++)
+        for (int64_t start = thread * part; start < count; start += threads * part) {
+            float squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+            for (int64_t i = start; i < std::min(count, start + part); i++) squares += load(x[i]) * load(x[i]);
+            partial[thread] += squares;
+        }
+    *sum = std::accumulate(partial.begin(), partial.end(), 0.0);
+}
+
+// AdamW: p ← keep · p - rate · m / (sqrt(v) · root + eps), m and v being the running means of g · scale and its square.
+template <typename T>
+static void adamw(float *p, const T *g, float *m, float *v, int64_t count, float scale, float keep, float rate,
+                  float beta1, float beta2, float root, float eps, int threads) {
 #pragma omp parallel for simd num_threads(threads) schedule(static)
     for (int64_t i = 0; i < count; i++) {
-        float mean = m[i] + (1.0f - beta) * (g[i] - m[i]);
+        float gradient = load(g[i]) * scale;
+        m[i] += (1.0f - beta1) * (gradient - m[i]);
+        v[i] = beta2 * v[i] + (1.0f - beta2) * gradient * gradient;
+        p[i] = keep * p[i] - rate * m[i] / (std::sqrt(v[i]) * root + eps);
+    }
+}
+
+// m ← beta · m + (1 - beta) · g · scale, and once more with g · scale, which is what `ahead` gets.
+template <typename T>
+static void nesterov(const T *g, float *m, bf16 *ahead, int64_t count, float beta, float scale, int threads) {
+#pragma omp parallel for simd num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < count; i++) {
+        float gradient = load(g[i]) * scale, mean = m[i] + (1.0f - beta) * (gradient - m[i]);
         m[i] = mean;
-        store(ahead + i, g[i] + beta * (mean - g[i]));
+        store(ahead + i, gradient + beta * (mean - gradient));
     }
 }
 
@@ -329,6 +360,16 @@ extern "C" int mask_begins(const uint8_t *mask, int32_t *begins, int64_t B, int6
     void rms_norm_backward_##T(const T *grad, const T *x, const T *weight, const float *inverses, T *grad_x,           \
                                float *grad_weight, int64_t rows, int64_t D, int threads) {                             \
         rms_norm_backward(grad, x, weight, inverses, grad_x, grad_weight, rows, D, threads);                           \
+    }                                                                                                                  \
+    void sum_of_squares_##T(const T *x, double *sum, int64_t count, int threads) {                                     \
+        sum_of_squares(x, sum, count, threads);                                                                        \
+    }                                                                                                                  \
+    void adamw_##T(float *p, const T *g, float *m, float *v, int64_t count, float scale, float keep, float rate,       \
+                   float beta1, float beta2, float root, float eps, int threads) {                                     \
+        adamw(p, g, m, v, count, scale, keep, rate, beta1, beta2, root, eps, threads);                                 \
+    }                                                                                                                  \
+    void nesterov_##T(const T *g, float *m, bf16 *ahead, int64_t count, float beta, float scale, int threads) {        \
+        nesterov(g, m, ahead, count, beta, scale, threads);                                                            \
     }                                                                                                                  \
     void rotary_##T(const T *x, const T *cos, const T *sin, T *y, int64_t positions, int64_t heads, int64_t H,         \
                     float sign, int threads) {                                                                         \

@@ -16,11 +16,45 @@ import torch
 from torch import Tensor
 
 from moe_lm.checkpoint.tensor_file import TensorKind
+from moe_lm.kernels import updates
 from moe_lm.kernels.newton_schulz import iteration_dtype, orthogonalize
-from moe_lm.kernels.updates import decay_and_add, nesterov
 from moe_lm.parallel.runtime import Runtime
 from moe_lm.parallel.shards import ParameterShard
 from moe_lm.training.config import OptimizerConfig, OptimizerName
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's, by its fused kernel; in native code where that takes gradients as they are, in bf16 too."""
+
+    gradient_scale = 1.0
+    """Gradients are taken times this."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Apply one update; every parameter must have a gradient."""
+        assert closure is None
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        gradients = [parameter.grad for parameter in parameters]
+        if not all(map(updates.supports, gradients, parameters)):
+            wide = [gradient.to(p.dtype) for p, gradient in zip(parameters, gradients)]
+            if self.gradient_scale != 1:
+                wide = torch._foreach_mul(wide, self.gradient_scale)
+            for parameter, gradient in zip(parameters, wide):
+                parameter.grad = gradient
+            super().step()
+            return
+        for group in self.param_groups:
+            numbers = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                state["step"] += 1
+                moments = state["exp_avg"], state["exp_avg_sq"]
+                updates.adamw(
+                    parameter, parameter.grad, *moments, int(state["step"]), **numbers, scale=self.gradient_scale
+                )
 
 
 class Muon(torch.optim.Optimizer):
@@ -30,6 +64,9 @@ class Muon(torch.optim.Optimizer):
     whose halves would otherwise share one update, the half with the larger gradient taking most of it. Its `shards`
     are those that its parameters are the values of.
     """
+
+    gradient_scale = 1.0
+    """Gradients are taken times this."""
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float, weight_decay: float):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "matrices": 1}
@@ -46,7 +83,8 @@ class Muon(torch.optim.Optimizer):
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
                 dtype = iteration_dtype(gradient.device)
-                ahead = nesterov(gradient, state["momentum_buffer"], group["momentum"], dtype)
+                momentum = state["momentum_buffer"]
+                ahead = updates.nesterov(gradient, momentum, group["momentum"], dtype, self.gradient_scale)
                 # An expert that got no token is not moved (but by decay). Its momentum only fades, but orthogonalising
                 # would bring it back to full length and walk the expert along a stale direction, step after step.
                 sums = torch.linalg.vector_norm(gradient, 1, dim=(-2, -1), keepdim=True)
@@ -54,7 +92,7 @@ class Muon(torch.optim.Optimizer):
                 direction = orthogonalize(whole.unflatten(-2, (group["matrices"], -1)))
                 scale = 0.2 * max(direction.shape[-2:]) ** 0.5
                 keep = _kept(shard, group["lr"] * group["weight_decay"])
-                decay_and_add(parameter, shard.own(direction.flatten(-3, -2)), keep, -group["lr"] * scale)
+                updates.decay_and_add(parameter, shard.own(direction.flatten(-3, -2)), keep, -group["lr"] * scale)
 
 
 def _kept(shard: ParameterShard, decay: float) -> float | Tensor:
@@ -81,9 +119,9 @@ class Optimizer:
             {"params": [shard.value for shard in whole], "weight_decay": config.weight_decay},
             {"params": [shard.value for shard in (*plain, *self._decayed_in_part)], "weight_decay": 0.0},
         ]
-        self._rules: list[torch.optim.Optimizer] = []
+        self._rules: list[AdamW | Muon] = []
         if any(group["params"] for group in adamw):
-            rule = torch.optim.AdamW(
+            rule = AdamW(
                 [group for group in adamw if group["params"]],
                 lr=self._peak,
                 betas=(config.beta1, config.beta2),
@@ -98,7 +136,7 @@ class Optimizer:
         self._orthogonalized = {shard.name for shard in (*muon, *halves)}
 
     def gradients(self) -> list[Tensor]:
-        """The gradients of all trained parameters here, in their order; one without would be a bug in the model."""
+        """The gradients of all trained parameters here, fp32 or bf16; one without would be a bug in the model."""
         found = [gradient for shard in self._trained if (gradient := shard.gradient) is not None]
         assert len(found) == len(self._trained), "a parameter has no gradient"
         return found
@@ -116,24 +154,24 @@ class Optimizer:
             runtime: Given where each process has only a part of the gradient; all must then call it, and each value
                 counts once.
         """
-        norms = torch.stack(torch._foreach_norm(self.gradients()))
-        if runtime is None:
-            return torch.linalg.vector_norm(norms)
-        counts = torch.tensor([shard.counts for shard in self._trained], device=norms.device)
-        square = (norms.double().square() * counts).sum()
-        runtime.sum([square])
-        return square.sqrt().to(norms.dtype)
+        squares_n = updates.squared_norms(self.gradients())
+        if runtime is not None:
+            squares_n = squares_n * torch.tensor([shard.counts for shard in self._trained], device=squares_n.device)
+        square = squares_n.sum()
+        if runtime is not None:
+            runtime.sum([square])
+        return square.sqrt().float()
 
     @torch.no_grad()
     def step(self, gradient_norm: float, factor: float) -> None:
         """Clip by the given norm, then update with `factor` times the peak learning rate."""
-        if 0 < self.max_grad_norm < gradient_norm:
-            torch._foreach_mul_(self.gradients(), self.max_grad_norm / gradient_norm)
+        clips = 0 < self.max_grad_norm < gradient_norm
         for shard, gradient in zip(self._trained, self.gradients(), strict=True):
             shard.value.grad = gradient
         for shard in self._decayed_in_part:
             shard.value.mul_(_kept(shard, self._peak * factor * self._weight_decay))
         for rule in self._rules:
+            rule.gradient_scale = self.max_grad_norm / gradient_norm if clips else 1.0
             for group in rule.param_groups:
                 group["lr"] = self._peak * factor
             rule.step()
@@ -176,7 +214,7 @@ class Optimizer:
                 for key in self._state_names(shard):
                     state[key] = read(shard, key).to(shard.value.device)
 
-    def _rule_of(self, shard: ParameterShard) -> torch.optim.Optimizer:
+    def _rule_of(self, shard: ParameterShard) -> AdamW | Muon:
         return self._rules[-1 if shard.name in self._orthogonalized else 0]
 
     def _state_names(self, shard: ParameterShard) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 Autocast casts each weight again at every use, and does not reach grouped matrix products at all. A twin is cast once a
 step, by one multi-tensor copy, and its gradients are added to the master's in fp32 as soon as backward has produced
-them. Sharded models have no twin: FSDP2 casts what it gathers, and rounds in the same places.
+them; of a step's only micro-batch they stay as they are, where the update takes them so. Sharded models have no twin:
+FSDP2 casts what it gathers, and rounds in the same places.
 """
 
 import copy
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_lm.kernels.hardware import has_fast_bf16
+from moe_lm.kernels.updates import takes_low_gradients
 from moe_lm.model.router import Router
 from moe_lm.parallel.parallelize import ParallelModel
 from moe_lm.training.config import Precision
@@ -40,11 +42,15 @@ class ComputeModel:
         shared = {id(p): p for m in master.modules() if isinstance(m, Router) for p in m.parameters()}
         shared |= {id(p): p for p in master.parameters() if not p.requires_grad and p.dtype is dtype}
         self.module = copy.deepcopy(master, memo=dict(shared))
+        # Sums over processes are taken in fp32.
+        stay = parallel.layout.world_size == 1
         for mine, theirs in zip(master.parameters(), self.module.parameters(), strict=True):
             if theirs is mine:
                 continue
             theirs.data = theirs.data.to(dtype)
             if mine.requires_grad:  # what is frozen was copied for good
+                if stay and takes_low_gradients(mine.device):
+                    mine.grad_dtype = None  # any
                 theirs.register_post_accumulate_grad_hook(lambda low, high=mine: _accumulate(high, low))
                 self._pairs.append((mine, theirs))
 
@@ -57,10 +63,10 @@ class ComputeModel:
 
 
 def _accumulate(master: Tensor, twin: Tensor) -> None:
-    """Move a gradient that backward just finished from the twin to the master, in fp32."""
+    """Move a gradient that backward just finished from the twin to the master; a sum of several is in fp32."""
     gradient, twin.grad = twin.grad, None
     assert gradient is not None
     if master.grad is None:
-        master.grad = gradient.to(master.dtype)
+        master.grad = gradient if master.grad_dtype is None else gradient.to(master.dtype)
     else:
-        master.grad.add_(gradient)
+        master.grad = master.grad.to(master.dtype).add_(gradient)

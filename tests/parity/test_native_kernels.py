@@ -18,10 +18,11 @@ from moe_lm.kernels.experts import expert_swiglu
 from moe_lm.kernels.loss import linear_cross_entropy
 from moe_lm.kernels.normalization import rms_norm
 from moe_lm.kernels.rotary import apply_rotary
-from moe_lm.kernels.updates import decay_and_add, nesterov
+from moe_lm.kernels.updates import decay_and_add, nesterov, squared_norms
 from moe_lm.model.config import ModelConfig, Recompute
 from moe_lm.model.decoder import CausalLM
 from moe_lm.model.initialization import initialize
+from moe_lm.training.optimizer import AdamW
 from tests.kernels import (
     DTYPES,
     Kernels,
@@ -430,15 +431,49 @@ def test_rotary(heads: int, H: int, dtype: torch.dtype, kernels: Kernels) -> Non
 def test_the_ends_of_a_step(shape: tuple[int, ...], dtype: torch.dtype, kernels: Kernels) -> None:
     """Catches a momentum that is looked ahead before it is updated, and a decay of the updated parameter."""
     gradient, momentum, parameter = torch.randn(3, *shape)
-    mean = 0.95 * momentum.double() + 0.05 * gradient
-    ahead = nesterov(gradient, momentum, 0.95, dtype)
+    gradient = gradient.to(dtype)
+    mean = 0.95 * momentum.double() + 0.05 * 0.7 * gradient.double()
+    ahead = nesterov(gradient, momentum, 0.95, dtype, 0.7)
     assert ahead.dtype == dtype
     assert_close([momentum], [mean], FP32)
-    assert_close([ahead], [0.05 * gradient + 0.95 * mean], dtype)
+    assert_close([ahead], [0.05 * 0.7 * gradient.double() + 0.95 * mean], dtype)
     moved = 0.9 * parameter.double() - 0.02 * ahead.double()
     decay_and_add(parameter, ahead, 0.9, -0.02)
     assert_close([parameter], [moved], FP32)
     kernels.assert_ran({"nesterov", "decay_and_add"} if dtype is BF16 else set())
+
+
+@pytest.mark.parametrize("of_gradient", DTYPES)
+@pytest.mark.parametrize("shape", [(1,), (15,), (3, 4099)])
+@pytest.mark.usefixtures("two_threads")
+def test_adamw(shape: tuple[int, ...], of_gradient: torch.dtype, kernels: Kernels) -> None:
+    """Catches a moment, correction or decay that is not torch's, and a gradient that is not clipped, or misread."""
+    parameter = torch.randn(shape)
+    twin = parameter.double().requires_grad_()
+    options = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.3}
+    ours, theirs = AdamW([parameter], **options, fused=True), torch.optim.AdamW([twin], **options)
+    ours.gradient_scale = 0.3
+    parameter.grad_dtype = None
+    for _ in range(3):
+        parameter.grad = torch.randn(shape).to(of_gradient)
+        twin.grad = parameter.grad.double() * 0.3
+        ours.step()
+        theirs.step()
+    assert_close([parameter], [twin.detach()], FP32)
+    for name, value in theirs.state[twin].items():
+        assert_close([ours.state[parameter][name]], [value], FP32)
+    kernels.assert_ran({"adamw"})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("two_threads")
+def test_squared_norms(dtype: torch.dtype, kernels: Kernels) -> None:
+    """Catches parts of a sum that two threads leave out or take twice, sums that are rounded, and what is infinite."""
+    gradients = [torch.randn(size).to(dtype) for size in (1, 4095, 4096, 50_001)]
+    gradients.append(torch.tensor([1.0, math.inf]).to(dtype))
+    expected = torch.stack([gradient.double().square().sum() for gradient in gradients])
+    torch.testing.assert_close(squared_norms(gradients), expected, rtol=1e-5, atol=0)
+    kernels.assert_ran({"sum_of_squares"})
 
 
 def test_updates_of_other_types(kernels: Kernels) -> None:

@@ -38,7 +38,7 @@ class AdamW(torch.optim.AdamW):
         if not all(map(updates.supports, gradients, parameters)):
             wide = [gradient.to(p.dtype) for p, gradient in zip(parameters, gradients)]
             if self.gradient_scale != 1:
-                wide = torch._foreach_mul(wide, self.gradient_scale)
+                wide = list(torch._foreach_mul(wide, self.gradient_scale))
             for parameter, gradient in zip(parameters, wide):
                 parameter.grad = gradient
             super().step()

@@ -3,8 +3,9 @@
 Letters: T tokens, D hidden, V vocabulary. The "chunked" backend takes some rows at a time and, since the gradient of a
 sum of losses needs nothing from later layers, computes it right there in the forward (Liger's and Cut cross-entropy's
 idea); the backward only scales. Measured at T 4096, V 4096, D 256 in bf16, two AMX cores, before the softmax was
-native: 36–47 ms against 51 for the whole logits, and 1/8 of their memory; larger chunks gain little. torch's own
-`F.linear_cross_entropy` is missing in 2.11.
+native: 36–47 ms against 51 for the whole logits, and 1/8 of their memory; larger chunks gain little. On AMX tiles
+(`amx_loss.inc`) a block's logits stay in a core's cache until they are exponentials, and go to memory once, for the
+gradient of the head. torch's own `F.linear_cross_entropy` is missing in 2.11.
 """
 
 import torch
@@ -15,9 +16,9 @@ from moe_lm.kernels import native
 
 IGNORED_LABEL = -100
 _TILE = 32
-_LOGITS_AT_ONCE = 2**24
-"""32 MB in bf16. With a quarter of it a step of 4,096 tokens, V 8192, is slower by 2 to 9 %: oneDNN packs the head
-anew for every chunk."""
+_LOGITS_AT_ONCE = {2: 2**24, 4: 2**22, 8: 2**22}
+"""By bytes of a logit. In bf16 (32 MB) a step of 4,096 tokens, V 8192, is slower by 2 to 9 % with a quarter of it: the
+head is packed anew for every chunk. MKL does not mind in fp32, and more would be the peak of a step's memory."""
 
 
 def linear_cross_entropy(
@@ -30,7 +31,7 @@ def linear_cross_entropy(
         head_VD: output embedding in hidden's dtype; may be the (tied) input embedding.
         labels_T: int64 targets; -100 is ignored. Any other that is outside the vocabulary makes the loss NaN in the
             native kernel, which can not raise, and an error of torch's in the plain version.
-        chunk_rows: rows whose logits exist at one time; None for as many as have 16 M logits.
+        chunk_rows: rows whose logits exist at one time; None for as many as have 16 M logits, 4 M in fp32.
         backend: "reference", "chunked", or None to choose.
 
     Returns:
@@ -46,7 +47,7 @@ def linear_cross_entropy(
         wide = torch.promote_types(logits_TV.dtype, torch.float32)
         return F.cross_entropy(logits_TV.to(wide), labels_T, ignore_index=IGNORED_LABEL, reduction="sum")
     if backend in (None, "chunked"):
-        chunk_rows = chunk_rows or max(1, _LOGITS_AT_ONCE // head_VD.shape[0])
+        chunk_rows = chunk_rows or max(1, _LOGITS_AT_ONCE[head_VD.element_size()] // head_VD.shape[0])
         if torch.is_grad_enabled() and (hidden_TD.requires_grad or head_VD.requires_grad):
             total: Tensor = _ChunkedCrossEntropy.apply(hidden_TD, head_VD, labels_T, chunk_rows)
             return total
@@ -96,6 +97,7 @@ def _loss_and_gradients(
                 torch.mm(logits, head_VD, out=grad_hidden[rows])
             if grad_head is not None:
                 _add_product(grad_head, logits, hidden)
+            del logits  # before the next are made
             continue
         kept = (labels_T[rows] != IGNORED_LABEL).unsqueeze(1)
         labels = labels_T[rows].unsqueeze(1).where(kept, 0)

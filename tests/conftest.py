@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, and the directory of outside data."""
+"""Shared by all tests: one thread, Triton's interpreter without a GPU, and the directory of outside data."""
 
 import os
 from pathlib import Path
@@ -12,6 +12,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# Before anything imports Triton, which reads it once. On a GPU the same tests run what is compiled.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

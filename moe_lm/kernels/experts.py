@@ -1,4 +1,4 @@
-"""SwiGLU of all experts over rows grouped by expert: one interface, three backends.
+"""SwiGLU of all experts over rows grouped by expert: one interface, four backends.
 
 Letters: R routed rows (grouped by expert, each group possibly padded with zero rows), D hidden, E experts, F
 intermediate.
@@ -11,7 +11,8 @@ either a GEMM per expert into slices of one buffer (smaller blocks of rows were 
 call); or, in bf16 where there are AMX tiles, kernels of our own (`amx_experts.inc`) that pack weights once, take 128
 rows at a time through both products, and have no set-up per shape. Measured, 8192 rows, D 256, F 512, E 8, two AMX
 cores, milliseconds forward and backward: reference 45, grouped 39, cpu 34 by oneDNN before the native SwiGLU, 27 with
-it, 20 on tiles; fp32 98, 106–145, 87. CUDA takes "grouped"; that choice has not been measured.
+it, 20 on tiles; fp32 98, 106–145, 87. A GPU takes "triton" (`triton/experts.py`): grouped products, with kernels of our
+own between them; or "grouped" without Triton. Neither choice has been measured.
 """
 
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_lm.kernels import native
+from moe_lm.kernels.triton import launch
 
 ROW_ALIGNMENT = 128
 """Largest multiple to which groups are rounded up; see `row_alignment`."""
@@ -60,7 +62,7 @@ def expert_swiglu(
         group_ends_E: int32, the row at which each expert's group ends; rows at or past the last end give zeros.
         gate_up_proj: [E, 2F, D], gate first, in x's dtype.
         down_proj: [E, D, F], in x's dtype.
-        backend: "reference", "grouped", "cpu", or None to choose by device and dtype.
+        backend: "reference", "grouped", "cpu", "triton", or None to choose by device and dtype.
 
     Returns:
         y_RD. Gradients of an expert without rows are exactly zero, never None.
@@ -70,7 +72,7 @@ def expert_swiglu(
     """
     assert x_RD.dtype == gate_up_proj.dtype == down_proj.dtype, (x_RD.dtype, gate_up_proj.dtype, down_proj.dtype)
     assert group_ends_E.dtype == torch.int32, group_ends_E.dtype
-    backend = backend or _default_backend(x_RD)
+    backend = backend or _default_backend(x_RD, gate_up_proj, down_proj)
     if backend == "reference":
         return _reference(x_RD, group_ends_E, gate_up_proj, down_proj)
     if backend == "grouped":
@@ -79,10 +81,16 @@ def expert_swiglu(
         if torch.is_grad_enabled():
             return _with_gradients(x_RD, group_ends_E, gate_up_proj, down_proj)[0]
         return _expert_loop(x_RD, group_ends_E, gate_up_proj, down_proj, keeps=False)[0]
-    raise ValueError(f"backend={backend!r}: choose reference, grouped or cpu")
+    if backend == "triton":
+        from moe_lm.kernels.triton import experts
+
+        return experts.expert_swiglu(x_RD, group_ends_E, gate_up_proj, down_proj)
+    raise ValueError(f"backend={backend!r}: choose reference, grouped, cpu or triton")
 
 
-def _default_backend(x_RD: Tensor) -> str:
+def _default_backend(x_RD: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> str:
+    if launch.supports(x_RD, gate_up_proj, down_proj):
+        return "triton"
     if x_RD.device.type == "cpu":
         return "cpu"
     return "reference" if x_RD.dtype == torch.float64 else "grouped"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from moe_lm.kernels.combine import weighted_sum
+from moe_lm.kernels.combine import gather_rows, weighted_sum
 from moe_lm.kernels.experts import row_alignment
 from moe_lm.model.router import Assignments, expert_capacity
 
@@ -35,7 +35,7 @@ class LocalHandle(NamedTuple):
     """What `combine` needs to know of a local dispatch."""
 
     token_P: Tensor
-    """Token of each placed row; 0 for filling rows."""
+    """Token of each placed row; any for filling rows."""
     weight_P: Tensor
     """Weight of each placed row; exactly 0 for filling rows, which therefore add nothing and receive no gradient."""
     num_tokens: int
@@ -67,7 +67,7 @@ class LocalDispatcher:
         num_rows = int(end_E[-1]) if x_TD.device.type == "cpu" else capacity
         token_P = token_R.new_zeros(num_rows).index_copy(0, place_R, token_R.index_select(0, order_R))
         weight_P = weight_R.new_zeros(num_rows).index_copy(0, place_R, weight_R.index_select(0, order_R))
-        rows_PD = x_TD.index_select(0, token_P)
+        rows_PD = gather_rows(x_TD, token_P)
         return rows_PD, end_E.to(torch.int32), LocalHandle(token_P, weight_P, x_TD.shape[0])
 
     def _dispatch_few(self, x_TD: Tensor, assignments: Assignments) -> tuple[Tensor, Tensor, LocalHandle]:
@@ -106,10 +106,12 @@ class CapacityDispatcher:
         # What is dropped goes to one place past the end.
         num_rows = self.num_experts * capacity
         place_R = torch.where(rank_R < capacity, sorted_expert_R * capacity + rank_R, num_rows)
-        token_P = token_R.new_zeros(num_rows + 1).scatter(0, place_R, token_R.index_select(0, order_R))[:-1]
+        # Filling rows are of any token, but not all of one: they are that token's to sum.
+        filling_P = torch.arange(num_rows + 1, device=x_TD.device) % x_TD.shape[0]
+        token_P = filling_P.scatter(0, place_R, token_R.index_select(0, order_R))[:-1]
         weight_P = weight_R.new_zeros(num_rows + 1).scatter(0, place_R, weight_R.index_select(0, order_R))[:-1]
         ends_E = (experts_E + 1) * capacity
-        return x_TD.index_select(0, token_P), ends_E.to(torch.int32), LocalHandle(token_P, weight_P, x_TD.shape[0])
+        return gather_rows(x_TD, token_P), ends_E.to(torch.int32), LocalHandle(token_P, weight_P, x_TD.shape[0])
 
     def combine(self, y_PD: Tensor, handle: LocalHandle) -> Tensor:
         """See `TokenDispatcher`."""

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_lm.kernels.combine import weighted_sum
+from moe_lm.kernels.combine import gather_rows, weighted_sum
 from moe_lm.kernels.experts import row_alignment
 from moe_lm.model.dispatch import CapacityDispatcher, LocalHandle
 from moe_lm.model.router import Assignments
@@ -73,7 +73,7 @@ class AllToAllDispatcher(_Owners):
         # Not bincount, which waits for the device to find out the largest number.
         size_E = torch.zeros_like(self._slot_E).scatter_add(0, sorted_slot_R, torch.ones_like(sorted_slot_R))
         size_SN, sent, received = self._exchange_sizes(size_E)
-        rows_QD = _Exchange.apply(x_TD.index_select(0, token_R), received, sent, self._group)
+        rows_QD = _Exchange.apply(gather_rows(x_TD, token_R), received, sent, self._group)
         num_received = rows_QD.shape[0]
         align = row_alignment(x_TD.device, x_TD.dtype, num_received, self._num_owned)
         place_Q, end_N = _places(size_SN, align, num_received)
@@ -86,7 +86,7 @@ class AllToAllDispatcher(_Owners):
 
     def combine(self, y_PD: Tensor, handle: ExchangeHandle) -> Tensor:
         """See `TokenDispatcher`; every process of the group must call it."""
-        rows_QD = y_PD.index_select(0, handle.place_Q)
+        rows_QD = gather_rows(y_PD, handle.place_Q)
         rows_RD = _Exchange.apply(rows_QD, handle.sent, handle.received, self._group)
         return weighted_sum(rows_RD, handle.token_R, handle.weight_R, handle.num_tokens)
 

@@ -173,7 +173,7 @@ def test_combining_keeps_no_product() -> None:
             weighted_sum(y_PD, torch.arange(64) % 8, weight_P, 8, backend)
         kept[backend] = sum(size == 64 * 8 for size in sizes)
     assert kept == {"reference": 2, "fused": 1}
-    with pytest.raises(ValueError, match="choose reference or fused"):
+    with pytest.raises(ValueError, match="choose reference, fused or triton"):
         weighted_sum(y_PD, torch.arange(64), weight_P, 64, "other")
 
 

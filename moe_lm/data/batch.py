@@ -5,7 +5,7 @@ Letters: B rows, P pieces of them (`rows.py`), N segments (runs of one document 
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moe_lm.data.rows import Pieces
 from moe_lm.data.shards import TokenArray
+from moe_lm.transfer import copied_to
 
 IGNORED = -100
 """Label of a position that predicts nothing; what torch's cross-entropy ignores by default."""
@@ -40,8 +41,10 @@ class Batch:
     """Number of each token's domain; 0 in padding."""
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on another device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """The same batch on another device, but for `document_ids`, whose ends attention has to know on the host."""
+        device = torch.device(device)
+        moved = self._map(lambda tensor: copied_to(tensor, device))
+        return replace(moved, document_ids=self.document_ids)
 
     def split(self, size: int) -> list["Batch"]:
         """The same rows as batches of `size` rows; the last may be smaller."""

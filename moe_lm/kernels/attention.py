@@ -1,4 +1,4 @@
-"""Causal grouped-query attention with document boundaries and a sliding window: one interface, four backends.
+"""Causal grouped-query attention with document boundaries and a sliding window: one interface, five backends.
 
 Letters: B batch, S queries, T keys, N heads, G key/value heads, H head_dim, J = N/G heads that share a key/value head.
 
@@ -24,7 +24,8 @@ part: there the probabilities are written out and kept (about B·N·S·T/2 numbe
 matrix product or softmax over as many rows as a bound on the scores allows (one row at a time was 2× slower: starting
 threads dominates). Queries go in blocks of 128, each against the keys up to its own end, which skips much of what
 causality hides. Heads that share keys are stacked as further queries, so that keys are never expanded and their
-gradient is summed inside the product. CUDA takes its fused kernels, unmeasured here.
+gradient is summed inside the product. CUDA takes its fused kernels, unmeasured here: "sdpa", or "varlen" for packed
+documents (`documents.py`).
 """
 
 import math
@@ -35,6 +36,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moe_lm.kernels import native
+from moe_lm.kernels.documents import PackedDocuments, packed_attention
 
 _TILE = 32
 _QUERY_BLOCK = 128
@@ -69,15 +71,19 @@ def attention_mask(
 
 
 def attention(
-    q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, mask_BST: Tensor | None, backend: str | None = None
+    q_BSNH: Tensor,
+    k_BTGH: Tensor,
+    v_BTGH: Tensor,
+    mask_BST: Tensor | PackedDocuments | None,
+    backend: str | None = None,
 ) -> Tensor:
     """softmax(q·kᵀ / sqrt(H))·v with N/G query heads to each key/value head.
 
     Args:
-        mask_BST: True where a query sees a key (`attention_mask`), never a later one; None for plain causal attention
-            with S = T, or for one query that sees all keys.
-        backend: "reference", "sdpa", "cpu", "amx", or None to choose by device, dtype and size. "amx" takes what
-            `amx_begins` does.
+        mask_BST: True where a query sees a key (`attention_mask`), never a later one; or documents that say the same
+            (S = T); None for plain causal attention with S = T, or for one query that sees all keys.
+        backend: "reference", "sdpa", "cpu", "amx", "varlen" (for documents), or None to choose by device, dtype, mask
+            and size. "amx" takes what `amx_begins` does.
 
     Returns:
         o_BSNH in q's dtype.
@@ -86,6 +92,11 @@ def attention(
         ValueError: on an unknown backend.
     """
     sizes_BST = (*q_BSNH.shape[:2], k_BTGH.shape[1])
+    if isinstance(mask_BST, PackedDocuments):
+        if backend in (None, "varlen"):
+            return packed_attention(q_BSNH, k_BTGH, v_BTGH, mask_BST)
+        document_ids_BS = mask_BST.document_ids(sizes_BST[0])
+        mask_BST = attention_mask(document_ids_BS, document_ids_BS, 0, mask_BST.sliding_window)
     if mask_BST is None:
         assert sizes_BST[1] in (1, sizes_BST[2]), sizes_BST
     else:
@@ -103,7 +114,7 @@ def attention(
     if backend == "cpu":
         o_BSNH: Tensor = _ExplicitAttention.apply(q_BSNH, k_BTGH, v_BTGH, mask_BST)
         return o_BSNH
-    raise ValueError(f"backend={backend!r}: choose reference, sdpa, cpu or amx")
+    raise ValueError(f"backend={backend!r}: choose reference, sdpa, cpu, amx or (for documents) varlen")
 
 
 def _default_backend(*tensors: Tensor) -> str:

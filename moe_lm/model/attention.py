@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lm.kernels.attention import attention
+from moe_lm.kernels.documents import PackedDocuments
 from moe_lm.kernels.rotary import apply_rotary
 from moe_lm.model.config import ModelConfig
 
@@ -82,10 +83,10 @@ class Attention(nn.Module):
         self,
         x_BSD: Tensor,
         rotary: tuple[Tensor, Tensor],
-        mask_BST: Tensor | None,
+        mask_BST: Tensor | PackedDocuments | None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """X [B, S, D] to [B, S, D]; `mask_BST` is true where a query may look, null for what is not later."""
+        """X [B, S, D] to [B, S, D]; `mask_BST` says where a query may look, as in `attention`."""
         heads = (*x_BSD.shape[:2], -1, self.head_dim)
         q_BSNH = apply_rotary(self.q_proj(x_BSD).view(heads), *rotary)
         k_BSGH = apply_rotary(self.k_proj(x_BSD).view(heads), *rotary)

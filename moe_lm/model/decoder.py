@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_lm.kernels.attention import attention_mask
+from moe_lm.kernels.documents import PackedDocuments, packed_documents, takes_packed
 from moe_lm.kernels.normalization import rms_norm
 from moe_lm.model.attention import Attention, KeyValueCache, rotary_angles
 from moe_lm.model.config import ModelConfig, Recompute
 from moe_lm.model.moe import DenseFeedForward, MixtureOfExperts
 from moe_lm.model.recompute import recompute_in_backward
 from moe_lm.model.router import RoutingStatistics
+from moe_lm.transfer import copied_to
 
 
 class RMSNorm(nn.Module):
@@ -48,7 +50,7 @@ class Layer(nn.Module):
         self,
         x_BSD: Tensor,
         rotary: tuple[Tensor, Tensor],
-        mask_BST: Tensor | None,
+        mask_BST: Tensor | PackedDocuments | None,
         routing_mask_BS: Tensor | None,
         cache: KeyValueCache | None,
     ) -> tuple[Tensor, RoutingStatistics | None]:
@@ -92,11 +94,14 @@ class Decoder(nn.Module):
         Args:
             input_ids_BS: token ids, int64.
             position_ids_BS: positions for the rotary embedding; null takes the cache's, or counts from 0.
-            document_ids_BS: attention stays within tokens of equal document id; null means one document per row.
+            document_ids_BS: attention stays within tokens of equal document id, which lie side by side; null means one
+                document per row. They may be on the host wherever the model is: a GPU is then not waited for.
             routing_mask_BS: true for tokens that count in the routing statistics; null means all.
             cache: keys and values of earlier tokens; extended in place. Its rows are documents, and nothing is counted.
         """
         config, length = self.config, input_ids_BS.shape[1]
+        x_BSD: Tensor = self.embed_tokens(input_ids_BS)
+        mask_BST: Tensor | PackedDocuments | None
         if cache is not None:
             assert document_ids_BS is None and routing_mask_BS is None
             position_ids_BS = cache.position_ids_BT[:, cache.length : cache.length + length]
@@ -104,8 +109,7 @@ class Decoder(nn.Module):
         else:
             if position_ids_BS is None:
                 position_ids_BS = torch.arange(length, device=input_ids_BS.device).expand_as(input_ids_BS)
-            mask_BST = self._mask(input_ids_BS, document_ids_BS)
-        x_BSD: Tensor = self.embed_tokens(input_ids_BS)
+            mask_BST = self._mask(x_BSD, document_ids_BS)
         rotary = rotary_angles(position_ids_BS, config.width_of_head, config.rope_theta, x_BSD.dtype)
         statistics = []
         for layer in self.layers:
@@ -118,13 +122,16 @@ class Decoder(nn.Module):
         stacked = RoutingStatistics(*map(torch.stack, zip(*statistics))) if config.is_mixture else None
         return DecoderOutput(self.norm(x_BSD), stacked)
 
-    def _mask(self, input_ids_BS: Tensor, document_ids_BS: Tensor | None) -> Tensor | None:
-        """Where attention may look, [B, S, S]; null where plain causal attention says the same."""
-        window = self.config.sliding_window
+    def _mask(self, x_BSD: Tensor, document_ids_BS: Tensor | None) -> Tensor | PackedDocuments | None:
+        """Where attention may look: [B, S, S], or documents; null where plain causal attention says the same."""
+        (B, S, _), window = x_BSD.shape, self.config.sliding_window
+        if document_ids_BS is None and (window is None or window >= S):
+            return None
+        if takes_packed(x_BSD, self.config.width_of_head):
+            return packed_documents(document_ids_BS, (B, S), x_BSD.device, window)
         if document_ids_BS is None:
-            if window is None or window >= input_ids_BS.shape[1]:
-                return None
-            document_ids_BS = torch.ones_like(input_ids_BS)
+            document_ids_BS = torch.ones(B, S, dtype=torch.int64, device=x_BSD.device)
+        document_ids_BS = copied_to(document_ids_BS, x_BSD.device)
         return attention_mask(document_ids_BS, document_ids_BS, 0, window)
 
     def _mask_of_cache(self, cache: KeyValueCache, length: int) -> Tensor | None:

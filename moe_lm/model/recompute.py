@@ -32,6 +32,8 @@ _KEPT = {
     },
     Recompute.full: {_aten.topk.default},
 }
+_KEPT_BY_NAME = {Recompute.selective: {"torch_attn::_varlen_attn"}, Recompute.full: set()}
+"""Operators that exist only once something slow is imported."""
 
 
 def recompute_in_backward(layer: Callable[..., Any], mode: Recompute) -> Callable[..., Any]:
@@ -40,7 +42,8 @@ def recompute_in_backward(layer: Callable[..., Any], mode: Recompute) -> Callabl
         return layer
 
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if operator in _KEPT[mode] else CheckpointPolicy.PREFER_RECOMPUTE
+        kept = operator in _KEPT[mode] or operator.name() in _KEPT_BY_NAME[mode]
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return functools.partial(
         checkpoint,

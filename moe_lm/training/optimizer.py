@@ -21,6 +21,7 @@ from moe_lm.kernels.newton_schulz import iteration_dtype, orthogonalize
 from moe_lm.parallel.runtime import Runtime
 from moe_lm.parallel.shards import ParameterShard
 from moe_lm.training.config import OptimizerConfig, OptimizerName
+from moe_lm.transfer import copied_to
 
 
 class AdamW(torch.optim.AdamW):
@@ -38,7 +39,7 @@ class AdamW(torch.optim.AdamW):
         if not all(map(updates.supports, gradients, parameters)):
             wide = [gradient.to(p.dtype) for p, gradient in zip(parameters, gradients)]
             if self.gradient_scale != 1:
-                wide = list(torch._foreach_mul(wide, self.gradient_scale))
+                torch._foreach_mul_(wide, self.gradient_scale)
             for parameter, gradient in zip(parameters, wide):
                 parameter.grad = gradient
             super().step()
@@ -156,7 +157,8 @@ class Optimizer:
         """
         squares_n = updates.squared_norms(self.gradients())
         if runtime is not None:
-            squares_n = squares_n * torch.tensor([shard.counts for shard in self._trained], device=squares_n.device)
+            counts = torch.tensor([shard.counts for shard in self._trained])
+            squares_n = squares_n * copied_to(counts, squares_n.device)
         square = squares_n.sum()
         if runtime is not None:
             runtime.sum([square])

@@ -16,6 +16,7 @@ from moe_lm.training.feed import GlobalBatch
 from moe_lm.training.loss import loss_shares
 from moe_lm.training.optimizer import Optimizer
 from moe_lm.training.precision import ComputeModel
+from moe_lm.transfer import copied_to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,18 +82,19 @@ def train_step(
     runtime.sum([*unsummed, figures, count_LE])
     optimizer.drop_frozen_gradients()
     norm = optimizer.gradient_norm(runtime if sharded else None)
-    cross_entropy, load_balancing, router_z, router_drift, dropped, gradient_norm = torch.cat(
-        (figures, norm[None])
-    ).tolist()
+    on_host = torch.cat((figures, norm[None], count_LE.flatten())).cpu()  # the step's only wait for a GPU
+    cross_entropy, load_balancing, router_z, router_drift, dropped, gradient_norm = on_host[:6].tolist()
     finite = math.isfinite(gradient_norm) and math.isfinite(cross_entropy)
     applied = finite and cross_entropy <= loss_limit
     if applied:
         optimizer.step(gradient_norm, factor)
         compute.refresh()
     losses = cross_entropy, load_balancing, router_z, router_drift
-    return StepResult(*losses, gradient_norm, int(dropped), count_LE.cpu(), finite, applied)
+    return StepResult(*losses, gradient_norm, int(dropped), on_host[6:].view(count_LE.shape), finite, applied)
 
 
 def next_load(result: StepResult, load_LE: Tensor) -> Tensor:
     """The load to balance the next step by: this step's, or the old one if the step was skipped."""
-    return load_fraction(result.count_LE).to(load_LE) if result.applied else load_LE
+    if not result.applied:
+        return load_LE
+    return copied_to(load_fraction(result.count_LE).to(load_LE.dtype), load_LE.device)

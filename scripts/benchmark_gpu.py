@@ -1,37 +1,52 @@
 """A ladder of mixtures on one GPU: model-FLOPs utilisation of this trainer and of transformers' Mixtral.
 
-    python scripts/benchmark_gpu.py [--device cuda] [--only NAME …] [--output DIRECTORY]
+    python scripts/benchmark_gpu.py [--device cuda] [--only NAME …] [--minutes 10] [--output DIRECTORY]
 
 8 experts, 2 per token, sequences of 4,096 tokens, natural routing on text, AdamW. One side after the other has the GPU
-to itself; all compute in bf16: this trainer with fp32 master weights, transformers with autocast, and with the model
-held in bf16 (whose weights then have no fp32 copy). Where a side runs out of memory, its micro-batch is halved, then it
-recomputes activations; any other failure is its result, and the ladder goes on. Utilisation counts the model's own
-FLOPs, against the best matrix product measured in the same run. Writes `benchmark-gpu.json`.
+to itself, this trainer before and after the others, so that a GPU that has become warm and slow is seen; all compute in
+bf16: this trainer with fp32 master weights, transformers with autocast, and with the model held in bf16 (whose weights
+then have no fp32 copy). Where a side runs out of memory, its micro-batch is halved, then it recomputes activations; any
+other failure is its result, and the ladder goes on. The largest rung is the first, and nothing is begun that would
+probably end after the minutes given.
+
+Utilisation counts the model's own FLOPs, against what the data sheet promises for dense bf16 (MFU), and against the
+best matrix product measured in the same run. Writes `benchmark-gpu.json`.
 """
 
 import argparse
 import json
+import platform
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from benchmark import SAME_WORK, OutOfMemoryError, Side, make_batches, processes
 
 from moe_lm.config import load
-from moe_lm.model.accounting import count_parameters, training_flops_per_token
-from moe_lm.training.machine import matmul_rate
+from moe_lm.kernels import native
+from moe_lm.model.accounting import activation_bytes, count_parameters, training_flops_per_token, training_state_bytes
+from moe_lm.model.config import ModelConfig, Recompute
+from moe_lm.training.machine import matmul_rate, total_memory
 
 LADDER = {  # hidden size, intermediate size, layers
-    "0.3B": (768, 2048, 8),
-    "1B": (1024, 3584, 12),
-    "2B": (1536, 5376, 12),
     "5B": (2048, 7168, 14),
+    "2B": (1536, 5376, 12),
+    "1B": (1024, 3584, 12),
+    "0.3B": (768, 2048, 8),
 }
-SIDES = [Side(None, "bf16"), Side("grouped_mm", "bf16-autocast"), Side("grouped_mm", "bf16-held")]
+OURS = Side(None, "bf16")
+SIDES = [OURS, Side("grouped_mm", "bf16-held"), Side("grouped_mm", "bf16-autocast"), OURS]
 ATTEMPTS = [(8, "none"), (4, "none"), (4, "selective"), (2, "selective"), (1, "full")]
 """Sequences and activation checkpointing, until a side fits."""
+BYTES_OF_STATE = {"bf16-held": 8, "bf16-autocast": 16}
+"""Of transformers, for each parameter: weights, gradients and two moments."""
+
+DATA_SHEET = {"H200": 989.4e12, "H100 80GB HBM3": 989.4e12, "B200": 2250e12, "A100": 312e12}
+"""NVIDIA's FLOP/s of dense bf16 products, by what the GPU's name contains."""
 
 WARM, STEPS = 3, 10
 
@@ -42,28 +57,53 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu tries the script, not the GPU")
     parser.add_argument("--only", nargs="*", default=list(LADDER), choices=LADDER, help="rungs")
     parser.add_argument("--length", type=int, default=4096, help="tokens of a sequence")
+    parser.add_argument("--minutes", type=float, default=10.0, help="nothing is begun that would end later")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="a directory")
     given = parser.parse_args()
-    device = torch.device(given.device)
+    began, device = time.monotonic(), torch.device(given.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA device is visible here")
     given.output.mkdir(parents=True, exist_ok=True)
-    peak = matmul_rate(device, torch.bfloat16)
-    print(f"best bf16 matrix product: {peak / 1e12:,.0f} TFLOP/s")
-    report: list[dict[str, Any]] = []
+    report: dict[str, Any] = {"machine": machine(device), "sides": []}
+    print("\n".join(f"{key}: {value}" for key, value in report["machine"].items()), flush=True)
+    longest = 0.0
     for name in given.only:
         for side in SIDES:
-            report.append(measure(name, side, peak, given))
-            print(line(report[-1]), flush=True)
+            begin = time.monotonic()
+            if begin + longest > began + 60 * given.minutes:
+                found = {"rung": name, "side": side.name, "error": f"no time left of {given.minutes:g} minutes"}
+            else:
+                found = measure(name, side, report["machine"], given)
+                longest = max(longest, time.monotonic() - begin)
+            report["sides"].append(found | {"seconds": time.monotonic() - begin})
+            print(line(found), flush=True)
             (given.output / "benchmark-gpu.json").write_text(json.dumps(report, indent=2) + "\n")
+    print("\n" + table(report["sides"]))
 
 
-def measure(name: str, side: Side, peak: float, given: argparse.Namespace) -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures hold for."""
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else platform.processor()
+    return {
+        "device": name,
+        "memory, GB": round(total_memory(device) / 1e9, 1),
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
+        f"transformers {transformers.__version__}",
+        "kernels": native.described(device, torch.bfloat16),
+        "best bf16 matrix product, FLOP/s": matmul_rate(device, torch.bfloat16),
+        "bf16 by the data sheet, FLOP/s": next((rate for part, rate in DATA_SHEET.items() if part in name), None),
+    }
+
+
+def measure(name: str, side: Side, host: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
     """The first attempt that fits, or the error of one that failed otherwise."""
     found = {"rung": name, "side": side.name}
     for sequences, recompute in ATTEMPTS:
         options = rung(name, sequences, given.length)
         config = load("pretrain", options)
+        if needed_bytes(config.model, side, sequences * given.length, recompute) > 1e9 * host["memory, GB"]:
+            continue
         whole = Side(side.experts, side.precision, recompute=recompute, device=given.device)
         with tempfile.TemporaryDirectory() as directory:
             batches = make_batches(options, given.output / "data", Path(directory) / "batches.safetensors")
@@ -76,15 +116,29 @@ def measure(name: str, side: Side, peak: float, given: argparse.Namespace) -> di
             except RuntimeError as error:
                 return found | {"error": str(error)}
         speed = STEPS * sequences * given.length / answer["seconds"]
+        flops = speed * training_flops_per_token(config.model, given.length)
+        promised = host["bf16 by the data sheet, FLOP/s"]
         return found | {
             "parameters": count_parameters(config.model).total,
             "sequences": sequences,
             "recompute": recompute,
             "tokens_per_second": speed,
-            "utilisation": speed * training_flops_per_token(config.model, given.length) / peak,
+            "mfu": flops / promised if promised else None,
+            "of_best_product": flops / host["best bf16 matrix product, FLOP/s"],
             "memory": answer["memory"],
+            "loss": answer["loss"],
         }
     return found
+
+
+def needed_bytes(model: ModelConfig, side: Side, tokens: int, recompute: str) -> int:
+    """The least that a side needs: its state, and of ours what the layers keep, for each gradient is made only when
+    some of that has been dropped. (What transformers keeps has no formula here.)
+    """
+    if side.experts is None:
+        gradients = 4 * count_parameters(model).total
+        return training_state_bytes(model, 2, 2) - gradients + activation_bytes(model, tokens, Recompute(recompute), 2)
+    return BYTES_OF_STATE[side.precision] * count_parameters(model).total
 
 
 def rung(name: str, sequences: int, length: int) -> list[str]:
@@ -101,13 +155,36 @@ def line(found: dict[str, Any]) -> str:
     """One rung of one side, for people."""
     if "error" in found:
         return f"{found['rung']} {found['side']}: failed, {found['error']}"
-    if "utilisation" not in found:
+    if "tokens_per_second" not in found:
         return f"{found['rung']} {found['side']}: does not fit"
+    mfu = "–" if found["mfu"] is None else f"{found['mfu']:.1%}"
     return (
         f"{found['rung']} {found['side']}: {found['parameters'] / 1e9:.2f} B parameters, "
-        f"{found['tokens_per_second']:,.0f} tokens/s, MFU {found['utilisation']:.1%}, {found['memory'] / 1e9:.1f} GB "
-        f"({found['sequences']} sequences, recompute {found['recompute']})"
+        f"{found['tokens_per_second']:,.0f} tokens/s, MFU {mfu}, {found['of_best_product']:.1%} of the best product, "
+        f"{found['memory'] / 1e9:.1f} GB ({found['sequences']} sequences, recompute {found['recompute']})"
     )
+
+
+def table(sides: list[dict[str, Any]]) -> str:
+    """Of each rung the mean of this trainer's turns, and how many times as fast it is as each other side."""
+    lines = ["| model | moe-lm tokens/s, by turn | MFU | of the best product | times as fast as |", "| --- " * 5 + "|"]
+    for rung in dict.fromkeys(found["rung"] for found in sides):
+        measured = [found for found in sides if found["rung"] == rung and "tokens_per_second" in found]
+        ours = [found for found in measured if found["side"] == OURS.name]
+        if not ours:
+            lines.append(f"| {rung} | – | – | – | – |")
+            continue
+        mean = {key: sum(found[key] or 0.0 for found in ours) / len(ours) for key in ("tokens_per_second", "mfu")}
+        best = sum(found["of_best_product"] for found in ours) / len(ours)
+        ratios = [
+            f"{found['side']} {mean['tokens_per_second'] / found['tokens_per_second']:.2f}"
+            for found in measured
+            if found["side"] != OURS.name
+        ]
+        turns = ", ".join(f"{found['tokens_per_second']:,.0f}" for found in ours)
+        mfu = f"{mean['mfu']:.1%}" if ours[0]["mfu"] is not None else "–"
+        lines.append(f"| {rung} | {turns} | {mfu} | {best:.1%} | {', '.join(ratios) or '–'} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

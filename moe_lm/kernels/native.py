@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from moe_lm.files import write_atomically
+from moe_lm.kernels.triton import launch
 
 _INCLUDED = ("amx.inc", "amx_attention.inc", "amx_experts.inc", "amx_loss.inc", "amx_newton_schulz.inc")
 SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", *_INCLUDED)]
@@ -91,7 +92,9 @@ def has_amx() -> bool:
 
 
 def described(device: torch.device, dtype: torch.dtype) -> str:
-    """What a reader of a run's log wants to know: which kernels it has on a CPU. Empty on other devices."""
+    """What a reader of a run's log wants to know: which kernels it has on a CPU or a GPU. Empty on other devices."""
+    if device.type == "cuda":
+        return "Triton kernels" if launch.is_available() else "plain kernels"
     if device.type != "cpu":
         return ""
     if library() is None:

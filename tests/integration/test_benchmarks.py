@@ -73,14 +73,21 @@ def ladder(scripts, monkeypatch):
 def test_the_script_for_gpus_runs_on_a_cpu(ladder, tmp_path, monkeypatch, capsys):
     """Catches a script that fails on the first machine with a GPU for reasons that a CPU would have shown, and a side
     that fails while it is built taking the others' results with it, or called one that does not fit."""
-    ours, theirs, _ = ladder.SIDES
-    monkeypatch.setattr(ladder, "SIDES", [ours, dataclasses.replace(theirs, precision="fp8", experts="none"), theirs])
+    ours, _, theirs, _ = ladder.SIDES
+    broken = dataclasses.replace(theirs, precision="fp8", experts="none")
+    monkeypatch.setitem(ladder.BYTES_OF_STATE, "fp8", 4)
+    monkeypatch.setattr(ladder, "SIDES", [ours, broken, theirs])
+    monkeypatch.setitem(ladder.DATA_SHEET, "", 1e12)
     ladder.main()
     printed = capsys.readouterr().out
     assert printed.count("tokens/s, MFU") == 2 and "grouped_mm bf16-autocast" in printed
     report = json.loads((tmp_path / "runs/benchmark/benchmark-gpu.json").read_text())
-    assert ["error" in found for found in report] == [False, True, False]
-    assert "Error" in report[1]["error"].splitlines()[-1] and report[1]["error"] in printed
+    first, failed, last = report["sides"]
+    assert ["error" in found for found in report["sides"]] == [False, True, False]
+    assert "Error" in failed["error"].splitlines()[-1] and failed["error"] in printed
+    assert first["mfu"] > 0 and 0 < first["of_best_product"] < 1
+    assert report["machine"]["best bf16 matrix product, FLOP/s"] > 0
+    assert first["loss"] == pytest.approx(last["loss"], rel=0.05)  # the same weights and text on both sides
 
 
 def test_only_out_of_memory_leads_to_the_next_attempt(ladder, tmp_path, monkeypatch, capsys):
@@ -98,7 +105,37 @@ def test_only_out_of_memory_leads_to_the_next_attempt(ladder, tmp_path, monkeypa
         ladder.main()
     assert tried[:-1] == [recompute for _, recompute in ladder.ATTEMPTS]
     assert "tiny moe-lm bf16: does not fit" in capsys.readouterr().out
-    assert len(json.loads((tmp_path / "runs/benchmark/benchmark-gpu.json").read_text())) == 1
+    assert len(json.loads((tmp_path / "runs/benchmark/benchmark-gpu.json").read_text())["sides"]) == 1
+
+
+def test_the_ladder_ends_in_time_and_says_what_is_left_out(ladder, tmp_path, monkeypatch, capsys):
+    """Catches a script that is cut off by whoever lends the GPU, and a table that hides what was not measured."""
+    clock = iter(range(0, 10_000, 100))
+    monkeypatch.setattr(ladder.time, "monotonic", lambda: float(next(clock)))
+    speeds = iter([300.0, 100.0, 150.0, 100.0])
+    monkeypatch.setattr(
+        ladder,
+        "measure",
+        lambda name, side, host, given: {
+            **{"rung": name, "side": side.name, "parameters": 10**9, "sequences": 8, "recompute": "none"},
+            **{"tokens_per_second": next(speeds), "mfu": 0.5, "of_best_product": 0.6, "memory": 10**9, "loss": 1.0},
+        },
+    )
+    sys.argv += ["--minutes", "12"]
+    ladder.main()
+    printed = capsys.readouterr().out
+    assert printed.count("no time left of 12 minutes") == 2
+    assert "| tiny | 300 | 50.0% | 60.0% | grouped_mm bf16-held, bare loop 3.00 |" in printed
+
+
+def test_what_can_not_fit_is_not_tried(scripts):
+    """Catches minutes of a lent GPU spent on running out of memory: 5 B parameters in 80 GB, and with room in 150."""
+    _, benchmark_gpu = scripts
+    model = benchmark_gpu.load("pretrain", benchmark_gpu.rung("5B", 8, 4096)).model
+    ours, held, autocast, _ = benchmark_gpu.SIDES
+    needed = [benchmark_gpu.needed_bytes(model, side, 8 * 4096, "none") / 1e9 for side in (ours, held, autocast)]
+    assert 110 < needed[0] < 140 and 35 < needed[1] < 45 and 75 < needed[2] < 90
+    assert benchmark_gpu.needed_bytes(model, ours, 4096, "full") < benchmark_gpu.needed_bytes(model, ours, 4096, "none")
 
 
 def test_the_script_for_generation_compares_texts(scripts, monkeypatch, capsys):

@@ -1,9 +1,10 @@
-"""Whether the Triton kernels of this package take some tensors; asking imports nothing.
+"""Whether the Triton kernels of this package take some tensors; on a CPU asking imports nothing.
 
 The kernels replace what is memory traffic between a GPU's matrix products: torch makes several passes over rows where
 one would do. Each file here holds one family, with the signature that its caller in `moe_lm/kernels` has in torch, and
 imports triton; so callers import it where they have decided to use it, never at the top. Triton comes with torch's
-builds for CUDA. MOE_LM_TRITON=0 turns the kernels off, and the plain versions take over.
+builds for CUDA, and builds a small library at first use, for which it needs a C compiler and Python's headers; without
+them, or with MOE_LM_TRITON=0, the plain versions take over.
 
 All kernels have run through Triton's interpreter only (`tests/parity/test_triton_kernels.py`), which checks what they
 compute and says nothing of speed: block sizes and numbers of warps are choices without measurement.
@@ -12,6 +13,8 @@ compute and says nothing of speed: block sizes and numbers of warps are choices 
 import functools
 import importlib.util
 import os
+import subprocess
+import warnings
 
 import torch
 from torch import Tensor
@@ -35,9 +38,18 @@ def supports(*tensors: Tensor) -> bool:
 
 @functools.cache
 def is_available() -> bool:
-    """Whether Triton is installed and wanted, and torch is built for NVIDIA's GPUs."""
+    """Whether Triton is wanted, installed and able to start a kernel; where it is not able, says why."""
     wanted = os.environ.get(SWITCH, "1").lower() not in _OFF
-    return wanted and torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
+    if not wanted or torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+        return False
+    from triton.runtime import driver
+
+    try:
+        return driver.active.get_current_target().backend == "cuda"
+    except (RuntimeError, OSError, AssertionError, ImportError, subprocess.SubprocessError) as error:
+        # The launcher is built by whatever compiler there is: none, or no headers, is not the end of a run.
+        warnings.warn(f"no Triton kernels, plain ones are used ({SWITCH}=0 does without): {error}", stacklevel=2)
+        return False
 
 
 def block(size: int) -> int:

@@ -9,8 +9,8 @@ Rather than FlexAttention, which masks by blocks of 128 without knowing the docu
 first, and whose kernels are Triton's instead of CUDA's. Neither is measured here.
 
 Where documents end has to be known on the host, for the kernel's grid is as large as they are many. So batches keep
-their document ids there (`Batch.to`); ids on a device are waited for, once per micro-batch. So it is where FSDP2 shards the
-model, which moves to the device whatever that is called with.
+their document ids there (`Batch.to`); ids on a device are waited for, once per micro-batch. That happens where FSDP2
+shards a model, which moves to the device whatever that is called with.
 """
 
 import functools

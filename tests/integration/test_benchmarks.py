@@ -138,6 +138,18 @@ def test_what_can_not_fit_is_not_tried(scripts):
     assert benchmark_gpu.needed_bytes(model, ours, 4096, "full") < benchmark_gpu.needed_bytes(model, ours, 4096, "none")
 
 
+def test_the_script_for_kernels_of_gpus_runs_on_a_cpu(scripts, monkeypatch, capsys):
+    """Catches a script that fails on the first machine with a GPU, and a kernel that is left out."""
+    pytest.importorskip("triton")
+    import benchmark_gpu_kernels
+
+    monkeypatch.setattr(sys, "argv", ["benchmark_gpu_kernels.py", "--device", "cpu"])
+    monkeypatch.setattr(benchmark_gpu_kernels, "ROUNDS", 1)
+    benchmark_gpu_kernels.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("| Triton |" in line for line in lines) == 5 and sum("| loss |" in line for line in lines) == 2
+
+
 def test_the_script_for_generation_compares_texts(scripts, monkeypatch, capsys):
     """Catches a table of speeds of two different texts, which is no comparison."""
     import benchmark_generation

@@ -75,6 +75,8 @@ class Side:
     """Whether transformers' Trainer drives it, or a loop by hand."""
     recompute: str = "none"
     """The mode of activation checkpointing; of theirs anything but `none` is all that they have."""
+    accumulation: int = 1
+    """Micro-batches of a step; transformers' Trainer takes one."""
     device: str = "cpu"
     tuned_allocator: bool = False
     """Whether theirs gets the allocator settings that this trainer makes for itself."""

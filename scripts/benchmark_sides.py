@@ -73,6 +73,7 @@ def ours(
     batches: list[Tensor],
     precision: Precision,
     recompute: Recompute,
+    accumulation: int,
     device: torch.device,
     between: Between,
 ) -> None:
@@ -89,9 +90,9 @@ def ours(
     for input_BS in _forever(batches):
         between(loss)
         batch = _our_batch(input_BS)
-        targets = int((batch.labels != IGNORED).sum())
+        targets, parts = int((batch.labels != IGNORED).sum()), batch.split(len(input_BS) // accumulation)
         result = train_step(
-            compute, optimizer, runtime, GlobalBatch([batch], targets, input_BS.numel(), [], {}), load_LE, 1.0
+            compute, optimizer, runtime, GlobalBatch(parts, targets, input_BS.numel(), [], {}), load_LE, 1.0
         )
         loss = result.cross_entropy
 
@@ -110,6 +111,7 @@ def theirs(
     precision: str,
     trainer: bool,
     recompute: Recompute,
+    accumulation: int,
     device: torch.device,
     between: Between,
 ) -> None:
@@ -122,7 +124,7 @@ def theirs(
     if trainer:
         _their_trainer(module, batches, precision, between)
     else:
-        _bare_loop(module, batches, precision, between)
+        _bare_loop(module, batches, precision, accumulation, between)
 
 
 def their_model(config: ModelConfig, experts: str, device: torch.device) -> Any:
@@ -139,7 +141,7 @@ def their_model(config: ModelConfig, experts: str, device: torch.device) -> Any:
     return module.train()
 
 
-def _bare_loop(module: Any, batches: list[Tensor], precision: str, between: Between) -> None:
+def _bare_loop(module: Any, batches: list[Tensor], precision: str, accumulation: int, between: Between) -> None:
     rule = torch.optim.AdamW(
         module.parameters(),
         lr=RULE.learning_rate,
@@ -150,14 +152,16 @@ def _bare_loop(module: Any, batches: list[Tensor], precision: str, between: Betw
     loss: float | None = None
     for input_BS in _forever(batches):
         between(loss)
-        input_BS = input_BS.to(module.device)
-        with torch.autocast(module.device.type, torch.bfloat16, enabled=precision == "bf16-autocast"):
-            output = module(input_ids=input_BS, labels=input_BS)
-        output.loss.backward()
+        losses = []
+        for part_BS in input_BS.to(module.device).chunk(accumulation):
+            with torch.autocast(module.device.type, torch.bfloat16, enabled=precision == "bf16-autocast"):
+                output = module(input_ids=part_BS, labels=part_BS)
+            (output.loss / accumulation).backward()
+            losses.append((output.loss - module.config.router_aux_loss_coef * output.aux_loss).detach())
         torch.nn.utils.clip_grad_norm_(module.parameters(), RULE.max_grad_norm)
         rule.step()
         rule.zero_grad()
-        loss = float(output.loss) - module.config.router_aux_loss_coef * float(output.aux_loss)
+        loss = float(torch.stack(losses).mean())
 
 
 def _their_trainer(module: Any, batches: list[Tensor], precision: str, between: Between) -> None:
@@ -230,7 +234,8 @@ if __name__ == "__main__":
     data = list(load_file(Path(side["batches"]))["input_ids"].long())
     where, mode = torch.device(side["device"]), Recompute(side["recompute"])
     between_steps = Conductor(where).between_steps
+    how = mode, side["accumulation"], where, between_steps
     if side["experts"] is None:
-        ours(model_config, data, Precision(side["precision"]), mode, where, between_steps)
+        ours(model_config, data, Precision(side["precision"]), *how)
     else:
-        theirs(model_config, data, side["experts"], side["precision"], side["trainer"], mode, where, between_steps)
+        theirs(model_config, data, side["experts"], side["precision"], side["trainer"], *how)

@@ -35,8 +35,8 @@ def test_all_sides_begin_with_the_same_loss(scripts, tmp_path):
     batches = benchmark.make_batches(options, tmp_path / "data", tmp_path / "batches.safetensors")
     sides = [
         benchmark.Side(None, "fp32"),
-        benchmark.Side(None, "fp32", recompute="selective"),
-        benchmark.Side("grouped_mm", "fp32"),
+        benchmark.Side(None, "fp32", recompute="selective", accumulation=2),
+        benchmark.Side("grouped_mm", "fp32", accumulation=4),
     ]
     with benchmark.processes(sides, options, batches, balanced=False) as running:
         losses = [[running[side].steps(count)["loss"] for count in (1, 20)] for side in sides]

@@ -31,6 +31,7 @@ ONLY_IN = {
     "tokenizers": ["data/tokenizer"],
     "accelerate": ["parallel/runtime.py", "training/"],
     "datasets": ["data/sources.py"],
+    "triton": ["kernels/triton/"],
     "wandb": ["training/tracker_process.py"],
     "pickle": [],
 }
@@ -62,6 +63,15 @@ def test_a_file_imports_only_what_its_layer_may(path):
             assert rest[0] in allowed, f"{place} imports {name}"
         if root in ONLY_IN:
             assert any(str(place).startswith(where) for where in ONLY_IN[root]), f"{place} imports {name}"
+
+
+def test_kernels_for_gpus_are_imported_where_they_are_used():
+    """Catches an import at the top of a file by which every command would need Triton."""
+    for path in FILES:
+        if path.parent.name != "triton":
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moe_lm.kernels.triton"):
+                    assert {alias.name for alias in node.names} == {"launch"}, path
 
 
 def test_every_package_has_a_layer_and_an_empty_init():

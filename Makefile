@@ -10,7 +10,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench bench-check test-faults lint format clean
+.PHONY: help train test bench bench-check bench-gpu test-faults lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -33,6 +33,11 @@ bench: $(READY)  ## training steps against transformers' Mixtral, in one run
 
 bench-check: $(READY)  ## whether a fast path has lost its lead over its reference
 	@$(BIN)/python scripts/benchmark_components.py --check
+
+bench-gpu: $(READY)  ## on a machine with a GPU: its tests, its kernels one by one, the ladder of models (fifteen minutes)
+	@$(BIN)/python -m pytest tests/gpu tests/parity/test_triton_kernels.py
+	@$(BIN)/python scripts/benchmark_gpu_kernels.py
+	@$(BIN)/python scripts/benchmark_gpu.py $(ARGS)
 
 test-faults: $(READY)  ## run the whole fault matrix (a quarter of an hour)
 	@MOE_LM_FAULTS=full $(BIN)/python -m pytest tests/faults $(ARGS)

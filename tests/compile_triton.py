@@ -3,7 +3,7 @@
     python -m tests.compile_triton
 
 Kernels are launched as they always are, on a CPU's tensors; in the place of a launch the kernel is compiled, by Triton
-and NVIDIA's assembler, for the types and sizes that it is called with. Prints the kernel and its registers' spills.
+and NVIDIA's assembler, for the types and sizes that it is called with. Prints its name.
 """
 
 from typing import Any

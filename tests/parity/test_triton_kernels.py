@@ -253,6 +253,19 @@ def test_a_model(recompute: Recompute, request: pytest.FixtureRequest, monkeypat
     assert_close(results[1], results[0], torch.float32)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="Triton can start here")
+def test_a_machine_on_which_triton_can_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that ends for want of a compiler or a driver, and a fallback that nobody is told of."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.warns(UserWarning, match="no Triton kernels, plain ones are used"):
+        assert not launch.is_available.__wrapped__()
+    monkeypatch.setenv(launch.SWITCH, "0")
+    assert not launch.is_available.__wrapped__()
+    monkeypatch.setattr(launch, "is_available", lambda: True)
+    on_cpu = torch.zeros(2, 4)
+    assert not launch.supports(on_cpu)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="the other tests have compiled them")
 def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     """Catches what the interpreter takes and the compiler does not: every kernel to machine code for an H200."""

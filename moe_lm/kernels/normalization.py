@@ -34,11 +34,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str | None = None) 
     Raises:
         ValueError: on an unknown backend.
     """
-    if backend is None:
-        fused = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float32)
-        backend = "fused" if fused and x.numel() else "reference"
-        if launch.supports(x, weight):
-            backend = "triton"
+    backend = backend or _default_backend(x, weight)
     if backend == "reference":
         return _reference(x, weight, eps)
     if backend == "fused":
@@ -50,6 +46,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str | None = None) 
 
         return normalization.rms_norm(x.view(-1, x.shape[-1]), weight, eps).view(x.shape)
     raise ValueError(f"backend={backend!r}: choose reference, fused or triton")
+
+
+def _default_backend(x: Tensor, weight: Tensor) -> str:
+    if launch.supports(x, weight):
+        return "triton"
+    fused = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float32)
+    return "fused" if fused and x.numel() else "reference"
 
 
 def _reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -136,7 +136,8 @@ class _Training:
         parallel = ParallelModel(model.cuda(), whole_shards(model))
         self.compute = ComputeModel(parallel, torch.bfloat16)
         self.compute.module.model.recompute = recompute
-        self.optimizer, self.runtime = Optimizer(parallel.shards, OptimizerConfig()), Runtime("cuda")
+        self.optimizer, self.runtime = Optimizer(parallel.shards, OptimizerConfig()), Runtime("cpu")
+        self.runtime.device = torch.device("cuda")  # Accelerate knows one device in a process, which has other tests
         self.load_LE = initial_load(config).cuda()
         tokens_BS = torch.randint(512, (4, 256), generator=torch.Generator().manual_seed(0))
         document_BS = (torch.arange(256) // 100).expand(4, -1)

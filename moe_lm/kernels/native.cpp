@@ -270,6 +270,55 @@ static void rotary(const T *x, const T *cos, const T *sin, T *y, int64_t positio
     }
 }
 
+// out[t] = Σ weight[p] · y[p] over the rows p whose token[p] is t, in their order; without weights the plain sum.
+template <typename T>
+static void sum_of_tokens(const T *y, const int64_t *token, const T *weight, T *out, int64_t rows, int64_t tokens,
+                          int64_t D, int threads) {
+    std::vector<int64_t> ends(tokens + 1, 0), sorted(rows);
+    for (int64_t p = 0; p < rows; p++) ends[token[p] + 1]++;
+    for (int64_t t = 0; t < tokens; t++) ends[t + 1] += ends[t];
+    for (int64_t p = rows; p-- > 0;) sorted[--ends[token[p] + 1]] = p;  // which makes each end a beginning
+    ends.push_back(rows);
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> sums(D);
+        float *sum = sums.data();
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t++) {
+            std::fill(sums.begin(), sums.end(), 0.0f);
+            for (int64_t place = ends[t + 1]; place < ends[t + 2]; place++) {
+                const T *row = y + sorted[place] * D;
+                float factor = weight ? load(weight[sorted[place]]) : 1.0f;
+#pragma omp simd
+                for (int64_t i = 0; i < D; i++) sum[i] += factor * load(row[i]);
+            }
+            T *to = out + t * D;
+#pragma omp simd
+            for (int64_t i = 0; i < D; i++) store(to + i, sum[i]);
+        }
+    }
+}
+
+// Of that sum, from grad [tokens, D], the gradients of rows and weights; either may be null.
+template <typename T>
+static void sum_of_tokens_backward(const T *grad, const T *y, const int64_t *token, const T *weight, T *grad_y,
+                                   T *grad_weight, int64_t rows, int64_t D, int threads) {
+    PARALLEL_ROWS
+    for (int64_t p = 0; p < rows; p++) {
+        const T *d = grad + token[p] * D, *row = y + p * D;
+        float factor = load(weight[p]), sum = 0.0f;
+        if (grad_weight) {
+#pragma omp simd reduction(+ : sum)
+            for (int64_t i = 0; i < D; i++) sum += load(d[i]) * load(row[i]);
+            store(grad_weight + p, sum);
+        }
+        if (!grad_y) continue;
+        T *to = grad_y + p * D;
+#pragma omp simd
+        for (int64_t i = 0; i < D; i++) store(to + i, factor * load(d[i]));
+    }
+}
+
 // The sum of squares of x, into `sum`: in fp32 over some thousand values, and those in fp64.
 template <typename T>
 static void sum_of_squares(const T *x, double *sum, int64_t count, int threads) {
@@ -360,6 +409,14 @@ extern "C" int mask_begins(const uint8_t *mask, int32_t *begins, int64_t B, int6
     void rms_norm_backward_##T(const T *grad, const T *x, const T *weight, const float *inverses, T *grad_x,           \
                                float *grad_weight, int64_t rows, int64_t D, int threads) {                             \
         rms_norm_backward(grad, x, weight, inverses, grad_x, grad_weight, rows, D, threads);                           \
+    }                                                                                                                  \
+    void sum_of_tokens_##T(const T *y, const int64_t *token, const T *weight, T *out, int64_t rows, int64_t tokens,    \
+                           int64_t D, int threads) {                                                                   \
+        sum_of_tokens(y, token, weight, out, rows, tokens, D, threads);                                                \
+    }                                                                                                                  \
+    void sum_of_tokens_backward_##T(const T *grad, const T *y, const int64_t *token, const T *weight, T *grad_y,       \
+                                    T *grad_weight, int64_t rows, int64_t D, int threads) {                            \
+        sum_of_tokens_backward(grad, y, token, weight, grad_y, grad_weight, rows, D, threads);                         \
     }                                                                                                                  \
     void sum_of_squares_##T(const T *x, double *sum, int64_t count, int threads) {                                     \
         sum_of_squares(x, sum, count, threads);                                                                        \

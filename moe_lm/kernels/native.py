@@ -53,6 +53,8 @@ _ARGUMENTS = {
     "rms_norm": "ppppllf",
     "rms_norm_backward": "ppppppll",
     "rotary": "pppplllf",
+    "sum_of_tokens": "pppplll",
+    "sum_of_tokens_backward": "ppppppll",
     "sum_of_squares": "ppl",
     "adamw": "pppplfffffff",
     "nesterov": "ppplff",

@@ -3,6 +3,7 @@
 Every test says which native functions it is about and fails if others ran: a shape that falls back tests nothing.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from moe_lm.kernels import newton_schulz
 from moe_lm.kernels.attention import attention, attention_mask
+from moe_lm.kernels.combine import gather_rows, weighted_sum
 from moe_lm.kernels.experts import expert_swiglu
 from moe_lm.kernels.loss import linear_cross_entropy
 from moe_lm.kernels.normalization import rms_norm
@@ -374,6 +376,46 @@ def test_a_label_outside_the_vocabulary_never_passes(
             linear_cross_entropy(hidden, head, labels_T)
     else:
         assert torch.isnan(linear_cross_entropy(hidden, head, labels_T))
+
+
+# --- rows of tokens ---------------------------------------------------------------------------------------------------
+
+TOKENS_OF_ROWS = {
+    "each twice": [*range(40), *reversed(range(40))],
+    "a token without rows": [0, 2, 2, 39, 0],
+    "all of one": [7] * 50,
+    "none": [],
+}
+
+
+@pytest.mark.parametrize("D", [1, 24, 4099])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", TOKENS_OF_ROWS)
+@pytest.mark.usefixtures("two_threads")
+def test_rows_of_tokens(tokens: str, dtype: torch.dtype, D: int, kernels: Kernels) -> None:
+    """Catches rows that are summed for another token, or twice, and a weight's gradient that is another row's."""
+    token_P = torch.tensor(TOKENS_OF_ROWS[tokens], dtype=torch.int64)
+    of_gather, of_sum = (
+        lambda x, backend=None: gather_rows(x, token_P, backend),
+        lambda y, w, backend=None: weighted_sum(y, token_P, w, 40, backend),
+    )
+    assert_parity(of_gather, functools.partial(of_gather, backend="reference"), [torch.randn(40, D)], dtype)
+    rows = [torch.randn(len(token_P), D), torch.rand(len(token_P))]
+    assert_parity(of_sum, functools.partial(of_sum, backend="reference"), rows, dtype)
+    kernels.assert_ran({"sum_of_tokens", "sum_of_tokens_backward"})
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True)])
+@pytest.mark.usefixtures("kernels")
+def test_one_of_rows_and_weights_is_frozen(needs: tuple[bool, bool]) -> None:
+    """Catches a gradient that is written where none is wanted, or left out with the other's."""
+    token_P = torch.tensor([0, 2, 2, 1])
+    inputs = [x.requires_grad_(wanted) for x, wanted in zip((torch.randn(4, 8), torch.rand(4)), needs, strict=True)]
+    results = []
+    for backend in (None, "reference"):
+        y_TD = weighted_sum(inputs[0], token_P, inputs[1], 3, backend)
+        results.append(torch.autograd.grad(y_TD.square().sum(), [x for x in inputs if x.requires_grad]))
+    torch.testing.assert_close(*results)
 
 
 # --- normalisation, rotation -----------------------------------------------------------------------------------------

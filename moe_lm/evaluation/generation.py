@@ -1,6 +1,6 @@
 """Text from a model: any number of prompts at once, a key-value cache, greedy or sampled.
 
-Letters: B prompts, S length of the longest, V vocabulary, C ids that may be generated.
+Letters: B prompts, S length of the longest, D hidden, V vocabulary, C ids that may be generated.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_lm.model.attention import KeyValueCache
 from moe_lm.model.decoder import CausalLM
+from moe_lm.model.decoding import decoding_step
 
 
 @torch.inference_mode()
@@ -44,10 +45,11 @@ def generate(
     choice_C = None if choices is None else torch.tensor(choices)
     made: list[list[int]] = [[] for _ in prompts]
     unfinished = set(range(len(prompts)))
-    input_ids_BS = torch.tensor(rows, device=weight.device)
-    for _ in range(max_new_tokens):
-        hidden_BSD = model(input_ids_BS, cache=cache).hidden_BSD
-        logits_BC = model.logits(hidden_BSD[:, -1]).float().cpu()
+    hidden_BSD = model(torch.tensor(rows, device=weight.device), cache=cache).hidden_BSD
+    logits_BV = model.logits(hidden_BSD[:, -1]).float()
+    step = decoding_step(model, cache)
+    for left in reversed(range(max_new_tokens)):
+        logits_BC = logits_BV.cpu()
         if choice_C is not None:
             logits_BC = logits_BC.index_select(1, choice_C)
         index_B = _choose(logits_BC, temperature, top_k, generators)
@@ -57,9 +59,9 @@ def generate(
                 unfinished.discard(number)
             if number in unfinished:
                 made[number].append(token)
-        if not unfinished:
+        if not unfinished or not left:
             break
-        input_ids_BS = token_B[:, None].to(weight.device)
+        logits_BV = step(token_B.to(weight.device))
     return made
 
 

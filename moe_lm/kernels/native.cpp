@@ -438,6 +438,8 @@ EXPORT(float)
 EXPORT(bf16)
 }
 
+#include "decode.inc"
+
 #ifdef __AMX_BF16__
 #include "amx.inc"
 #include "amx_attention.inc"

@@ -31,7 +31,7 @@ from torch import Tensor
 from moe_lm.files import write_atomically
 from moe_lm.kernels.triton import launch
 
-_INCLUDED = ("amx.inc", "amx_attention.inc", "amx_experts.inc", "amx_loss.inc", "amx_newton_schulz.inc")
+_INCLUDED = ("decode.inc", "amx.inc", "amx_attention.inc", "amx_experts.inc", "amx_loss.inc", "amx_newton_schulz.inc")
 SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", *_INCLUDED)]
 """The first includes the others."""
 _BUILT = "native.so"
@@ -60,6 +60,7 @@ _ARGUMENTS = {
     "nesterov": "ppplff",
     "decay_and_add": "pplff",
     "mask_begins": "ppll",
+    "decode": "ppppppppppf",
     "amx_attention": "pppppplllllf",
     "amx_attention_backward": "pppppppppplllllf",
     "amx_experts": "ppppppplll",

@@ -45,22 +45,27 @@ class KeyValueCache:
         shape = (len(padding_B), capacity, config.num_key_value_heads, config.width_of_head)
         self._keys_BTGH = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
         self._values_BTGH = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
-        self._capacity = capacity
+        self.capacity = capacity
         self.length = 0
         self.is_padded = any(padding_B)
-        place_T, padding_B1 = torch.arange(capacity), torch.tensor(padding_B).unsqueeze(1)
-        self.document_ids_BT = (place_T >= padding_B1).long().to(like.device)
+        self.padding_B = torch.tensor(padding_B, device=like.device)
+        place_T, padding_B1 = torch.arange(capacity, device=like.device), self.padding_B.unsqueeze(1)
+        self.document_ids_BT = (place_T >= padding_B1).long()
         """1, and 0 for padding."""
-        self.position_ids_BT = (place_T - padding_B1).clamp(min=0).to(like.device)
+        self.position_ids_BT = (place_T - padding_B1).clamp(min=0)
 
     def extend(self, layer: int, k_BSGH: Tensor, v_BSGH: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new keys and values behind those seen; return all of them, [B, length + S, G, H]."""
         end = self.length + k_BSGH.shape[1]
-        assert end <= self._capacity, "the key-value cache is full"
+        assert end <= self.capacity, "the key-value cache is full"
         keys_BTGH, values_BTGH = self._keys_BTGH[layer], self._values_BTGH[layer]
         keys_BTGH[:, self.length : end] = k_BSGH
         values_BTGH[:, self.length : end] = v_BSGH
         return keys_BTGH[:, :end], values_BTGH[:, :end]
+
+    def of_layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The buffers of keys and values, [B, capacity, G, H], of which the first `length` places are taken."""
+        return self._keys_BTGH[layer], self._values_BTGH[layer]
 
 
 class Attention(nn.Module):

@@ -1,0 +1,101 @@
+"""One step of decoding in native code: the next token of every text through the whole decoder, in one call.
+
+The plain step is some three hundred operators, each of which starts in microseconds; where texts are few they take
+longer than reading the weights, which is all that a step has to do. (Measured: docs/performance.md, "Generation".)
+
+Letters: B texts, S capacity of the cache, D hidden, N heads, G key/value heads, H head width, E experts, K experts of a
+token, F intermediate, V vocabulary, L layers.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_lm.kernels import native
+
+
+class LayerTensors(NamedTuple):
+    """A layer's weights and cache: the fields of `Weights` in decode.inc, in its order."""
+
+    input_norm_D: Tensor
+    q_proj: Tensor
+    """[N·H, D]"""
+    k_proj: Tensor
+    """[G·H, D]"""
+    v_proj: Tensor
+    """[G·H, D]"""
+    o_proj: Tensor
+    """[D, N·H]"""
+    post_attention_norm_D: Tensor
+    router_ED: Tensor | None
+    """fp32; null for a dense layer, which has one expert."""
+    gate_proj: Tensor
+    """[F, D] of the first expert; those of the next one are 2·F·D values behind."""
+    up_proj: Tensor
+    """[F, D], likewise."""
+    down_proj: Tensor
+    """[E, D, F]"""
+    keys_BSGH: Tensor
+    values_BSGH: Tensor
+
+
+class DecoderTensors(NamedTuple):
+    """What the layers have in common."""
+
+    embedding_VD: Tensor
+    final_norm_D: Tensor
+    head_VD: Tensor
+    cos_SH: Tensor
+    """Of the rotary embedding, by position; in fp32, rounded to the weights' type."""
+    sin_SH: Tensor
+    padding_B: Tensor
+    """Places in front of each text's first token, int64."""
+
+
+class NativeDecoding:
+    """Decodes token after token with weights and a cache that stay where they are in memory."""
+
+    def __init__(
+        self,
+        layers: Sequence[LayerTensors],
+        common: DecoderTensors,
+        experts_per_token: int,
+        sliding_window: int | None,
+        eps: float,
+    ):
+        """Note where everything is. All but what is said to be otherwise has one type that `native.supports` takes."""
+        self._layers, self._common, self._eps = layers, common, eps
+        addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in layer] for layer in layers]
+        self._layers_at = torch.tensor(addresses, dtype=torch.int64)
+        first = layers[0]
+        B, S, G, H = first.keys_BSGH.shape
+        self._vocabulary = len(common.head_VD)
+        E, D, F = first.down_proj.shape
+        N = len(first.q_proj) // H
+        window = S if sliding_window is None else sliding_window
+        self._capacity = S
+        # The fields of `Sizes` in decode.inc; `length` and `window` come last.
+        sizes = [B, D, N, G, H, E, experts_per_token, F, self._vocabulary, S, len(layers), 0, window]
+        self._sizes = torch.tensor(sizes, dtype=torch.int64)
+
+    def step(self, id_B: Tensor, length: int) -> Tensor:
+        """Put a token behind each text.
+
+        Args:
+            id_B: token ids, int64.
+            length: how many places of the cache are taken; this token takes the next one.
+
+        Returns:
+            The logits that follow it, [B, V], rounded to the weights' type, in fp32.
+        """
+        assert length < self._capacity and id_B.dtype == torch.int64, (length, id_B.dtype)
+        ids = id_B.tolist()
+        assert 0 <= min(ids) and max(ids) < self._vocabulary, ids
+        self._sizes[-2] = length
+        logits_BV = torch.empty(len(id_B), self._vocabulary)
+        embedding, norm, head, cos, sin, padding = self._common
+        pointers = (self._sizes, self._layers_at, embedding, norm, head, cos, sin, padding, id_B.contiguous(), logits_BV)
+        native.run("decode", head.dtype, head.numel(), *pointers, self._eps)
+        return logits_BV

@@ -76,8 +76,9 @@ class NativeDecoding:
         N = len(first.q_proj) // H
         window = S if sliding_window is None else sliding_window
         self._capacity = S
-        # The fields of `Sizes` in decode.inc; `length` and `window` come last.
-        sizes = [B, D, N, G, H, E, experts_per_token, F, self._vocabulary, S, len(layers), 0, window]
+        tiles = native.has_amx() and common.head_VD.dtype is torch.bfloat16
+        # The fields of `Sizes` in decode.inc; the last but two is the cache's length.
+        sizes = [B, D, N, G, H, E, experts_per_token, F, self._vocabulary, S, len(layers), 0, window, tiles]
         self._sizes = torch.tensor(sizes, dtype=torch.int64)
 
     def step(self, id_B: Tensor, length: int) -> Tensor:
@@ -93,7 +94,7 @@ class NativeDecoding:
         assert length < self._capacity and id_B.dtype == torch.int64, (length, id_B.dtype)
         ids = id_B.tolist()
         assert 0 <= min(ids) and max(ids) < self._vocabulary, ids
-        self._sizes[-2] = length
+        self._sizes[-3] = length
         logits_BV = torch.empty(len(id_B), self._vocabulary)
         embedding, norm, head, cos, sin, padding = self._common
         pointers = (self._sizes, self._layers_at, embedding, norm, head, cos, sin, padding, id_B.contiguous(), logits_BV)

@@ -12,6 +12,8 @@
 #include <cstring>
 #include <functional>
 #include <numeric>
+#include <optional>
+#include <type_traits>
 #include <vector>
 
 using bf16 = uint16_t;
@@ -438,8 +440,6 @@ EXPORT(float)
 EXPORT(bf16)
 }
 
-#include "decode.inc"
-
 #ifdef __AMX_BF16__
 #include "amx.inc"
 #include "amx_attention.inc"
@@ -447,3 +447,6 @@ EXPORT(bf16)
 #include "amx_loss.inc"
 #include "amx_newton_schulz.inc"
 #endif
+
+#include "few_rows.inc"
+#include "decode.inc"

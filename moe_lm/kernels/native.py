@@ -31,7 +31,8 @@ from torch import Tensor
 from moe_lm.files import write_atomically
 from moe_lm.kernels.triton import launch
 
-_INCLUDED = ("decode.inc", "amx.inc", "amx_attention.inc", "amx_experts.inc", "amx_loss.inc", "amx_newton_schulz.inc")
+_AMX = ("amx.inc", "amx_attention.inc", "amx_experts.inc", "amx_loss.inc", "amx_newton_schulz.inc")
+_INCLUDED = (*_AMX, "few_rows.inc", "decode.inc")
 SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", *_INCLUDED)]
 """The first includes the others."""
 _BUILT = "native.so"

@@ -45,11 +45,10 @@ def generate(
     choice_C = None if choices is None else torch.tensor(choices)
     made: list[list[int]] = [[] for _ in prompts]
     unfinished = set(range(len(prompts)))
-    hidden_BSD = model(torch.tensor(rows, device=weight.device), cache=cache).hidden_BSD
-    logits_BV = model.logits(hidden_BSD[:, -1]).float()
     step = decoding_step(model, cache)
-    for left in reversed(range(max_new_tokens)):
-        logits_BC = logits_BV.cpu()
+    input_ids_BS = torch.tensor(rows, device=weight.device)
+    for _ in range(max_new_tokens):
+        logits_BC = step(input_ids_BS).cpu()
         if choice_C is not None:
             logits_BC = logits_BC.index_select(1, choice_C)
         index_B = _choose(logits_BC, temperature, top_k, generators)
@@ -59,9 +58,9 @@ def generate(
                 unfinished.discard(number)
             if number in unfinished:
                 made[number].append(token)
-        if not unfinished or not left:
+        if not unfinished:
             break
-        logits_BV = step(token_B.to(weight.device))
+        input_ids_BS = token_B[:, None].to(weight.device)
     return made
 
 

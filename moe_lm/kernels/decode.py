@@ -3,7 +3,7 @@
 The plain step is some three hundred operators, each of which starts in microseconds; where texts are few they take
 longer than reading the weights, which is all that a step has to do. (Measured: docs/performance.md, "Generation".)
 
-Letters: B texts, S capacity of the cache, D hidden, N heads, G key/value heads, H head width, E experts, K experts of a
+Letters: B texts, Q new tokens of each, S capacity of the cache, D hidden, N heads, G key/value heads, H head width, E experts, K experts of a
 token, F intermediate, V vocabulary, L layers.
 """
 
@@ -77,26 +77,27 @@ class NativeDecoding:
         window = S if sliding_window is None else sliding_window
         self._capacity = S
         tiles = native.has_amx() and common.head_VD.dtype is torch.bfloat16
-        # The fields of `Sizes` in decode.inc; the last but two is the cache's length.
-        sizes = [B, D, N, G, H, E, experts_per_token, F, self._vocabulary, S, len(layers), 0, window, tiles]
-        self._sizes = torch.tensor(sizes, dtype=torch.int64)
+        self._texts, self._window_and_tiles = B, (window, tiles)
+        self._shape = D, N, G, H, E, experts_per_token, F, self._vocabulary, S, len(layers)
 
-    def step(self, id_B: Tensor, length: int) -> Tensor:
-        """Put a token behind each text.
+    def step(self, id_BQ: Tensor, length: int) -> Tensor:
+        """Put tokens behind each text.
 
         Args:
-            id_B: token ids, int64.
-            length: how many places of the cache are taken; this token takes the next one.
+            id_BQ: token ids, int64.
+            length: how many places of the cache are taken; these tokens take the next ones.
 
         Returns:
-            The logits that follow it, [B, V], rounded to the weights' type, in fp32.
+            The logits that follow the last of them, [B, V], rounded to the weights' type, in fp32.
         """
-        assert length < self._capacity and id_B.dtype == torch.int64, (length, id_B.dtype)
-        ids = id_B.tolist()
-        assert 0 <= min(ids) and max(ids) < self._vocabulary, ids
-        self._sizes[-3] = length
-        logits_BV = torch.empty(len(id_B), self._vocabulary)
+        B, Q = id_BQ.shape
+        assert B == self._texts and length + Q <= self._capacity and id_BQ.dtype == torch.int64, (B, Q, length)
+        least, most = id_BQ.aminmax()
+        assert 0 <= least and most < self._vocabulary, (least, most)
+        # The fields of `Sizes` in decode.inc.
+        sizes = torch.tensor([B, Q, *self._shape, length, *self._window_and_tiles])
+        logits_BV = torch.empty(B, self._vocabulary)
         embedding, norm, head, cos, sin, padding = self._common
-        pointers = (self._sizes, self._layers_at, embedding, norm, head, cos, sin, padding, id_B.contiguous(), logits_BV)
+        pointers = (sizes, self._layers_at, embedding, norm, head, cos, sin, padding, id_BQ.contiguous(), logits_BV)
         native.run("decode", head.dtype, head.numel(), *pointers, self._eps)
         return logits_BV

@@ -1,6 +1,6 @@
 """Decoding token after token: a step of native code where it takes the model, else the model's own forward.
 
-Letters: B texts, S capacity of the cache, D hidden, H head width, V vocabulary.
+Letters: B texts, Q new tokens of each, S capacity of the cache, D hidden, H head width, V vocabulary.
 """
 
 import itertools
@@ -22,7 +22,11 @@ _COMPUTED |= {nn.Embedding, nn.Linear, nn.ModuleList}
 """Types of modules, not those derived from them, whose computation the native step knows."""
 
 DecodingStep = Callable[[Tensor], Tensor]
-"""From the next token of each text, [B], to the logits [B, V] that follow it, in fp32; the cache takes the token."""
+"""From the next tokens of each text, [B, Q], to the logits [B, V] that follow the last of them, in fp32; the cache takes
+the tokens."""
+
+_MOST_ROWS = 512
+"""More tokens at once go through the model's own forward."""
 
 
 def decoding_step(model: CausalLM, cache: KeyValueCache) -> DecodingStep:
@@ -33,8 +37,8 @@ def decoding_step(model: CausalLM, cache: KeyValueCache) -> DecodingStep:
 def plain_step(model: CausalLM, cache: KeyValueCache) -> DecodingStep:
     """The model's own forward; the reference."""
 
-    def step(id_B: Tensor) -> Tensor:
-        hidden_BSD = model(id_B.unsqueeze(1), cache=cache).hidden_BSD
+    def step(id_BQ: Tensor) -> Tensor:
+        hidden_BSD = model(id_BQ, cache=cache).hidden_BSD
         return model.logits(hidden_BSD[:, -1]).float()
 
     return step
@@ -53,9 +57,13 @@ def _native_step(model: CausalLM, cache: KeyValueCache) -> DecodingStep | None:
         return None
     decoding = _native_decoding(model, cache)
 
-    def step(id_B: Tensor) -> Tensor:
-        logits_BV = decoding.step(id_B, cache.length)
-        cache.length += 1
+    plain = plain_step(model, cache)
+
+    def step(id_BQ: Tensor) -> Tensor:
+        if id_BQ.numel() > _MOST_ROWS:
+            return plain(id_BQ)
+        logits_BV = decoding.step(id_BQ, cache.length)
+        cache.length += id_BQ.shape[1]
         return logits_BV
 
     return step

@@ -66,7 +66,7 @@ def generate(
 
 def _choose(logits_BC: Tensor, temperature: float, top_k: int | None, generators: Sequence[torch.Generator]) -> Tensor:
     if temperature < 1e-30:  # 0, or so little that fp32 would divide by it
-        return logits_BC.argmax(dim=1)
+        return torch.from_numpy(logits_BC.numpy().argmax(axis=1))  # torch's own goes value by value
     if top_k is not None and top_k < logits_BC.shape[1]:
         least_B1 = logits_BC.topk(top_k).values[:, -1:]
         logits_BC = logits_BC.masked_fill(logits_BC < least_B1, float("-inf"))

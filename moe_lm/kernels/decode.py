@@ -3,8 +3,8 @@
 The plain step is some three hundred operators, each of which starts in microseconds; where texts are few they take
 longer than reading the weights, which is all that a step has to do. (Measured: docs/performance.md, "Generation".)
 
-Letters: B texts, Q new tokens of each, S capacity of the cache, D hidden, N heads, G key/value heads, H head width, E experts, K experts of a
-token, F intermediate, V vocabulary, L layers.
+Letters: B texts, Q new tokens of each, S capacity of the cache, D hidden, N heads, G key/value heads, H head width, E
+experts, F intermediate, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -54,6 +54,29 @@ class DecoderTensors(NamedTuple):
     """Places in front of each text's first token, int64."""
 
 
+class Sizes(NamedTuple):
+    """The fields of `Sizes` in decode.inc, in its order."""
+
+    B: int
+    Q: int
+    D: int
+    N: int
+    G: int
+    H: int
+    E: int
+    experts_per_token: int
+    F: int
+    V: int
+    S: int
+    num_layers: int
+    length: int
+    """Places of the cache that are taken."""
+    window: int
+    """Latest tokens that attention sees, itself included."""
+    tiles: bool
+    """Whether there are Intel's matrix tiles."""
+
+
 class NativeDecoding:
     """Decodes token after token with weights and a cache that stay where they are in memory."""
 
@@ -65,20 +88,25 @@ class NativeDecoding:
         sliding_window: int | None,
         eps: float,
     ):
-        """Note where everything is. All but what is said to be otherwise has one type that `native.supports` takes."""
+        """Note where everything is.
+
+        Args:
+            layers: all of one type and contiguous, as `native.supports` says, but the routers.
+            common: likewise, but what is said to be otherwise.
+            experts_per_token: 1 for dense layers.
+            sliding_window: null for none.
+            eps: of the norms.
+        """
         self._layers, self._common, self._eps = layers, common, eps
         addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in layer] for layer in layers]
         self._layers_at = torch.tensor(addresses, dtype=torch.int64)
-        first = layers[0]
+        first, (V, D) = layers[0], common.head_VD.shape
         B, S, G, H = first.keys_BSGH.shape
-        self._vocabulary = len(common.head_VD)
-        E, D, F = first.down_proj.shape
-        N = len(first.q_proj) // H
+        E, _, F = first.down_proj.shape
         window = S if sliding_window is None else sliding_window
-        self._capacity = S
         tiles = native.has_amx() and common.head_VD.dtype is torch.bfloat16
-        self._texts, self._window_and_tiles = B, (window, tiles)
-        self._shape = D, N, G, H, E, experts_per_token, F, self._vocabulary, S, len(layers)
+        N = len(first.q_proj) // H
+        self._sizes = Sizes(B, 0, D, N, G, H, E, experts_per_token, F, V, S, len(layers), 0, window, tiles)
 
     def step(self, id_BQ: Tensor, length: int) -> Tensor:
         """Put tokens behind each text.
@@ -91,12 +119,11 @@ class NativeDecoding:
             The logits that follow the last of them, [B, V], rounded to the weights' type, in fp32.
         """
         B, Q = id_BQ.shape
-        assert B == self._texts and length + Q <= self._capacity and id_BQ.dtype == torch.int64, (B, Q, length)
         least, most = id_BQ.aminmax()
-        assert 0 <= least and most < self._vocabulary, (least, most)
-        # The fields of `Sizes` in decode.inc.
-        sizes = torch.tensor([B, Q, *self._shape, length, *self._window_and_tiles])
-        logits_BV = torch.empty(B, self._vocabulary)
+        assert id_BQ.dtype == torch.int64 and least >= 0 and most < self._sizes.V, (id_BQ.dtype, least, most)
+        assert self._sizes.B == B and length + Q <= self._sizes.S, (B, Q, length)
+        sizes = torch.tensor(self._sizes._replace(Q=Q, length=length), dtype=torch.int64)
+        logits_BV = torch.empty(B, self._sizes.V)
         embedding, norm, head, cos, sin, padding = self._common
         pointers = (sizes, self._layers_at, embedding, norm, head, cos, sin, padding, id_BQ.contiguous(), logits_BV)
         native.run("decode", head.dtype, head.numel(), *pointers, self._eps)

@@ -17,13 +17,13 @@ from moe_lm.model.dispatch import LocalDispatcher
 from moe_lm.model.moe import DenseFeedForward, Experts, MixtureOfExperts
 from moe_lm.model.router import Router
 
-_COMPUTED = {CausalLM, Decoder, Layer, Attention, RMSNorm, MixtureOfExperts, DenseFeedForward, Router, Experts, OutputHead}
-_COMPUTED |= {nn.Embedding, nn.Linear, nn.ModuleList}
+_COMPUTED = {CausalLM, Decoder, Layer, Attention, RMSNorm, MixtureOfExperts, DenseFeedForward, Router, Experts}
+_COMPUTED |= {OutputHead, nn.Embedding, nn.Linear, nn.ModuleList}
 """Types of modules, not those derived from them, whose computation the native step knows."""
 
 DecodingStep = Callable[[Tensor], Tensor]
-"""From the next tokens of each text, [B, Q], to the logits [B, V] that follow the last of them, in fp32; the cache takes
-the tokens."""
+"""From the next tokens of each text, [B, Q], to the logits [B, V] that follow the last of them, in fp32; the cache
+takes the tokens."""
 
 _MOST_ROWS = 512
 """More tokens at once go through the model's own forward."""
@@ -55,9 +55,7 @@ def _native_step(model: CausalLM, cache: KeyValueCache) -> DecodingStep | None:
     weights = [weight for weight in model.parameters() if id(weight) not in routers]
     if not native.supports(*weights, *itertools.chain(*map(cache.of_layer, range(len(model.model.layers))))):
         return None
-    decoding = _native_decoding(model, cache)
-
-    plain = plain_step(model, cache)
+    decoding, plain = _native_decoding(model, cache), plain_step(model, cache)
 
     def step(id_BQ: Tensor) -> Tensor:
         if id_BQ.numel() > _MOST_ROWS:
@@ -88,13 +86,17 @@ def _native_decoding(model: CausalLM, cache: KeyValueCache) -> NativeDecoding:
 
 
 def _layer_tensors(layer: nn.Module, keys_BSGH: Tensor, values_BSGH: Tensor) -> LayerTensors:
+    assert isinstance(layer, Layer)
     attention, mlp = layer.self_attn, layer.mlp
+    router: Tensor | None = None
+    down: Tensor
     if isinstance(mlp, MixtureOfExperts):
-        router = mlp.gate.weight.float()
+        router = mlp.gate.weight.float().contiguous()
         gate, up = mlp.experts.gate_up_proj[0].chunk(2)
         down = mlp.experts.down_proj
     else:
-        router, gate, up, down = None, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.unsqueeze(0)
+        assert isinstance(mlp, DenseFeedForward)
+        gate, up, down = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.unsqueeze(0)
     return LayerTensors(
         layer.input_layernorm.weight,
         attention.q_proj.weight,

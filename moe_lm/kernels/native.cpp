@@ -1,6 +1,7 @@
 // Parts of a training step on CPUs, loaded by native.py; what each computes stands as plain torch beside its caller
 // (attention.py, experts.py, loss.py, newton_schulz.py, normalization.py, rotary.py, updates.py). Here: pieces that are
-// one pass over memory. In amx*.inc: whole attention, experts and Newton–Schulz steps where there are AMX tiles.
+// one pass over memory. In amx*.inc: whole attention, experts and Newton–Schulz steps where there are AMX tiles. In
+// decode.inc: a whole step of generation.
 //
 // Plain C++17 that a compiler vectorises for the machine it runs on; no library but OpenMP's. Everything is computed in
 // fp32 and rounded once, to the nearest even. Sums over a row, and over rows, have a fixed order for a given number of

@@ -2,7 +2,7 @@
 
 What is left of a step on a CPU beside matrix products is memory traffic: torch makes two to eight passes where one
 would do, and each has a thread start. And where there are AMX tiles, products themselves gain by what is fused around
-them. GCC takes two seconds once; the library is kept in the user's cache. Without a compiler, or with MOE_LM_NATIVE=0,
+them. GCC takes some seconds once; the library is kept in the user's cache. Without a compiler, or with MOE_LM_NATIVE=0,
 `supports` says no, and callers take their plain version. CXX names another compiler, with arguments if need be ("ccache
 g++"); one whose OpenMP is not GCC's gives no library that loads, which is said.
 

@@ -25,8 +25,9 @@ DecodingStep = Callable[[Tensor], Tensor]
 """From the next tokens of each text, [B, Q], to the logits [B, V] that follow the last of them, in fp32; the cache
 takes the tokens."""
 
-_MOST_ROWS = 512
-"""More tokens at once go through the model's own forward."""
+_FEW_ROWS, _MOST_VALUES = 64, 2**17
+"""Tokens at once that always go through the native step, and the hidden values of those that still do: these are read
+again for every few columns of weights, so they have to stay in a core's cache."""
 
 
 def decoding_step(model: CausalLM, cache: KeyValueCache) -> DecodingStep:
@@ -58,7 +59,7 @@ def _native_step(model: CausalLM, cache: KeyValueCache) -> DecodingStep | None:
     decoding, plain = _native_decoding(model, cache), plain_step(model, cache)
 
     def step(id_BQ: Tensor) -> Tensor:
-        if id_BQ.numel() > _MOST_ROWS:
+        if id_BQ.numel() > max(_FEW_ROWS, _MOST_VALUES // model.config.hidden_size):
             return plain(id_BQ)
         logits_BV = decoding.step(id_BQ, cache.length)
         cache.length += id_BQ.shape[1]

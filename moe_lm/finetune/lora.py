@@ -18,6 +18,7 @@ from moe_lm.finetune.config import Part
 from moe_lm.kernels.grouped_linear import grouped_linear
 from moe_lm.model.attention import Attention
 from moe_lm.model.decoder import CausalLM, OutputHead
+from moe_lm.model.linear import Linear
 from moe_lm.model.moe import DenseFeedForward, Experts
 from moe_lm.model.router import Router
 
@@ -28,7 +29,7 @@ A, B = "lora_A", "lora_B"
 those of stacked experts `experts.down_proj_lora_A` and `experts.down_proj_lora_B`."""
 
 
-class LoraLinear(nn.Linear):
+class LoraLinear(Linear):
     """A linear map with an adapter; `weight` [out, in], `lora_A` [r, in], `lora_B` [out, r]."""
 
     lora_A: nn.Parameter
@@ -37,7 +38,7 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """X [..., in] to [..., out]."""
-        return F.linear(x, self.weight) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
+        return super().forward(x) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
 
 
 class LoraRouter(Router):
@@ -112,14 +113,14 @@ def add_to_embedding(embedding: nn.Embedding, rank: int, scale: float) -> None:
 
 def add_to_attention(module: Attention, rank: int, scale: float) -> None:
     """Give the four projections adapters, in place."""
-    for linear in (module.q_proj, module.k_proj, module.v_proj, module.o_proj):
-        _add_to_linear(linear, rank, scale)
+    for projection in (module.q_proj, module.k_proj, module.v_proj, module.o_proj):
+        _add_to_linear(projection, rank, scale)
 
 
 def add_to_dense(module: DenseFeedForward, rank: int, scale: float) -> None:
     """Give the three projections adapters, in place."""
-    for linear in (module.gate_proj, module.up_proj, module.down_proj):
-        _add_to_linear(linear, rank, scale)
+    for projection in (module.gate_proj, module.up_proj, module.down_proj):
+        _add_to_linear(projection, rank, scale)
 
 
 def add_to_head(head: OutputHead, rank: int, scale: float) -> None:

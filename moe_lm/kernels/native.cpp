@@ -12,12 +12,27 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <new>
 #include <numeric>
 #include <optional>
 #include <type_traits>
 #include <vector>
 
 using bf16 = uint16_t;
+
+// Begins at a cache line: loads that lie across two take twice as long, and those of tiles three times.
+template <typename T>
+struct AlignedAllocator : std::allocator<T> {
+    template <typename U>
+    struct rebind {
+        using other = AlignedAllocator<U>;
+    };
+    T *allocate(size_t count) { return static_cast<T *>(operator new(count * sizeof(T), std::align_val_t(64))); }
+    void deallocate(T *where, size_t) { operator delete(where, std::align_val_t(64)); }
+};
+
+template <typename T>
+using Aligned = std::vector<T, AlignedAllocator<T>>;
 
 static inline float load(float x) { return x; }
 
@@ -445,6 +460,7 @@ EXPORT(bf16)
 #include "amx.inc"
 #include "amx_attention.inc"
 #include "amx_experts.inc"
+#include "amx_linear.inc"
 #include "amx_loss.inc"
 #include "amx_newton_schulz.inc"
 #endif

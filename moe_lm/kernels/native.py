@@ -31,7 +31,7 @@ from torch import Tensor
 from moe_lm.files import write_atomically
 from moe_lm.kernels.triton import launch
 
-_AMX = ("amx.inc", "amx_attention.inc", "amx_experts.inc", "amx_loss.inc", "amx_newton_schulz.inc")
+_AMX = ("amx.inc", "amx_attention.inc", "amx_experts.inc", "amx_linear.inc", "amx_loss.inc", "amx_newton_schulz.inc")
 _INCLUDED = (*_AMX, "few_rows.inc", "decode.inc")
 SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", *_INCLUDED)]
 """The first includes the others."""
@@ -65,6 +65,8 @@ _ARGUMENTS = {
     "amx_attention": "pppppplllllf",
     "amx_attention_backward": "pppppppppplllllf",
     "amx_experts": "ppppppplll",
+    "amx_linear": "pppplll",
+    "amx_linear_backward": "pppppppplll",
     "amx_cross_entropy": "ppppppppplll",
     "amx_newton_schulz": "pllllfff",
     "amx_experts_backward": "pppppppppppppplll",

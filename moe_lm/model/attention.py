@@ -12,6 +12,7 @@ from moe_lm.kernels.attention import attention
 from moe_lm.kernels.documents import PackedDocuments
 from moe_lm.kernels.rotary import apply_rotary
 from moe_lm.model.config import ModelConfig
+from moe_lm.model.linear import Linear
 
 
 def rotary_angles(position_ids_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -79,10 +80,10 @@ class Attention(nn.Module):
         self.head_dim = config.width_of_head
         query_size = config.num_attention_heads * self.head_dim
         key_value_size = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, query_size)
+        self.k_proj = Linear(config.hidden_size, key_value_size)
+        self.v_proj = Linear(config.hidden_size, key_value_size)
+        self.o_proj = Linear(query_size, config.hidden_size)
 
     def forward(
         self,

@@ -14,11 +14,12 @@ from moe_lm.kernels.decode import DecoderTensors, LayerTensors, NativeDecoding
 from moe_lm.model.attention import Attention, KeyValueCache, rotary_angles
 from moe_lm.model.decoder import CausalLM, Decoder, Layer, OutputHead, RMSNorm
 from moe_lm.model.dispatch import LocalDispatcher
+from moe_lm.model.linear import Linear
 from moe_lm.model.moe import DenseFeedForward, Experts, MixtureOfExperts
 from moe_lm.model.router import Router
 
 _COMPUTED = {CausalLM, Decoder, Layer, Attention, RMSNorm, MixtureOfExperts, DenseFeedForward, Router, Experts}
-_COMPUTED |= {OutputHead, nn.Embedding, nn.Linear, nn.ModuleList}
+_COMPUTED |= {OutputHead, nn.Embedding, Linear, nn.ModuleList}
 """Types of modules, not those derived from them, whose computation the native step knows."""
 
 DecodingStep = Callable[[Tensor], Tensor]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from moe_lm.kernels.experts import expert_swiglu
 from moe_lm.model.config import ModelConfig
 from moe_lm.model.dispatch import CapacityDispatcher, LocalDispatcher, TokenDispatcher
+from moe_lm.model.linear import Linear
 from moe_lm.model.router import Router, RoutingStatistics
 
 
@@ -55,9 +56,9 @@ class DenseFeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x_BSD: Tensor, routing_mask_BS: Tensor | None, counted: bool = True) -> tuple[Tensor, None]:
         """X [B, S, D] to [B, S, D]; nothing is routed, so there are no statistics."""

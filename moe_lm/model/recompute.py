@@ -14,7 +14,8 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import moe_lm.kernels.experts
-import moe_lm.kernels.grouped_linear  # noqa: F401 -- both make operators
+import moe_lm.kernels.grouped_linear
+import moe_lm.kernels.linear  # noqa: F401 -- all three make operators
 from moe_lm.model.config import Recompute
 
 _aten = torch.ops.aten
@@ -28,6 +29,7 @@ _KEPT = {
         _aten._scaled_dot_product_cudnn_attention.default,
         _aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.moe_lm.expert_loop.default,
+        torch.ops.moe_lm.linear.default,
         torch.ops.moe_lm.linear_loop.default,
     },
     Recompute.full: {_aten.topk.default},

@@ -17,6 +17,7 @@ from moe_lm.kernels import newton_schulz
 from moe_lm.kernels.attention import attention, attention_mask
 from moe_lm.kernels.combine import gather_rows, weighted_sum
 from moe_lm.kernels.experts import expert_swiglu
+from moe_lm.kernels.linear import linear
 from moe_lm.kernels.loss import linear_cross_entropy
 from moe_lm.kernels.normalization import rms_norm
 from moe_lm.kernels.rotary import apply_rotary
@@ -376,6 +377,36 @@ def test_a_label_outside_the_vocabulary_never_passes(
             linear_cross_entropy(hidden, head, labels_T)
     else:
         assert torch.isnan(linear_cross_entropy(hidden, head, labels_T))
+
+
+# --- projections ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("rows", [(32,), (3, 64), (2, 160)])
+@pytest.mark.parametrize(("N", "K"), [(32, 32), (64, 256), (544, 96), (96, 1056)])
+@pytest.mark.usefixtures("two_threads")
+def test_linear(N: int, K: int, rows: tuple[int, ...], needs: tuple[bool, bool], kernels: Kernels) -> None:
+    """Catches blocks, depths or panels that are mixed up, and a gradient that only one of two gets."""
+    inputs = leaves(torch.randn(*rows, K), torch.randn(N, K) / K**0.5, dtype=BF16)
+    results = []
+    for function, dtype in ((linear, BF16), (F.linear, torch.float64)):
+        own = [x.detach().to(dtype).requires_grad_(needed) for x, needed in zip(inputs, needs, strict=True)]
+        y = function(*own)
+        y.backward(torch.linspace(-1, 1, y.numel()).view_as(y).to(BF16).to(dtype))
+        results.append([y.detach(), *(x.grad for x in own if x.requires_grad)])
+    assert_close(*results, BF16)
+    with torch.no_grad():
+        assert torch.equal(linear(*inputs), results[0][0])
+    kernels.assert_ran(set(), {"amx_linear", "amx_linear_backward"})
+
+
+@pytest.mark.parametrize(("T", "N", "K"), [(31, 32, 32), (32, 33, 32), (32, 32, 40), (0, 32, 32)])
+def test_linear_of_other_sizes(T: int, N: int, K: int, kernels: Kernels) -> None:
+    """Catches tiles that reach beyond what there is."""
+    reference = lambda x, w: F.linear(x, w)  # noqa: E731
+    assert_parity(linear, reference, [torch.randn(T, K), torch.randn(N, K) / K**0.5], BF16)
+    kernels.assert_ran(set())
 
 
 # --- rows of tokens ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,71 @@
+"""Rows times one weight: torch's, or in bf16 on a CPU with AMX tiles a kernel of our own (`amx_linear.inc`).
+
+oneDNN packs both factors of each of a step's three products anew and starts in tens of microseconds; where the weight
+is small, as a projection of attention is, that is half of its time.
+
+Letters: T rows, N outputs, K inputs.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_lm.kernels import native
+
+_TILE = 32
+
+
+def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
+    """X · weightᵀ for x [..., K], which gives [..., N]."""
+    if not _takes_tiles(x, weight_NK):
+        return F.linear(x, weight_NK)
+    x_TK = x.flatten(0, -2)
+    y_TN = _with_gradients(x_TK, weight_NK) if torch.is_grad_enabled() else _on_tiles(x_TK, weight_NK)
+    return y_TN.unflatten(0, x.shape[:-1])
+
+
+def _takes_tiles(x: Tensor, weight_NK: Tensor) -> bool:
+    """Whether the kernel for matrix tiles takes these: bf16, and every size a multiple of 32."""
+    return (
+        x.dtype is torch.bfloat16
+        and x.dim() > 1
+        and x.numel() > 0
+        and all(size % _TILE == 0 for size in (*weight_NK.shape, x.numel() // x.shape[-1]))
+        and native.supports(x, weight_NK)
+        and native.has_amx()
+    )
+
+
+def _on_tiles(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+    T, (N, K) = len(x_TK), weight_NK.shape
+    y_TN, packed = x_TK.new_empty(T, N), torch.empty_like(weight_NK)
+    native.run("amx_linear", None, T * N * K, x_TK, weight_NK, packed, y_TN, T, N, K)
+    return y_TN
+
+
+# An operator of its own, not an autograd function: activation checkpointing can then keep its results.
+@torch.library.custom_op("moe_lm::linear", mutates_args=())
+def _with_gradients(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+    return _on_tiles(x_TK, weight_NK)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad_y_TN: Tensor) -> tuple[Tensor | None, ...]:
+    x_TK, weight_NK = ctx.saved_tensors
+    T, (N, K) = len(x_TK), weight_NK.shape
+    grad_x, grad_weight = (
+        torch.empty_like(tensor) if needed else None
+        for tensor, needed in zip((x_TK, weight_NK), ctx.needs_input_grad, strict=True)
+    )
+    room = (x_TK.new_empty(size) for size in (N * K, (T + _TILE) * N, (T + _TILE) * K))
+    pointers = x_TK, weight_NK, grad_y_TN.contiguous(), *room, grad_x, grad_weight
+    native.run("amx_linear_backward", None, T * N * K, *pointers, T, N, K)
+    return grad_x, grad_weight
+
+
+_with_gradients.register_autograd(_backward, setup_context=_keep_for_backward)

@@ -35,7 +35,7 @@ def linear_cross_entropy(
         labels_T: int64 targets; -100 is ignored. Any other that is outside the vocabulary makes the loss NaN in the
             native and Triton kernels, which can not raise, and an error of torch's in the plain version.
         chunk_rows: rows whose logits exist at one time; None for as many as have 16 M logits, 4 M in fp32, 128 M on a
-            GPU.
+            GPU, in whole tiles.
         backend: "reference", "chunked", or None to choose.
 
     Returns:
@@ -52,7 +52,8 @@ def linear_cross_entropy(
         return F.cross_entropy(logits_TV.to(wide), labels_T, ignore_index=IGNORED_LABEL, reduction="sum")
     if backend in (None, "chunked"):
         at_once = _LOGITS_AT_ONCE_ON_GPU if head_VD.is_cuda else _LOGITS_AT_ONCE[head_VD.element_size()]
-        chunk_rows = chunk_rows or max(1, at_once // head_VD.shape[0])
+        # Whole tiles: with a vocabulary of 32,000 the bound alone makes chunks of 524 rows, which those kernels refuse.
+        chunk_rows = chunk_rows or max(_TILE, at_once // head_VD.shape[0] // _TILE * _TILE)
         if torch.is_grad_enabled() and (hidden_TD.requires_grad or head_VD.requires_grad):
             total: Tensor = _ChunkedCrossEntropy.apply(hidden_TD, head_VD, labels_T, chunk_rows)
             return total

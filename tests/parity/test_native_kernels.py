@@ -18,7 +18,7 @@ from moe_lm.kernels.attention import attention, attention_mask
 from moe_lm.kernels.combine import gather_rows, weighted_sum
 from moe_lm.kernels.experts import expert_swiglu
 from moe_lm.kernels.linear import linear
-from moe_lm.kernels.loss import linear_cross_entropy
+from moe_lm.kernels.loss import _LOGITS_AT_ONCE, linear_cross_entropy
 from moe_lm.kernels.normalization import rms_norm
 from moe_lm.kernels.rotary import apply_rotary
 from moe_lm.kernels.updates import decay_and_add, nesterov, squared_norms
@@ -327,6 +327,16 @@ def test_cross_entropy_on_tiles(T: int, D: int, V: int, needs: tuple[bool, bool]
     kernels.assert_ran({"cross_entropy"}, {"amx_cross_entropy"})
     with torch.no_grad():
         torch.testing.assert_close(linear_cross_entropy(*inputs, labels_T), losses[0].detach(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("T", [96, 70])
+def test_chunks_are_whole_tiles(T: int, kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a bound on logits that cuts rows where no tile ends: then only the last rows, if any, are for others."""
+    monkeypatch.setitem(_LOGITS_AT_ONCE, 2, 41 * 96)
+    inputs = leaves(torch.randn(T, 32), torch.randn(96, 32), dtype=BF16)
+    linear_cross_entropy(*inputs, torch.randint(0, 96, (T,))).backward()
+    kernels.assert_ran({"cross_entropy"}, {"amx_cross_entropy"} | ({"cross_entropy"} if T % 32 else set()))
+    assert kernels.path != "amx" or kernels.calls.count("amx_cross_entropy") == T // 32
 
 
 @pytest.mark.usefixtures("kernels")

@@ -85,7 +85,9 @@ def nesterov(gradient: Tensor, momentum: Tensor, beta: float, dtype: torch.dtype
         native.run("nesterov", gradient.dtype, count, gradient, momentum, ahead, count, beta, scale)
         increment_version(momentum)
         return ahead
-    gradient = gradient.to(momentum.dtype) * scale
+    gradient = gradient.to(momentum.dtype)
+    if scale != 1:
+        gradient = gradient * scale
     momentum.lerp_(gradient, 1 - beta)
     return gradient.lerp(momentum, beta).to(dtype)
 

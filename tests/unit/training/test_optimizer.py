@@ -99,6 +99,25 @@ def test_muon_is_nesterov_momentum_orthogonalised_matrix_by_matrix():
     assert by_muon == set(matrices) and len(by_muon) == 6
 
 
+def test_muon_clips_as_if_gradients_were_smaller():
+    """Catches clipping that Muon leaves out, or applies to some steps' momentum only: where every step is clipped by
+    another factor, the direction depends on it."""
+    models = [_model(), _model()]
+    for model, limit in zip(models, (0.7, 0), strict=True):
+        config = OptimizerConfig(OptimizerName.muon, learning_rate=0.1, max_grad_norm=limit)
+        optimizer = Optimizer(whole_shards(model), config)
+        for seed, size in ((0, 5.0), (1, 1e-3), (2, 0.5)):
+            _set_gradients(model, seed)
+            gradients = optimizer.gradients()
+            torch._foreach_mul_(gradients, size)
+            norm = float(optimizer.gradient_norm())
+            if not limit and norm > 0.7:
+                torch._foreach_mul_(gradients, 0.7 / norm)
+            optimizer.step(norm, 1.0)
+    for ours, reference in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=0, atol=4e-3)
+
+
 def test_muon_leaves_idle_experts_where_they_are():
     """Catches an expert without tokens that is walked along a stale direction at full speed, step after step."""
     model = _model()

@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from moe_lm.data.batch import Batch
+from moe_lm.kernels.updates import takes_low_gradients
 from moe_lm.model.config import LoadBalancing, ModelConfig, ModelFamily
 from moe_lm.model.decoder import CausalLM
 from moe_lm.model.initialization import initialize
+from moe_lm.parallel.layout import Layout
 from moe_lm.parallel.parallelize import ParallelModel
 from moe_lm.parallel.runtime import Runtime
 from moe_lm.parallel.shards import whole_shards
-from moe_lm.training.config import OptimizerConfig, Precision
+from moe_lm.training.config import OptimizerConfig, OptimizerName, Precision
 from moe_lm.training.feed import GlobalBatch
 from moe_lm.training.optimizer import Optimizer
 from moe_lm.training.precision import ComputeModel, compute_dtype
@@ -157,8 +159,46 @@ def test_bf16_twin_follows_fp32_masters():
     gate = "model.layers.0.mlp.gate.weight"
     assert trained.compute.module.get_parameter(gate) is trained.model.get_parameter(gate)
     losses += [(trained.step(_global_batch(rows, 4)).cross_entropy, exact.step(_global_batch(rows, 4)).cross_entropy)]
-    assert losses[1][0] < losses[0][0]
-    assert all(low == pytest.approx(high, rel=0.02) for low, high in losses)
+    assert losses[0][0] == pytest.approx(losses[0][1], rel=0.01)
+    # Behind an update of this size any other rounding routes tokens otherwise: 2 % were seen. The step is worth 36 %.
+    assert losses[1][0] == pytest.approx(losses[1][1], rel=0.05)
+
+
+@pytest.mark.parametrize(("processes", "micro_batches"), [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_gradients_stay_in_bf16_only_where_nothing_is_added(processes, micro_batches):
+    """Catches sums over micro-batches or processes in bf16, and a cast of the whole gradient that an update on a CPU
+    does not need."""
+    model = CausalLM(_config())
+    initialize(model, 0)
+    compute = ComputeModel(ParallelModel(model, whole_shards(model), Layout(dp_replicate=processes)), torch.bfloat16)
+    for batch in _rows(micro_batches):
+        compute.module(batch.input_ids).hidden_BSD.float().square().sum().backward()
+    stays = processes == micro_batches == 1 and takes_low_gradients(torch.device("cpu"))
+    twins = dict(compute.module.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            assert name == "lm_head.weight"
+        elif twins[name] is not parameter:
+            assert parameter.grad.dtype is (torch.bfloat16 if stays else torch.float32), name
+
+
+@pytest.mark.parametrize("rule", OptimizerName)
+def test_a_step_with_bf16_gradients_is_one_with_the_same_in_fp32(rule):
+    """Catches a gradient in bf16 that a rule misreads, or clips in another way than its wide twin."""
+    models = [CausalLM(_config()) for _ in range(2)]
+    for model, dtype in zip(models, (torch.bfloat16, torch.float32), strict=True):
+        initialize(model, 0)
+        optimizer = Optimizer(whole_shards(model), OptimizerConfig(rule, learning_rate=0.01, max_grad_norm=0.5))
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(2):
+            for parameter in model.parameters():
+                parameter.grad_dtype = None
+                parameter.grad = torch.randn(parameter.shape, generator=generator).bfloat16().to(dtype)
+            optimizer.step(float(optimizer.gradient_norm()), 1.0)
+    # Newton–Schulz runs in bf16: norms that differ in the last bit of fp32 already show.
+    atol = {OptimizerName.adamw: 1e-7, OptimizerName.muon: 3e-4}[rule]
+    for ours, reference in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-6, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -212,8 +212,9 @@ def test_loss(vocabulary: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
 @pytest.mark.usefixtures("small_blocks")
 def test_logits_of_any_size() -> None:
     """Catches exponentials that overflow, and minus infinity (a token that is ruled out) that becomes NaN."""
-    logits_RV = torch.tensor([[1e4, -1e4, 0.0], [-torch.inf, 3.0, 3.0]]).repeat(1, 7)
-    labels_R, wide = torch.tensor([0, 1]), logits_RV.double().requires_grad_()
+    logits_RV = torch.tensor([[1e4, -1e4, 0.0], [-torch.inf, 3.0, 3.0], [1.0, 2.0, 3.0]]).repeat(1, 7)
+    logits_RV[2, :16] = -torch.inf  # a whole block
+    labels_R, wide = torch.tensor([0, 1, 20]), logits_RV.double().requires_grad_()
     expected = F.cross_entropy(wide, labels_R, reduction="sum")
     expected.backward()
     loss = cross_entropy.cross_entropy(logits_RV, labels_R, True, -100)

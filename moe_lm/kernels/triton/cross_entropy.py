@@ -45,7 +45,9 @@ def _cross_entropy(logits_ptr, labels_ptr, losses_ptr, V, ignored, GRADIENTS: tl
         inside = first + column < V
         logits = tl.load(logits_ptr + first + column, mask=inside, other=float("-inf")).to(tl.float32)
         larger = tl.maximum(largest, tl.max(logits, axis=0))
-        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(logits - larger), axis=0)
+        # Of tokens that are all ruled out so far the largest is minus infinity, and no difference from it is a number.
+        reference = tl.where(larger == float("-inf"), 0.0, larger)
+        total = total * tl.exp(largest - reference) + tl.sum(tl.exp(logits - reference), axis=0)
         largest = larger
     log_total, is_ignored = tl.log(total), label == ignored
     # Differences of logits first: of large ones the logarithm would be rounded away.

@@ -251,7 +251,9 @@ def run_case(case: Case, runtime: Runtime, directory: Path, keep_state: bool) ->
     update = optimizer.step
 
     def recorded(norm: torch.Tensor, factor: float) -> None:
-        add(f"gradient{step}", optimizer.gradients())
+        # One process keeps those of its only micro-batch in bf16.
+        wide = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in optimizer.gradients()]
+        add(f"gradient{step}", wide)
         update(norm, factor)
 
     optimizer.step = recorded  # type: ignore[method-assign]

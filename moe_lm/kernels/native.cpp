@@ -1,7 +1,7 @@
-// Parts of a training step on CPUs, loaded by native.py; what each computes stands as plain torch beside its caller
-// (attention.py, experts.py, loss.py, newton_schulz.py, normalization.py, rotary.py, updates.py). Here: pieces that are
-// one pass over memory. In amx*.inc: whole attention, experts and Newton–Schulz steps where there are AMX tiles. In
-// decode.inc: a whole step of generation.
+// Parts of a training step and of decoding on CPUs, loaded by native.py; what each computes stands as plain torch
+// beside its caller (the modules of this folder). Here: pieces that are one pass over memory. In amx*.inc: whole
+// attention, experts, projections, loss and Newton–Schulz steps where there are AMX tiles; in decode.inc a step of
+// decoding.
 //
 // Plain C++17 that a compiler vectorises for the machine it runs on; no library but OpenMP's. Everything is computed in
 // fp32 and rounded once, to the nearest even. Sums over a row, and over rows, have a fixed order for a given number of
@@ -210,7 +210,7 @@ static void cross_entropy(T *logits, const int64_t *labels, float *losses, int64
                 w[j] = exponential(w[j] - largest);
                 sum += w[j];
             }
-            losses[r] = std::log(sum) + largest - of_label;
+            losses[r] = std::log(sum) + (largest - of_label);
             if (!gradients) continue;
             float inverse = 1.0f / sum;
             w[label] -= sum;
@@ -353,25 +353,27 @@ static void sum_of_squares(const T *x, double *sum, int64_t count, int threads) 
     *sum = std::accumulate(partial.begin(), partial.end(), 0.0);
 }
 
-// AdamW: p ← keep · p - rate · m / (sqrt(v) · root + eps), m and v being the running means of g · scale and its square.
+// AdamW: p ← keep · p - rate · m / (sqrt(v) · root + eps), m and v being the running means of g · scale and its square,
+// which take new1 and new2 of it; 1 - beta in fp32 would be off by 1e-5 for a beta of 0.999.
 template <typename T>
 static void adamw(float *p, const T *g, float *m, float *v, int64_t count, float scale, float keep, float rate,
-                  float beta1, float beta2, float root, float eps, int threads) {
+                  float new1, float beta2, float new2, float root, float eps, int threads) {
 #pragma omp parallel for simd num_threads(threads) schedule(static)
     for (int64_t i = 0; i < count; i++) {
         float gradient = load(g[i]) * scale;
-        m[i] += (1.0f - beta1) * (gradient - m[i]);
-        v[i] = beta2 * v[i] + (1.0f - beta2) * gradient * gradient;
+        m[i] += new1 * (gradient - m[i]);
+        v[i] = beta2 * v[i] + new2 * gradient * gradient;
         p[i] = keep * p[i] - rate * m[i] / (std::sqrt(v[i]) * root + eps);
     }
 }
 
-// m ← beta · m + (1 - beta) · g · scale, and once more with g · scale, which is what `ahead` gets.
+// m ← beta · m + rest · g · scale, rest = 1 - beta, and once more with g · scale, which is what `ahead` gets.
 template <typename T>
-static void nesterov(const T *g, float *m, bf16 *ahead, int64_t count, float beta, float scale, int threads) {
+static void nesterov(const T *g, float *m, bf16 *ahead, int64_t count, float beta, float rest, float scale,
+                     int threads) {
 #pragma omp parallel for simd num_threads(threads) schedule(static)
     for (int64_t i = 0; i < count; i++) {
-        float gradient = load(g[i]) * scale, mean = m[i] + (1.0f - beta) * (gradient - m[i]);
+        float gradient = load(g[i]) * scale, mean = m[i] + rest * (gradient - m[i]);
         m[i] = mean;
         store(ahead + i, gradient + beta * (mean - gradient));
     }
@@ -440,11 +442,12 @@ extern "C" int mask_begins(const uint8_t *mask, int32_t *begins, int64_t B, int6
         sum_of_squares(x, sum, count, threads);                                                                        \
     }                                                                                                                  \
     void adamw_##T(float *p, const T *g, float *m, float *v, int64_t count, float scale, float keep, float rate,       \
-                   float beta1, float beta2, float root, float eps, int threads) {                                     \
-        adamw(p, g, m, v, count, scale, keep, rate, beta1, beta2, root, eps, threads);                                 \
+                   float new1, float beta2, float new2, float root, float eps, int threads) {                          \
+        adamw(p, g, m, v, count, scale, keep, rate, new1, beta2, new2, root, eps, threads);                            \
     }                                                                                                                  \
-    void nesterov_##T(const T *g, float *m, bf16 *ahead, int64_t count, float beta, float scale, int threads) {        \
-        nesterov(g, m, ahead, count, beta, scale, threads);                                                            \
+    void nesterov_##T(const T *g, float *m, bf16 *ahead, int64_t count, float beta, float rest, float scale,           \
+                      int threads) {                                                                                   \
+        nesterov(g, m, ahead, count, beta, rest, scale, threads);                                                      \
     }                                                                                                                  \
     void rotary_##T(const T *x, const T *cos, const T *sin, T *y, int64_t positions, int64_t heads, int64_t H,         \
                     float sign, int threads) {                                                                         \

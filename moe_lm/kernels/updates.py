@@ -63,7 +63,8 @@ def adamw(
     """
     assert supports(gradient, parameter, mean, square), (gradient.dtype, parameter.dtype)
     corrections = [1 - beta**step for beta in betas]
-    numbers = scale, 1 - lr * weight_decay, lr / corrections[0], *betas, corrections[1] ** -0.5, eps
+    factors = scale, 1 - lr * weight_decay, lr / corrections[0]
+    numbers = *factors, 1 - betas[0], betas[1], 1 - betas[1], corrections[1] ** -0.5, eps
     count = parameter.numel()
     native.run("adamw", gradient.dtype, count, parameter, gradient, mean, square, count, *numbers)
     increment_version((parameter, mean, square))  # as torch's own in-place operators do
@@ -82,7 +83,7 @@ def nesterov(gradient: Tensor, momentum: Tensor, beta: float, dtype: torch.dtype
     if dtype is torch.bfloat16 and supports(gradient, momentum):
         ahead = torch.empty_like(momentum, dtype=dtype)
         count = gradient.numel()
-        native.run("nesterov", gradient.dtype, count, gradient, momentum, ahead, count, beta, scale)
+        native.run("nesterov", gradient.dtype, count, gradient, momentum, ahead, count, beta, 1 - beta, scale)
         increment_version(momentum)
         return ahead
     gradient = gradient.to(momentum.dtype)

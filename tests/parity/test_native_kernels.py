@@ -533,7 +533,7 @@ def test_adamw(shape: tuple[int, ...], of_gradient: torch.dtype, kernels: Kernel
     """Catches a moment, correction or decay that is not torch's, and a gradient that is not clipped, or misread."""
     parameter = torch.randn(shape)
     twin = parameter.double().requires_grad_()
-    options = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.3}
+    options = {"lr": 0.01, "betas": (0.9, 0.9999), "eps": 1e-3, "weight_decay": 0.3}
     ours, theirs = AdamW([parameter], **options, fused=True), torch.optim.AdamW([twin], **options)
     ours.gradient_scale = 0.3
     parameter.grad_dtype = None

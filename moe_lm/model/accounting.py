@@ -35,7 +35,9 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 
 
 def training_state_bytes(config: ModelConfig, moments: int, compute_bytes: int) -> int:
-    """What training holds of a model at least: fp32 weights, gradients and moments, and a compute copy; bytes.
+    """What training holds of a model: fp32 weights, gradients and moments, and a compute copy; bytes.
+
+    Gradients of a step's only micro-batch are held in bf16 where the update reads them so (`ComputeModel`).
 
     Args:
         config: The model.

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from moe_lm.files import write_atomically
+from moe_lm.kernels.hardware import is_switched_off
 from moe_lm.kernels.triton import launch
 
 _AMX = ("amx.inc", "amx_attention.inc", "amx_experts.inc", "amx_linear.inc", "amx_loss.inc", "amx_newton_schulz.inc")
@@ -38,7 +39,6 @@ SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", *_INCLUDED)
 _BUILT = "native.so"
 SWITCH = "MOE_LM_NATIVE"
 """Environment variable; 0 turns the native kernels off."""
-_OFF = ("0", "false", "no", "off")
 
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
 _FLAGS += ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
@@ -138,7 +138,7 @@ def _function(name: str, dtype: torch.dtype | None) -> Callable[..., int]:
 def library() -> ctypes.CDLL | None:
     """The loaded library; null where it is switched off or can not be had, which is said once."""
     named = os.environ.get("CXX")
-    if os.environ.get(SWITCH, "").lower() in _OFF or sys.platform != "linux" or not (named or shutil.which("c++")):
+    if is_switched_off(SWITCH) or sys.platform != "linux" or not (named or shutil.which("c++")):
         return None
     try:
         return _load(shlex.split(named or "c++"))

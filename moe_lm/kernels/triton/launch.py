@@ -12,16 +12,16 @@ compute and says nothing of speed: block sizes and numbers of warps are choices 
 
 import functools
 import importlib.util
-import os
 import subprocess
 import warnings
 
 import torch
 from torch import Tensor
 
+from moe_lm.kernels.hardware import is_switched_off
+
 SWITCH = "MOE_LM_TRITON"
 """Environment variable; 0 turns the Triton kernels off."""
-_OFF = ("0", "false", "no", "off")
 _TYPES = (torch.float32, torch.bfloat16)
 
 
@@ -39,8 +39,7 @@ def supports(*tensors: Tensor) -> bool:
 @functools.cache
 def is_available() -> bool:
     """Whether Triton is wanted, installed and able to start a kernel; where it is not able, says why."""
-    wanted = os.environ.get(SWITCH, "1").lower() not in _OFF
-    if not wanted or torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+    if is_switched_off(SWITCH) or torch.version.cuda is None or importlib.util.find_spec("triton") is None:
         return False
     from triton.runtime import driver
 

@@ -35,6 +35,7 @@ bench-check: $(READY)  ## whether a fast path has lost its lead over its referen
 	@$(BIN)/python scripts/benchmark_components.py --check
 
 bench-gpu: $(READY)  ## on a machine with a GPU: its tests, its kernels one by one, the ladder of models (fifteen minutes)
+	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('no CUDA device is visible here')"
 	@$(BIN)/python -m pytest tests/gpu tests/parity/test_triton_kernels.py
 	@$(BIN)/python scripts/benchmark_gpu_kernels.py
 	@$(BIN)/python scripts/benchmark_gpu.py $(ARGS)

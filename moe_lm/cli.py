@@ -6,7 +6,9 @@ import keyword
 import os
 import sys
 import time
-from typing import NoReturn
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
 
 from moe_lm.errors import InputError, RunError, Stopped
 from moe_lm.interrupts import STOPPED, interrupts
@@ -47,7 +49,8 @@ _SAID_IN_A_SENTENCE = (
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the return value is the process's exit code."""
     try:
-        with interrupts:
+        with interrupts, warnings.catch_warnings():
+            warnings.showwarning = _say_own_warnings(warnings.showwarning)
             code = _run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
         return code
@@ -79,6 +82,18 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"moe-lm: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return 1
+
+
+def _say_own_warnings(others: Any) -> Any:
+    """A warning of this package is a sentence for its user, without the line of code that `others` would show."""
+
+    def say(message: Warning | str, category: type[Warning], filename: str, *where: Any, **more: Any) -> None:
+        if Path(filename).is_relative_to(Path(__file__).parent):
+            print("moe-lm:", *str(message).splitlines(), file=sys.stderr)
+        else:
+            others(message, category, filename, *where, **more)
+
+    return say
 
 
 def run_and_exit(arguments: list[str] | None = None) -> NoReturn:

@@ -50,7 +50,8 @@ def main() -> int:
     stored = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
     baseline = stored.get(kind(), {})
     if given.check and not baseline:
-        print(f"no baseline for {kind()}: make one with --store on a commit that you trust")
+        there = "; ".join(stored)
+        print(f"no baseline for {kind()}, only for {there}: make one with --store on a commit that you trust")
         return 1
     ratios, slower = {}, []
     for name, (reference, fast) in components().items():

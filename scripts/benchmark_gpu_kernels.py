@@ -10,6 +10,7 @@ either. A minute on an H200, most of it compilation; on a CPU the script is only
 import argparse
 import functools
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -66,6 +67,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu tries the script, not the GPU")
     given = parser.parse_args()
+    if given.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("no CUDA device is visible here")
     print("| part | way | milliseconds, forward and backward | times as fast as torch's |\n| --- | --- | --- | --- |")
     with torch.device(given.device):
         for part in parts(LARGE if given.device == "cuda" else TINY, given.device):

@@ -25,7 +25,7 @@ def run(config: GenerateConfig) -> int:
     prompts = [config.prompt] if config.prompts is None else read_prompts(Path(config.prompts))
     device: torch.device = Runtime(config.device.value).device
     model, tokenizer = open_model(Path(config.checkpoint), device, compute_dtype(config.precision, device))
-    encoded = [_encode(prompt, tokenizer, config, model.config) for prompt in prompts]
+    encoded = [_encode(number, prompt, tokenizer, config, model.config) for number, prompt in enumerate(prompts, 1)]
     # Prompts of like lengths together, so that little is padding; printed is in the file's order.
     order = sorted(range(len(prompts)), key=lambda number: len(encoded[number]))
     completions: dict[int, str] = {}
@@ -51,19 +51,22 @@ def run(config: GenerateConfig) -> int:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file.
+    """The prompts of a file; blank lines are passed over.
 
     Raises:
-        InputError: It can not be read, or a line is no JSON string.
+        InputError: It can not be read, a line is no JSON string, or there is none.
     """
     try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"it is no UTF-8 text, see byte {error.start + 1}"
         raise InputError(
-            f"prompts={path}: can not be read ({error}); give a file of JSON strings, one per line."
+            f"prompts={path}: can not be read ({reason}); give a file of JSON strings, one per line."
         ) from error
     prompts = []
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             prompt = json.loads(line)
         except ValueError:
@@ -71,15 +74,18 @@ def read_prompts(path: Path) -> list[str]:
         if not isinstance(prompt, str) or any("\ud800" <= character <= "\udfff" for character in prompt):
             raise InputError(f'prompts={path}: line {number} is no JSON string, such as "import os".')
         prompts.append(prompt)
+    if not prompts:
+        raise InputError(f"prompts={path}: holds no prompt; give a file of JSON strings, one per line.")
     return prompts
 
 
-def _encode(prompt: str, tokenizer: Tokenizer, config: GenerateConfig, model: ModelConfig) -> list[int]:
+def _encode(number: int, prompt: str, tokenizer: Tokenizer, config: GenerateConfig, model: ModelConfig) -> list[int]:
     prompt_ids = encode_prompt(tokenizer, prompt) if config.chat else [tokenizer.bos_id, *tokenizer.encode(prompt)]
     context = model.max_position_embeddings
     if len(prompt_ids) + config.max_new_tokens > context:
+        which = "the prompt" if config.prompts is None else f"prompt {number} of {config.prompts}"
         raise InputError(
-            f"max_new_tokens={config.max_new_tokens}: with the {len(prompt_ids)} tokens of the prompt that is more "
-            f"than the model's context of {context} tokens; shorten one of them."
+            f"max_new_tokens={config.max_new_tokens}: with the {len(prompt_ids)} tokens of {which} that is more "
+            f"than the model's context of {context} tokens; ask for fewer, or shorten the prompt."
         )
     return prompt_ids

@@ -123,14 +123,13 @@ class ModelConfig:
             f"must be a multiple of model.num_key_value_heads={self.num_key_value_heads}",
         )
         if self.head_dim is None:
-            _require(
-                self,
-                "hidden_size",
-                self.hidden_size % self.num_attention_heads == 0,
-                f"must be a multiple of model.num_attention_heads={self.num_attention_heads}, or set model.head_dim",
-            )
-        width = self.width_of_head
-        _require(self, "head_dim", width > 0 and width % 2 == 0, f"must be even and positive, and is {width}")
+            heads = f"model.num_attention_heads={self.num_attention_heads}"
+            divides = self.hidden_size % self.num_attention_heads == 0
+            _require(self, "hidden_size", divides, f"must be a multiple of {heads}, or set model.head_dim")
+            is_even = self.width_of_head % 2 == 0
+            _require(self, "hidden_size", is_even, f"by {heads} must be even, or set model.head_dim")
+        else:
+            _require(self, "head_dim", self.head_dim > 0 and self.head_dim % 2 == 0, "must be even and positive")
         _require(
             self,
             "num_experts_per_tok",

@@ -212,6 +212,7 @@ def test_values_of_the_wrong_type_say_what_is_wanted(complain, given, expected):
         ("model.num_attention_heads=3", "must be a multiple of model.num_key_value_heads=2"),
         ("model.num_key_value_heads=3", "must be a multiple of model.num_key_value_heads=3"),
         ("model.hidden_size=250", "must be a multiple of model.num_attention_heads=4"),
+        ("model.hidden_size=268", "by model.num_attention_heads=4 must be even"),
         ("model.hidden_size=-256", "must be at least 1"),
         ("model.head_dim=7", "must be even"),
         ("model.sliding_window=0", "must be at least 1"),
@@ -328,7 +329,9 @@ def test_text_is_taken_as_it_stands(value):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "line 1 is no JSON string"),
+        (b"", "holds no prompt"),
+        (b"\n \n", "holds no prompt"),
+        (b'"\xff"', "no UTF-8 text, see byte 2"),
         (b'"good"\nnot quoted\n', "line 2 is no JSON string"),
         (b'["a"]', "line 1 is no JSON string"),
         (b'"\\ud800"', "line 1 is no JSON string"),

@@ -9,6 +9,7 @@ import pytest
 from moe_lm import cli
 from moe_lm.commands.help import describe, field_documentation
 from moe_lm.config import SCHEMAS, field_names, field_types, group_choices, load_values
+from moe_lm.kernels import native
 
 HEAVY = ("torch", "hydra", "omegaconf", "transformers", "accelerate", "datasets", "wandb", "numpy", "yaml")
 
@@ -130,3 +131,15 @@ def test_the_process_exits_with_the_codes_of_the_contract():
     assert run("--help").returncode == 0
     wrong = run("pretrian")
     assert wrong.returncode == 2 and wrong.stderr.startswith("moe-lm: ") and "Traceback" not in wrong.stderr
+
+
+def test_warnings_of_this_package_are_sentences(capsys):
+    """Catches a path, class and line of code in front of what a user is told, or another's warning that is lost."""
+    shown = []
+    say = cli._say_own_warnings(lambda *arguments: shown.append(arguments))
+    say(UserWarning("plain kernels\nare used"), UserWarning, native.__file__, 7)
+    assert capsys.readouterr().err == "moe-lm: plain kernels are used\n"
+    assert not shown
+    other = (UserWarning("theirs"), UserWarning, pytest.__file__, 7)
+    say(*other)
+    assert shown == [other]

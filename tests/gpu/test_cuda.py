@@ -118,27 +118,29 @@ def test_triton_kernels_on_many_rows(dtype):
     assert_parity(swiglu("triton", ends_E), swiglu("reference", ends_E), inputs, dtype)
 
 
+CONFIG = ModelConfig(
+    vocab_size=512,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.1,
+)
+
+
 class _Training:
     """A small model in bf16 with packed documents on the GPU."""
 
     def __init__(self, recompute=Recompute.none):
-        config = ModelConfig(
-            vocab_size=512,
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.1,
-        )
-        model = CausalLM(config)
+        model = CausalLM(CONFIG)
         initialize(model, 0)
         parallel = ParallelModel(model.cuda(), whole_shards(model))
         self.compute = ComputeModel(parallel, torch.bfloat16)
         self.compute.module.model.recompute = recompute
         self.optimizer, self.runtime = Optimizer(parallel.shards, OptimizerConfig()), Runtime("cpu")
         self.runtime.device = torch.device("cuda")  # Accelerate knows one device in a process, which has other tests
-        self.load_LE = initial_load(config).cuda()
+        self.load_LE = initial_load(CONFIG).cuda()
         tokens_BS = torch.randint(512, (4, 256), generator=torch.Generator().manual_seed(0))
         document_BS = (torch.arange(256) // 100).expand(4, -1)
         position_BS, labels_BS = torch.arange(256).expand(4, -1), tokens_BS.roll(-1, 1)
@@ -181,21 +183,12 @@ def test_steps_with_and_without_triton_learn_alike(recompute, monkeypatch):
 
 def test_a_training_step_in_bf16_follows_the_cpu():
     """Catches any CUDA path of the decoder or the loss that computes something else than the CPU in fp32."""
-    config = ModelConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.1,
-    )
-    model = CausalLM(config)
+    model = CausalLM(CONFIG)
     initialize(model, 0)
     tokens = torch.randint(512, (4, 64))
     losses = []
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
-        moved = CausalLM(config).to(device, dtype)
+        moved = CausalLM(CONFIG).to(device, dtype)
         moved.load_state_dict(model.state_dict())
         hidden = moved(tokens.to(device)).hidden_BSD.flatten(0, 1)
         loss = linear_cross_entropy(hidden, moved.lm_head.weight, tokens.roll(-1, 1).flatten().to(device))

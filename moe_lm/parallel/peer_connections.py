@@ -14,6 +14,8 @@ from typing import Any
 LONGEST = 32 * 1024
 """Bytes of the longest message."""
 
+_TOLD = b"!"
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -182,13 +184,22 @@ def listen(backlog: int) -> socket.socket:
     return listener
 
 
-def answers(host: str, port: int, seconds: float) -> bool:
-    """Whether a process still holds a port open; it need not do anything for that."""
+def answer(listener: socket.socket) -> None:
+    """Say that the user has been told to whoever asks by `was_told`."""
+    asker, _ = listener.accept()
+    with asker, contextlib.suppress(OSError):
+        asker.send(_TOLD)
+
+
+def was_told(host: str, port: int, deadline: float) -> bool:
+    """Whether the process that listens there says until then that the user has been told; not if it ends before."""
     try:
-        socket.create_connection((host, port), max(0.01, seconds)).close()
+        left = max(0.01, deadline - time.monotonic())
+        with socket.create_connection((host, port), min(1.0, left)) as connection:
+            connection.settimeout(max(0.01, deadline - time.monotonic()))
+            return connection.recv(1) == _TOLD
     except OSError:
         return False
-    return True
 
 
 def silent_since(since: dict[str, float], after: float) -> list[str]:

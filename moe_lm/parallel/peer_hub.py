@@ -73,6 +73,9 @@ class Hub(Station):
         """Whether this process is the one to tell the user."""
         return not loss.of_main
 
+    def told(self, loss: Loss, seconds: float) -> None:
+        """Nothing: nobody asks rank 0, which tells the others of a loss as soon as it knows."""
+
     def silent(self, after: float) -> list[str]:
         """The processes that have given no sign of life for so many seconds."""
         since = {peer.name: peer.connection.heard for peer in list(self._peers.values()) if peer.is_open}

@@ -1,7 +1,9 @@
 """The end of every rank but 0 of the connections between the processes of a job."""
 
+import contextlib
 import json
 import os
+import select
 import socket
 import time
 from collections.abc import Callable
@@ -13,21 +15,19 @@ from moe_lm.parallel.peer_connections import (
     EndedError,
     Loss,
     Station,
-    answers,
+    answer,
     decode,
     encode,
     identity,
     listen,
     silent_since,
+    was_told,
 )
 
 _CONNECT_SECONDS = 30.0
 
-_TOGETHER = 0.3
-"""Seconds within which another process that ends together with rank 0 has ended, too."""
-
 _ASK_SECONDS = 3.0
-"""Within which a process has found out whether one of a lower rank is left."""
+"""Within which a process of a lower rank that is left has told the user."""
 
 
 class Spoke(Station):
@@ -46,7 +46,8 @@ class Spoke(Station):
                 "processes of a job must reach each other on any port."
             ) from error
         self._connection, self._is_open, self._has_left = Connection(connection), True, False
-        # Nobody ever accepts there: that the port is open tells the others that this process lives.
+        # Where the others knock once rank 0 has gone. They hear that the user has been told, or by the kernel that this
+        # process has ended as well.
         self._ear = listen(world_size)
         self._ears: list[tuple[int, str, int]] = []
         hello = {"rank": rank, "ear": self._ear.getsockname()[1], **identity()}
@@ -62,14 +63,17 @@ class Spoke(Station):
         """Whether this process is the one to tell the user: rank 0 does, or the lowest rank that is left."""
         if not loss.of_main:
             return False
-        time.sleep(_TOGETHER)
         deadline = time.monotonic() + _ASK_SECONDS
-        for rank, host, port in self._ears:
-            if rank >= self._rank:
-                return True
-            if (left := deadline - time.monotonic()) > 0 and answers(host or self._host, port, min(1.0, left)):
-                return False
-        return bool(self._ears) or self._rank == 1
+        lower = [(host or self._host, port) for rank, host, port in self._ears if rank < self._rank]
+        return (bool(self._ears) or self._rank == 1) and not any(was_told(*place, deadline) for place in lower)
+
+    def told(self, loss: Loss, seconds: float) -> None:
+        """Answer for so long the others that ask whether the user has been told."""
+        until = time.monotonic() + seconds
+        with contextlib.suppress(OSError, ValueError):  # closed meanwhile
+            while loss.of_main and (left := until - time.monotonic()) > 0:
+                if select.select([self._ear], [], [], left)[0]:
+                    answer(self._ear)
 
     def silent(self, after: float) -> list[str]:
         """Rank 0, if it has given no sign of life for so many seconds."""

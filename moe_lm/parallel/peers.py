@@ -210,8 +210,7 @@ class PeerWatch:
             self._has_left.wait(_SETTLE)
         if (loss.died or not self._has_own_word) and self._station.speaks(loss):
             _within(1, lambda: _say(loss.sentence))
-            if loss.of_main:
-                time.sleep(_SETTLE)  # the others look meanwhile whether there is someone to speak
+        self._station.told(loss, _SETTLE)
         self._is_told.set()
         time.sleep(max(0.0, deadline - time.monotonic()))
         if not self._has_left.is_set():

@@ -25,8 +25,8 @@ $(READY): pyproject.toml constraints.txt
 train: $(READY)  ## train the default experiment, evaluate, sample and export
 	@$(BIN)/moe-lm pretrain $(ARGS)
 
-test: $(READY)  ## run the test suite
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(READY)  ## run the test suite, files of it side by side in two processes
+	@$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
 
 bench: $(READY)  ## training steps against transformers' Mixtral, in one run
 	@$(BIN)/python scripts/benchmark.py $(ARGS)

@@ -4,13 +4,11 @@ import pytest
 
 from tests.faults.forks import FULL, WarmParent
 
-_FIGURES: list[str] = []
-
 
 @pytest.fixture
-def figure():
+def figure(record_property):
     """Takes a sentence with a figure."""
-    return _FIGURES.append
+    return lambda sentence: record_property("figure", sentence)  # which a worker's report brings along
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +28,9 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_terminal_summary(terminalreporter):
     """Print the figures of this session."""
-    if _FIGURES:
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    properties = [each for report in reports if getattr(report, "when", "") == "call" for each in report.user_properties]
+    if figures := [sentence for name, sentence in properties if name == "figure"]:
         terminalreporter.section("fault matrix")
-        for line in _FIGURES:
+        for line in figures:
             terminalreporter.write_line(line)

@@ -35,7 +35,8 @@ def _change_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({name: value for name, value in values.items() if value is not DROPPED}))
 
 
-DROPPED = object()
+class DROPPED:
+    """A value that stands for its absence."""
 
 
 def _change_weights(directory: Path, **changes: torch.Tensor | None) -> None:

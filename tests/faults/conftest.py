@@ -29,7 +29,9 @@ def pytest_collection_modifyitems(config, items):
 def pytest_terminal_summary(terminalreporter):
     """Print the figures of this session."""
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
-    properties = [each for report in reports if getattr(report, "when", "") == "call" for each in report.user_properties]
+    properties = [
+        each for report in reports if getattr(report, "when", "") == "call" for each in report.user_properties
+    ]
     if figures := [sentence for name, sentence in properties if name == "figure"]:
         terminalreporter.section("fault matrix")
         for line in figures:

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from moe_lm.kernels.allocator import keep_freed_memory
 from moe_lm.kernels.attention import attention, attention_mask
-from moe_lm.kernels.combine import weighted_sum
-from moe_lm.kernels.experts import expert_swiglu, row_alignment
+from moe_lm.kernels.combine import sum_rows
+from moe_lm.kernels.experts import Grouping, expert_mixture, row_alignment
 from moe_lm.kernels.hardware import has_fast_bf16
 from moe_lm.kernels.loss import linear_cross_entropy
 from moe_lm.kernels.normalization import rms_norm
@@ -129,24 +129,22 @@ def _experts(draw: Callable[..., Tensor], dtype: torch.dtype) -> tuple[Pass, Pas
     for _ in range(20):
         size_E = torch.multinomial(torch.rand(E) + 0.5, B * S * K, replacement=True).bincount(minlength=E)
         cuts.append(((size_E + align - 1) // align * align).cumsum(0).int())
-    rows_RD = draw(B * S * K + E * align, D)
+    x_TD, weight_P = draw(B * S, D), draw(B * S * K + E * align)
+    token_P = torch.randperm(len(weight_P)) % (B * S)
     number = [0]
 
     def run(backend: str) -> Tensor:
         number[0] += 1
-        return expert_swiglu(rows_RD, cuts[number[0] % len(cuts)], gate_up, down, backend)
+        end_E = cuts[number[0] % len(cuts)]
+        rows = int(end_E[-1])
+        return expert_mixture(x_TD, Grouping(token_P[:rows], weight_P[:rows], end_E), gate_up, down, backend)
 
-    return _pair(run, [rows_RD, gate_up, down], "cpu")
+    return _pair(run, [x_TD, weight_P, gate_up, down], "cpu")
 
 
 def _combine(draw: Callable[..., Tensor]) -> tuple[Pass, Pass]:
-    y_PD, weight_P = draw(B * S * K, D), draw(B * S * K)
-    token_P = torch.randperm(B * S * K) // K
-
-    def run(backend: str | None) -> Tensor:
-        return weighted_sum(y_PD, token_P, weight_P, B * S, backend)
-
-    return _pair(run, [y_PD, weight_P], "fused")
+    y_PD, token_P = draw(B * S * K, D), torch.randperm(B * S * K) // K
+    return _pair(lambda backend: sum_rows(y_PD, token_P, B * S, backend), [y_PD], None)
 
 
 def _attention(draw: Callable[..., Tensor]) -> tuple[Pass, Pass]:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from moe_lm.kernels.attention import attention, attention_mask
-from moe_lm.kernels.combine import gather_rows, weighted_sum
+from moe_lm.kernels.combine import gather_rows, sum_rows
 from moe_lm.kernels.documents import packed_documents
-from moe_lm.kernels.experts import expert_swiglu
+from moe_lm.kernels.experts import Grouping, expert_mixture
 from moe_lm.kernels.loss import linear_cross_entropy
 from moe_lm.kernels.normalization import rms_norm
 from moe_lm.kernels.rotary import apply_rotary
@@ -111,10 +111,13 @@ def parts(sizes: Sizes, device: str) -> Iterator[Part]:
     yield in_ways("rotation", lambda x, b: apply_rotary(x, cos, sin, b), heads, "reference")
     token_P, ends_E = _routing(T, sizes)
     yield in_ways("rows to experts", lambda x, b: gather_rows(x, token_P, b), [_draw(T, D)], "reference")
-    rows = [_draw(len(token_P), D), _draw(len(token_P))]
-    yield in_ways("weighted sum", lambda y, w, b: weighted_sum(y, token_P, w, T, b), rows, "fused")
-    experts = [_draw(len(token_P), D), _draw(sizes.E, 2 * sizes.F, D), _draw(sizes.E, D, sizes.F)]
-    yield in_ways("experts", lambda x, up, down, b: expert_swiglu(x, ends_E, up, down, b), experts, "grouped")
+    yield in_ways("rows back", lambda y, b: sum_rows(y, token_P, T, b), [_draw(len(token_P), D)], "reference")
+    experts = [_draw(T, D), _draw(len(token_P)), _draw(sizes.E, 2 * sizes.F, D), _draw(sizes.E, D, sizes.F)]
+
+    def mixture(x: Tensor, weight_P: Tensor, gate_up: Tensor, down: Tensor, backend: str) -> Tensor:
+        return expert_mixture(x, Grouping(token_P, weight_P, ends_E), gate_up, down, backend)
+
+    yield in_ways("experts", mixture, experts, "grouped")
     yield _loss(sizes, T)
     yield _attention(sizes, device)
 

@@ -52,9 +52,9 @@ def main() -> None:
 
         for width in (2048, 771):
             normalization.rms_norm(leaf(24, width), leaf(width), 1e-5).sum().backward()
-            y_PD = rows.gather_rows(leaf(12, width), token_P)
-            rows.weighted_sum(y_PD, token_P, leaf(24), 12).sum().backward()
-        experts.expert_swiglu(leaf(24, 64), ends_E, leaf(3, 4096, 64), leaf(3, 64, 2048)).sum().backward()
+            rows.sum_rows(leaf(24, width).detach(), rows.order(token_P, 12))
+        matrices = leaf(3, 4096, 64), leaf(3, 64, 2048)
+        experts.expert_mixture(leaf(12, 64), token_P, leaf(24), ends_E, *matrices).sum().backward()
         angles_BSH = torch.zeros(2, 12, 128, dtype=dtype)
         rotary.apply_rotary(leaf(2, 12, 16, 128), angles_BSH, angles_BSH).sum().backward()
         for vocabulary in (32000, 257):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_lm.kernels.experts import expert_swiglu
+from moe_lm.kernels.experts import Grouping, expert_mixture
 
 # bf16 keeps 8 bits: one rounding is 2⁻⁹ relative; a chain of three products stays well under 1 % in norm.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -51,15 +51,20 @@ def assert_parity(
     assert_close(actual, expected, dtype, tolerance)
 
 
-def expert_inputs(counts: list[int], tail: int = 0, D: int = 16, F_: int = 24) -> tuple[list[Tensor], Tensor]:
-    E = len(counts)
-    x_RD = torch.randn(sum(counts) + tail, D)
-    weights = [torch.randn(E, 2 * F_, D) / D**0.5, torch.randn(E, D, F_) / F_**0.5]
-    return [x_RD, *weights], torch.tensor(counts).cumsum(0).to(torch.int32)
+def expert_inputs(counts: list[int], tail: int = 0, D: int = 16, F_: int = 24) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Tokens, rows' weights and experts' matrices; the token of each row, and where each expert's end.
+
+    Tokens have two rows each, anywhere; those of rows past the last end have no others, and are the last ones.
+    """
+    E, rows, tokens = len(counts), sum(counts), (sum(counts) + 1) // 2
+    token_P = torch.cat((torch.randperm(rows) // 2, torch.arange(tokens, tokens + tail)))
+    matrices = [torch.randn(E, 2 * F_, D) / D**0.5, torch.randn(E, D, F_) / F_**0.5]
+    inputs = [torch.randn(tokens + tail, D), torch.rand(rows + tail), *matrices]
+    return inputs, token_P, torch.tensor(counts).cumsum(0).to(torch.int32)
 
 
-def swiglu(backend: str, ends: Tensor) -> Callable[..., Tensor]:
-    return lambda x, gate_up, down: expert_swiglu(x, ends, gate_up, down, backend)
+def mixture(backend: str | None, token_P: Tensor, end_E: Tensor) -> Callable[..., Tensor]:
+    return lambda x, weight, gate_up, down: expert_mixture(x, Grouping(token_P, weight, end_E), gate_up, down, backend)
 
 
 def qkv(B: int, S: int, T: int, N: int, G: int, H: int) -> list[Tensor]:

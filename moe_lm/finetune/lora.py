@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_lm.finetune.config import Part
+from moe_lm.kernels.combine import gather_rows, sum_rows
+from moe_lm.kernels.experts import Grouping
 from moe_lm.kernels.grouped_linear import grouped_linear
 from moe_lm.model.attention import Attention
 from moe_lm.model.decoder import CausalLM, OutputHead
@@ -64,17 +66,20 @@ class LoraExperts(Experts):
     down_proj_lora_B: nn.Parameter
     scale: float
 
-    def forward(self, rows_PD: Tensor, group_ends_E: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, grouping: Grouping) -> Tensor:
         """See `Experts.forward`."""
+        token_P, weight_P, end_E = grouping
 
         def adapted(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-            low_rank = grouped_linear(grouped_linear(x, group_ends_E, a), group_ends_E, b)
-            return grouped_linear(x, group_ends_E, weight) + low_rank * self.scale
+            low_rank = grouped_linear(grouped_linear(x, end_E, a), end_E, b)
+            return grouped_linear(x, end_E, weight) + low_rank * self.scale
 
-        h_P2F = adapted(rows_PD, self.gate_up_proj, self.gate_up_proj_lora_A, self.gate_up_proj_lora_B)
+        x_PD = gather_rows(x_TD, token_P)
+        h_P2F = adapted(x_PD, self.gate_up_proj, self.gate_up_proj_lora_A, self.gate_up_proj_lora_B)
         gate_PF, up_PF = h_P2F.chunk(2, dim=-1)
-        activation_PF = F.silu(gate_PF) * up_PF
-        return adapted(activation_PF, self.down_proj, self.down_proj_lora_A, self.down_proj_lora_B)
+        activation_PF = F.silu(gate_PF) * up_PF * weight_P[:, None]
+        y_PD = adapted(activation_PF, self.down_proj, self.down_proj_lora_A, self.down_proj_lora_B)
+        return sum_rows(y_PD, token_P, len(x_TD))
 
 
 class LoraEmbedding(nn.Embedding):

@@ -1,10 +1,9 @@
-"""Token rows in the order of their experts, and the weighted sum of the experts' outputs per token.
+"""Rows of tokens: gathered for their experts, and summed per token. Each is the other's gradient.
 
-Letters: P placed rows, T tokens, D hidden.
+Letters: P rows, T tokens, D hidden.
 
-The plain version reads as the formula, but autograd then keeps the product of rows and weights as well, as large as
-the experts' output and only for its shape; and both sums go through memory several times, where native code on a CPU
-does once. On a GPU kernels in Triton (`triton/rows.py`) do without atomic additions.
+torch's index_add goes through memory several times, and on a GPU adds with atomics, in no fixed order; native code on a
+CPU goes once. On a GPU kernels in Triton (`triton/rows.py`) do without atomic additions.
 """
 
 from typing import Any
@@ -23,38 +22,22 @@ def gather_rows(x_TD: Tensor, token_P: Tensor, backend: str | None = None) -> Te
     Args:
         x_TD: tokens.
         token_P: numbers of tokens, int64.
-        backend: "reference", "native" (CPU), "triton" (GPU; contiguous), or None to choose.
-
-    Raises:
-        ValueError: on an unknown backend.
+        backend: of the gradient, which is a sum of rows; see `sum_rows`.
     """
-    if backend is None:
-        backend = "triton" if launch.supports(x_TD) and token_P.numel() else "reference"
-        if native.supports(x_TD) and torch.is_grad_enabled() and x_TD.requires_grad:
-            backend = "native"
-    if backend == "reference":
+    if not (torch.is_grad_enabled() and x_TD.requires_grad):
         return x_TD.index_select(0, token_P)
-    if backend == "native":
-        rows_PD: Tensor = _Gather.apply(x_TD, token_P)
-        return rows_PD
-    if backend == "triton":
-        from moe_lm.kernels.triton import rows
-
-        return rows.gather_rows(x_TD, token_P)
-    raise ValueError(f"backend={backend!r}: choose reference, native or triton")
+    x_PD: Tensor = _Gather.apply(x_TD, token_P, backend)
+    return x_PD
 
 
-def weighted_sum(
-    y_PD: Tensor, token_P: Tensor, weight_P: Tensor, num_tokens: int, backend: str | None = None
-) -> Tensor:
-    """Σ over the rows of a token of weight · row.
+def sum_rows(y_PD: Tensor, token_P: Tensor, num_tokens: int, backend: str | None = None) -> Tensor:
+    """Σ over the rows of a token.
 
     Args:
         y_PD: rows.
         token_P: the token of each row, int64.
-        weight_P: the weight of each row, in y's dtype.
         num_tokens: T.
-        backend: "reference", "fused", "triton" (GPU; contiguous), or None to choose.
+        backend: "reference", "native" (CPU), "triton" (GPU), or None to choose.
 
     Returns:
         [T, D]; zero for a token without rows.
@@ -62,64 +45,52 @@ def weighted_sum(
     Raises:
         ValueError: on an unknown backend.
     """
-    if backend == "triton" or (backend is None and launch.supports(y_PD, weight_P)):
+    if not (torch.is_grad_enabled() and y_PD.requires_grad):
+        return _sum(y_PD, token_P, num_tokens, backend)
+    y_TD: Tensor = _Sum.apply(y_PD, token_P, num_tokens, backend)
+    return y_TD
+
+
+def _sum(y_PD: Tensor, token_P: Tensor, num_tokens: int, backend: str | None) -> Tensor:
+    y_PD = y_PD.contiguous()
+    if backend is None:
+        backend = "triton" if launch.supports(y_PD) else "native" if native.supports(y_PD) else "reference"
+    if backend == "reference":
+        return y_PD.new_zeros(num_tokens, y_PD.shape[1]).index_add_(0, token_P, y_PD)
+    if backend == "native":
+        y_TD = y_PD.new_empty(num_tokens, y_PD.shape[1])
+        sizes = len(y_PD), num_tokens, y_PD.shape[1]
+        native.run("sum_of_tokens", y_PD.dtype, y_PD.numel(), y_PD, token_P.contiguous(), y_TD, *sizes)
+        return y_TD
+    if backend == "triton":
         from moe_lm.kernels.triton import rows
 
-        return rows.weighted_sum(y_PD, token_P, weight_P, num_tokens)
-    if backend == "reference":
-        return _reference(y_PD, token_P, weight_P, num_tokens)
-    if backend in (None, "fused"):
-        y_TD: Tensor = _WeightedSum.apply(y_PD, token_P, weight_P, num_tokens)
-        return y_TD
-    raise ValueError(f"backend={backend!r}: choose reference, fused or triton")
-
-
-def _reference(y_PD: Tensor, token_P: Tensor, weight_P: Tensor, num_tokens: int) -> Tensor:
-    return y_PD.new_zeros(num_tokens, y_PD.shape[1]).index_add(0, token_P, y_PD * weight_P[:, None])
-
-
-def _sum_of_tokens(y_PD: Tensor, token_P: Tensor, weight_P: Tensor | None, num_tokens: int) -> Tensor:
-    """Of each token the sum of its rows, with weights if given, in native code."""
-    y_TD, token_P = y_PD.new_empty(num_tokens, y_PD.shape[1]), token_P.contiguous()
-    sizes = len(y_PD), num_tokens, y_PD.shape[1]
-    native.run("sum_of_tokens", y_PD.dtype, y_PD.numel(), y_PD, token_P, weight_P, y_TD, *sizes)
-    return y_TD
+        return rows.sum_rows(y_PD, rows.order(token_P, num_tokens))
+    raise ValueError(f"backend={backend!r}: choose reference, native or triton")
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, token_P: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, token_P: Tensor, backend: str | None) -> Tensor:
         ctx.save_for_backward(token_P)
-        ctx.num_tokens = len(x_TD)
+        ctx.num_tokens, ctx.backend = len(x_TD), backend
         return x_TD.index_select(0, token_P)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor | None, ...]:
         (token_P,) = ctx.saved_tensors
-        return _sum_of_tokens(grad_PD.contiguous(), token_P, None, ctx.num_tokens), None
+        return _sum(grad_PD, token_P, ctx.num_tokens, ctx.backend), None, None
 
 
-class _WeightedSum(torch.autograd.Function):
+class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_PD: Tensor, token_P: Tensor, weight_P: Tensor, num_tokens: int) -> Tensor:
-        ctx.save_for_backward(y_PD, token_P, weight_P)
-        if native.supports(y_PD, weight_P):
-            return _sum_of_tokens(y_PD, token_P, weight_P, num_tokens)
-        return _reference(y_PD, token_P, weight_P, num_tokens)
+    def forward(ctx: Any, y_PD: Tensor, token_P: Tensor, num_tokens: int, backend: str | None) -> Tensor:
+        ctx.save_for_backward(token_P)
+        return _sum(y_PD, token_P, num_tokens, backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        y_PD, token_P, weight_P = ctx.saved_tensors
-        needs_y, _, needs_weight, _ = ctx.needs_input_grad
-        if native.supports(y_PD, weight_P):
-            grad_y_PD = torch.empty_like(y_PD) if needs_y else None
-            grad_weight_P = torch.empty_like(weight_P) if needs_weight else None
-            pointers = grad_TD.contiguous(), y_PD, token_P.contiguous(), weight_P, grad_y_PD, grad_weight_P
-            native.run("sum_of_tokens_backward", y_PD.dtype, y_PD.numel(), *pointers, *y_PD.shape)
-            return grad_y_PD, None, grad_weight_P, None
-        grad_PD = grad_TD.index_select(0, token_P)
-        # Not vecdot or bmm, which are 3 and 12 times slower in one of fp32 and bf16.
-        grad_weight_P = (y_PD * grad_PD).sum(dim=1) if needs_weight else None
-        return grad_PD.mul_(weight_P[:, None]) if needs_y else None, None, grad_weight_P, None
+        (token_P,) = ctx.saved_tensors
+        return grad_TD.index_select(0, token_P), None, None, None

@@ -86,35 +86,41 @@ static inline float sigmoid(float x) { return x < -88.0f ? 0.0f : 1.0f / (1.0f +
 
 #define PARALLEL_ROWS _Pragma("omp parallel for num_threads(threads) schedule(static)")
 
-// out[r] = silu(gate) · up, of rows h = [gate, up].
+// out[r] = weight[r] · silu(gate) · up, of rows h = [gate, up].
 template <typename T>
-static void swiglu(const T *h, T *out, int64_t rows, int64_t F, int threads) {
+static void swiglu(const T *h, const T *weight, T *out, int64_t rows, int64_t F, int threads) {
     PARALLEL_ROWS
     for (int64_t r = 0; r < rows; r++) {
         const T *gate = h + r * 2 * F, *up = gate + F;
         T *y = out + r * F;
+        float w = load(weight[r]);
 #pragma omp simd
         for (int64_t i = 0; i < F; i++) {
             float g = load(gate[i]);
-            store(y + i, g * sigmoid(g) * load(up[i]));
+            store(y + i, w * (g * sigmoid(g) * load(up[i])));
         }
     }
 }
 
-// The gradient of h, and over `grad`, the gradient of the activation, the activation itself.
+// The gradients of h and, if not null, of the weights; and over `grad`, the gradient of the activation, the activation
+// itself.
 template <typename T>
-static void swiglu_backward(const T *h, T *grad, T *grad_h, int64_t rows, int64_t F, int threads) {
+static void swiglu_backward(const T *h, const T *weight, T *grad, T *grad_h, T *grad_weight, int64_t rows, int64_t F,
+                            int threads) {
     PARALLEL_ROWS
     for (int64_t r = 0; r < rows; r++) {
         const T *gate = h + r * 2 * F, *up = gate + F;
         T *d = grad + r * F, *grad_gate = grad_h + r * 2 * F, *grad_up = grad_gate + F;
-#pragma omp simd
+        float w = load(weight[r]), sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
         for (int64_t i = 0; i < F; i++) {
-            float g = load(gate[i]), u = load(up[i]), dy = load(d[i]), s = sigmoid(g), silu = g * s;
-            store(grad_gate + i, dy * u * s * (1.0f + g * (1.0f - s)));  // 1 + g - silu would lose the 1
-            store(grad_up + i, dy * silu);
-            store(d + i, silu * u);
+            float g = load(gate[i]), u = load(up[i]), dy = load(d[i]), s = sigmoid(g), silu = g * s, weighted = dy * w;
+            sum += dy * (silu * u);
+            store(grad_gate + i, weighted * u * s * (1.0f + g * (1.0f - s)));  // 1 + g - silu would lose the 1
+            store(grad_up + i, weighted * silu);
+            store(d + i, w * (silu * u));
         }
+        if (grad_weight) store(grad_weight + r, sum);
     }
 }
 
@@ -288,10 +294,10 @@ static void rotary(const T *x, const T *cos, const T *sin, T *y, int64_t positio
     }
 }
 
-// out[t] = Σ weight[p] · y[p] over the rows p whose token[p] is t, in their order; without weights the plain sum.
+// out[t] = Σ y[p] over the rows p whose token[p] is t, in their order.
 template <typename T>
-static void sum_of_tokens(const T *y, const int64_t *token, const T *weight, T *out, int64_t rows, int64_t tokens,
-                          int64_t D, int threads) {
+static void sum_of_tokens(const T *y, const int64_t *token, T *out, int64_t rows, int64_t tokens, int64_t D,
+                          int threads) {
     std::vector<int64_t> ends(tokens + 1, 0), sorted(rows);
     for (int64_t p = 0; p < rows; p++) ends[token[p] + 1]++;
     for (int64_t t = 0; t < tokens; t++) ends[t + 1] += ends[t];
@@ -306,34 +312,13 @@ static void sum_of_tokens(const T *y, const int64_t *token, const T *weight, T *
             std::fill(sums.begin(), sums.end(), 0.0f);
             for (int64_t place = ends[t + 1]; place < ends[t + 2]; place++) {
                 const T *row = y + sorted[place] * D;
-                float factor = weight ? load(weight[sorted[place]]) : 1.0f;
 #pragma omp simd
-                for (int64_t i = 0; i < D; i++) sum[i] += factor * load(row[i]);
+                for (int64_t i = 0; i < D; i++) sum[i] += load(row[i]);
             }
             T *to = out + t * D;
 #pragma omp simd
             for (int64_t i = 0; i < D; i++) store(to + i, sum[i]);
         }
-    }
-}
-
-// Of that sum, from grad [tokens, D], the gradients of rows and weights; either may be null.
-template <typename T>
-static void sum_of_tokens_backward(const T *grad, const T *y, const int64_t *token, const T *weight, T *grad_y,
-                                   T *grad_weight, int64_t rows, int64_t D, int threads) {
-    PARALLEL_ROWS
-    for (int64_t p = 0; p < rows; p++) {
-        const T *d = grad + token[p] * D, *row = y + p * D;
-        float factor = load(weight[p]), sum = 0.0f;
-        if (grad_weight) {
-#pragma omp simd reduction(+ : sum)
-            for (int64_t i = 0; i < D; i++) sum += load(d[i]) * load(row[i]);
-            store(grad_weight + p, sum);
-        }
-        if (!grad_y) continue;
-        T *to = grad_y + p * D;
-#pragma omp simd
-        for (int64_t i = 0; i < D; i++) store(to + i, factor * load(d[i]));
     }
 }
 
@@ -406,9 +391,12 @@ extern "C" int mask_begins(const uint8_t *mask, int32_t *begins, int64_t B, int6
 }
 
 #define EXPORT(T)                                                                                                      \
-    void swiglu_##T(const T *h, T *out, int64_t rows, int64_t F, int threads) { swiglu(h, out, rows, F, threads); }    \
-    void swiglu_backward_##T(const T *h, T *grad, T *grad_h, int64_t rows, int64_t F, int threads) {                   \
-        swiglu_backward(h, grad, grad_h, rows, F, threads);                                                            \
+    void swiglu_##T(const T *h, const T *weight, T *out, int64_t rows, int64_t F, int threads) {                       \
+        swiglu(h, weight, out, rows, F, threads);                                                                      \
+    }                                                                                                                  \
+    void swiglu_backward_##T(const T *h, const T *weight, T *grad, T *grad_h, T *grad_weight, int64_t rows, int64_t F, \
+                             int threads) {                                                                            \
+        swiglu_backward(h, weight, grad, grad_h, grad_weight, rows, F, threads);                                       \
     }                                                                                                                  \
     void attention_softmax_##T(T *scores, const uint8_t *mask, int64_t mask_batch, int64_t mask_stride, int64_t batch, \
                                int64_t heads, int64_t queries, int64_t keys, int64_t offset, float scale,              \
@@ -430,13 +418,9 @@ extern "C" int mask_begins(const uint8_t *mask, int32_t *begins, int64_t B, int6
                                float *grad_weight, int64_t rows, int64_t D, int threads) {                             \
         rms_norm_backward(grad, x, weight, inverses, grad_x, grad_weight, rows, D, threads);                           \
     }                                                                                                                  \
-    void sum_of_tokens_##T(const T *y, const int64_t *token, const T *weight, T *out, int64_t rows, int64_t tokens,    \
-                           int64_t D, int threads) {                                                                   \
-        sum_of_tokens(y, token, weight, out, rows, tokens, D, threads);                                                \
-    }                                                                                                                  \
-    void sum_of_tokens_backward_##T(const T *grad, const T *y, const int64_t *token, const T *weight, T *grad_y,       \
-                                    T *grad_weight, int64_t rows, int64_t D, int threads) {                            \
-        sum_of_tokens_backward(grad, y, token, weight, grad_y, grad_weight, rows, D, threads);                         \
+    void sum_of_tokens_##T(const T *y, const int64_t *token, T *out, int64_t rows, int64_t tokens, int64_t D,          \
+                           int threads) {                                                                              \
+        sum_of_tokens(y, token, out, rows, tokens, D, threads);                                                        \
     }                                                                                                                  \
     void sum_of_squares_##T(const T *x, double *sum, int64_t count, int threads) {                                     \
         sum_of_squares(x, sum, count, threads);                                                                        \

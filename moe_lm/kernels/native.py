@@ -46,16 +46,15 @@ _FLAGS += ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD
 _TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 _KINDS = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
 _ARGUMENTS = {
-    "swiglu": "ppll",
-    "swiglu_backward": "pppll",
+    "swiglu": "pppll",
+    "swiglu_backward": "pppppll",
     "attention_softmax": "pplllllllf",
     "attention_softmax_backward": "ppll",
     "cross_entropy": "ppplli",
     "rms_norm": "ppppllf",
     "rms_norm_backward": "ppppppll",
     "rotary": "pppplllf",
-    "sum_of_tokens": "pppplll",
-    "sum_of_tokens_backward": "ppppppll",
+    "sum_of_tokens": "ppplll",
     "sum_of_squares": "ppl",
     "adamw": "pppplffffffff",
     "nesterov": "ppplfff",
@@ -64,12 +63,12 @@ _ARGUMENTS = {
     "decode": "ppppppppppf",
     "amx_attention": "pppppplllllf",
     "amx_attention_backward": "pppppppppplllllf",
-    "amx_experts": "ppppppplll",
+    "amx_experts": "ppppppppplll",
     "amx_linear": "pppplll",
     "amx_linear_backward": "pppppppplll",
     "amx_cross_entropy": "ppppppppplll",
     "amx_newton_schulz": "pllllfff",
-    "amx_experts_backward": "pppppppppppppplll",
+    "amx_experts_backward": "ppppppppppppppppplll",
 }
 """Of each function, pointers, 64-bit numbers, floats and ints in their order; the number of threads comes last."""
 

@@ -60,8 +60,8 @@ def activation_bytes(
     while it is computed again; bytes.
 
     What each operator keeps is its inputs: of a layer the residual stream and its norm, twice; q, k, v and the
-    attention's output; the router's input in fp32; and of every expert row its input, its gate-up product and its
-    output. (A dense block keeps both factors and the product of its gate as well.)
+    attention's output; the router's input in fp32; and of every expert row its gate-up product. (A dense block keeps
+    both factors and the product of its gate as well.)
 
     Args:
         config: The model.
@@ -78,15 +78,15 @@ def activation_bytes(
     attended = 3 * query + masked_keys if masked_keys else projections + config.num_attention_heads * probabilities
     attention = 2 * hidden + attended + query
     if config.is_mixture:
-        products = config.num_experts_per_tok * (2 * inner + hidden)
-        block = 2 * hidden + config.num_experts_per_tok * hidden + products
+        products = config.num_experts_per_tok * 2 * inner
+        block = 2 * hidden + products
     else:
         products, block = 2 * inner, 2 * hidden + 4 * inner
     router = 4 * hidden if config.is_mixture and compute_bytes < 4 else 0
     layer = compute_bytes * (attention + block) + router
     kept = {
         Recompute.none: layer,
-        Recompute.selective: compute_bytes * (2 * hidden + projections + products + (0 if probabilities else query)),
+        Recompute.selective: compute_bytes * (3 * hidden + projections + products + (0 if probabilities else query)),
         Recompute.full: compute_bytes * hidden,
     }[recompute]
     again = {

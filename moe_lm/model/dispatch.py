@@ -1,21 +1,19 @@
-"""Moving tokens to their experts and back: the protocol, and the dispatcher of a single process.
+"""Which rows the experts take, and where: the protocol, and the dispatchers of a single process.
 
-The decoder only knows `TokenDispatcher`; expert parallelism injects one that exchanges rows between processes.
-Gathers and sums are those of `kernels/combine.py`, the same result every time on a CPU as on a GPU with Triton, unlike
-indexing with brackets; 8,192 rows of 256 bf16 values take 0.2–0.6 ms each by torch's index_select and index_add (an
-expert layer of that size takes 20 ms).
+The decoder only knows `TokenDispatcher`; expert parallelism injects one that exchanges tokens between processes. Rows
+are gathered and summed by `kernels/experts.py`, from tokens to tokens.
 
-Letters: T tokens, D hidden, R assignments, P placed rows (R and the rows that fill groups up), E experts, C capacity.
+Letters: T tokens, D hidden, N tokens that this process's experts get (T where they are its own), R assignments, P rows
+(R and those that fill groups up), E experts, C capacity.
 """
 
 import itertools
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from moe_lm.kernels.combine import gather_rows, weighted_sum
-from moe_lm.kernels.experts import row_alignment
+from moe_lm.kernels.experts import Grouping, row_alignment
 from moe_lm.model.router import Assignments, expert_capacity
 
 _FEW_ROWS = 64
@@ -23,23 +21,13 @@ _FEW_ROWS = 64
 
 
 class TokenDispatcher(Protocol):
-    """Groups token rows by the experts that this process holds, and sums the experts' outputs per token."""
+    """Brings tokens to the experts that this process holds, and their answers back."""
 
-    def dispatch(self, x_TD: Tensor, assignments: Assignments) -> tuple[Tensor, Tensor, Any]:
-        """Return rows [P, D] grouped by local expert, the int32 end of each group [E], and a handle for `combine`."""
+    def dispatch(self, x_TD: Tensor, assignments: Assignments) -> tuple[Tensor, Grouping, Any]:
+        """Return tokens [N, D], the grouping of their rows by local expert, and a handle for `combine`."""
 
-    def combine(self, y_PD: Tensor, handle: Any) -> Tensor:
+    def combine(self, y_ND: Tensor, handle: Any) -> Tensor:
         """Return y [T, D]: for each token the sum of its assignments' weight · expert output."""
-
-
-class LocalHandle(NamedTuple):
-    """What `combine` needs to know of a local dispatch."""
-
-    token_P: Tensor
-    """Token of each placed row; any for filling rows."""
-    weight_P: Tensor
-    """Weight of each placed row; exactly 0 for filling rows, which therefore add nothing and receive no gradient."""
-    num_tokens: int
 
 
 class LocalDispatcher:
@@ -48,11 +36,18 @@ class LocalDispatcher:
     def __init__(self, num_experts: int):
         self.num_experts = num_experts
 
-    def dispatch(self, x_TD: Tensor, assignments: Assignments) -> tuple[Tensor, Tensor, LocalHandle]:
+    def dispatch(self, x_TD: Tensor, assignments: Assignments) -> tuple[Tensor, Grouping, None]:
         """See `TokenDispatcher`."""
+        return x_TD, self._group(x_TD, assignments), None
+
+    def combine(self, y_TD: Tensor, handle: None) -> Tensor:
+        """See `TokenDispatcher`."""
+        return y_TD
+
+    def _group(self, x_TD: Tensor, assignments: Assignments) -> Grouping:
         token_R, expert_R, weight_R = assignments
         if x_TD.device.type == "cpu" and len(token_R) < _FEW_ROWS:
-            return self._dispatch_few(x_TD, assignments)
+            return self._group_few(assignments)
         align = row_alignment(x_TD.device, x_TD.dtype, len(token_R), self.num_experts)
         sorted_expert_R, order_R = torch.sort(expert_R, stable=True)
         experts_E = torch.arange(self.num_experts, device=x_TD.device)
@@ -68,20 +63,15 @@ class LocalDispatcher:
         num_rows = int(end_E[-1]) if x_TD.device.type == "cpu" else capacity
         token_P = token_R.new_zeros(num_rows).index_copy(0, place_R, token_R.index_select(0, order_R))
         weight_P = weight_R.new_zeros(num_rows).index_copy(0, place_R, weight_R.index_select(0, order_R))
-        rows_PD = gather_rows(x_TD, token_P)
-        return rows_PD, end_E.to(torch.int32), LocalHandle(token_P, weight_P, x_TD.shape[0])
+        return Grouping(token_P, weight_P, end_E.to(torch.int32))
 
-    def _dispatch_few(self, x_TD: Tensor, assignments: Assignments) -> tuple[Tensor, Tensor, LocalHandle]:
+    def _group_few(self, assignments: Assignments) -> Grouping:
         """The same without filling rows, sorted in Python: for a few rows that is faster than starting 16 operators."""
         experts = assignments.expert_R.tolist()
         order_R = torch.tensor(sorted(range(len(experts)), key=experts.__getitem__), dtype=torch.int64)
         end_E = torch.tensor([*itertools.accumulate(map(experts.count, range(self.num_experts)))], dtype=torch.int32)
         token_P, weight_P = (values.index_select(0, order_R) for values in (assignments.token_R, assignments.weight_R))
-        return x_TD.index_select(0, token_P), end_E, LocalHandle(token_P, weight_P, x_TD.shape[0])
-
-    def combine(self, y_PD: Tensor, handle: LocalHandle) -> Tensor:
-        """See `TokenDispatcher`."""
-        return weighted_sum(y_PD, *handle)
+        return Grouping(token_P, weight_P, end_E)
 
 
 class CapacityDispatcher:
@@ -94,7 +84,7 @@ class CapacityDispatcher:
     def __init__(self, num_experts: int, factor: float):
         self.num_experts, self.factor = num_experts, factor
 
-    def dispatch(self, x_TD: Tensor, assignments: Assignments) -> tuple[Tensor, Tensor, LocalHandle]:
+    def dispatch(self, x_TD: Tensor, assignments: Assignments) -> tuple[Tensor, Grouping, None]:
         """See `TokenDispatcher`; group e is rows e·C to (e + 1)·C."""
         token_R, expert_R, weight_R = assignments
         capacity = expert_capacity(self.factor, len(token_R), self.num_experts)
@@ -111,9 +101,9 @@ class CapacityDispatcher:
         filling_P = torch.arange(num_rows + 1, device=x_TD.device) % x_TD.shape[0]
         token_P = filling_P.scatter(0, place_R, token_R.index_select(0, order_R))[:-1]
         weight_P = weight_R.new_zeros(num_rows + 1).scatter(0, place_R, weight_R.index_select(0, order_R))[:-1]
-        ends_E = (experts_E + 1) * capacity
-        return gather_rows(x_TD, token_P), ends_E.to(torch.int32), LocalHandle(token_P, weight_P, x_TD.shape[0])
+        end_E = (experts_E + 1) * capacity
+        return x_TD, Grouping(token_P, weight_P, end_E.to(torch.int32)), None
 
-    def combine(self, y_PD: Tensor, handle: LocalHandle) -> Tensor:
+    def combine(self, y_TD: Tensor, handle: None) -> Tensor:
         """See `TokenDispatcher`."""
-        return weighted_sum(y_PD, *handle)
+        return y_TD

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lm.kernels.experts import expert_swiglu
+from moe_lm.kernels.experts import Grouping, expert_mixture
 from moe_lm.model.config import ModelConfig
 from moe_lm.model.dispatch import CapacityDispatcher, LocalDispatcher, TokenDispatcher
 from moe_lm.model.linear import Linear
@@ -22,9 +22,9 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * size, config.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, size))
 
-    def forward(self, rows_PD: Tensor, group_ends_E: Tensor) -> Tensor:
-        """Apply expert e to the rows of group e; rows [P, D] to [P, D]."""
-        return expert_swiglu(rows_PD, group_ends_E, self.gate_up_proj, self.down_proj)
+    def forward(self, x_TD: Tensor, grouping: Grouping) -> Tensor:
+        """The weighted sum, for each token, of the experts that take it; [T, D] to [T, D]."""
+        return expert_mixture(x_TD, grouping, self.gate_up_proj, self.down_proj)
 
 
 class MixtureOfExperts(nn.Module):
@@ -45,9 +45,8 @@ class MixtureOfExperts(nn.Module):
         x_TD = x_BSD.flatten(0, 1)
         mask_T = None if routing_mask_BS is None else routing_mask_BS.flatten()
         assignments, statistics = self.gate(x_TD, mask_T, counted)
-        rows_PD, group_ends_E, handle = self.dispatcher.dispatch(x_TD, assignments)
-        y_PD = self.experts(rows_PD, group_ends_E)
-        y_TD = self.dispatcher.combine(y_PD, handle)
+        x_ND, grouping, handle = self.dispatcher.dispatch(x_TD, assignments)
+        y_TD = self.dispatcher.combine(self.experts(x_ND, grouping), handle)
         return y_TD.view_as(x_BSD), statistics
 
 

@@ -28,7 +28,7 @@ _KEPT = {
         _aten._scaled_dot_product_efficient_attention.default,
         _aten._scaled_dot_product_cudnn_attention.default,
         _aten._scaled_dot_product_flash_attention_for_cpu.default,
-        torch.ops.moe_lm.expert_loop.default,
+        torch.ops.moe_lm.expert_mixture.default,
         torch.ops.moe_lm.linear.default,
         torch.ops.moe_lm.linear_loop.default,
     },

@@ -9,9 +9,9 @@ For each micro-batch, of every parameter that is cut over W processes into parts
     all-gather        forward, and again backward; once for embedding, final norm and head, which stay in between
     reduce-scatter    its gradient, in fp32
     all-to-all        of each layer: E numbers of rows, then the rows themselves, there and back, forward and backward:
-                      2·(S + Q)·D values for S rows sent to other processes and Q received from them (with a capacity
-                      C there are no numbers, and C rows to and from every expert; activations that are computed again
-                      repeat the forward's part)
+                      2·(S + Q)·D values for S rows sent to other processes and Q received from them, and S + Q weights
+                      and their gradients (with a capacity C there are no numbers, and C rows to and from every expert;
+                      activations that are computed again repeat the forward's part)
 
 and once a step: the all-reduce of gradient parts over replicas, of losses, expert counts and the norm, and Muon's
 all-gathers of the matrices it orthogonalises.
@@ -127,7 +127,8 @@ def _expert_traffic(
     model: ModelConfig, layout: Layout, work: Work, placement: Placement | None, ep_rank: int
 ) -> dict[str, Traffic]:
     """Of experts, cut over the processes that share them, and of the rows that travel to their owners."""
-    parts, shards, replicas, numbers, rows = layout.expert_shards, Traffic(), Traffic(), 0, 0
+    parts, shards, replicas, numbers = layout.expert_shards, Traffic(), Traffic(), 0
+    sent, received = work.rows_sent, work.rows_received
     for layer in range(model.num_hidden_layers):
         owned = model.num_experts if placement is None else len(placement.experts_of(layer, ep_rank))
         dim = expert_dim(owned, layout)
@@ -142,11 +143,12 @@ def _expert_traffic(
             numbers += (model.num_experts - owned) * work.micro_batches
         else:
             capacity = expert_capacity(factor, work.tokens * model.num_experts_per_tok, model.num_experts)
-            others = model.num_experts - owned + owned * (layout.ep - 1)
-            rows += others * capacity * work.micro_batches
-    rows += work.rows_sent + work.rows_received
+            sent += (model.num_experts - owned) * capacity * work.micro_batches
+            received += owned * (layout.ep - 1) * capacity * work.micro_batches
     forward = 2 if work.recompute else 1
-    travel = forward * 8 * numbers + (forward + 1) * rows * model.hidden_size * work.compute_bytes
+    # Rows there and back and, the other way, their gradients; with a weight each, which comes back as a gradient.
+    values = (forward + 1) * (sent + received) * model.hidden_size + forward * sent + received
+    travel = forward * 8 * numbers + values * work.compute_bytes
     exchange = Traffic(all_to_all=Fraction(travel))
     return {"expert shards": shards, "expert replicas": replicas, "expert parallel": exchange}
 

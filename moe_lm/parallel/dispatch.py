@@ -1,15 +1,15 @@
 """Expert parallelism: token rows travel to the processes that own their experts, and the results back.
 
 One layer's exchange, forward: each process sorts its rows by owner and expert, tells every owner how many rows of each
-expert it will send, reads all these numbers at once (the layer's only wait for the device), sends the rows, and puts
-what it received into the order of its experts. The results go the same way back and are weighted and summed where the
+expert it will send, reads all these numbers at once (the layer's only wait for the device), sends the rows and their
+weights, and groups what it received by its experts. The weighted results go the same way back and are summed where the
 tokens are. Backward exchanges gradients with the same numbers reversed, and waits for nothing.
 
 Every process must take part in every exchange, forward and backward, whatever it has to send: a backward that is missed
 on one process is answered by the next collective of its peers, which ends in an abort. So the exchange is an autograd
 function of its own, and its result is always part of the loss.
 
-Letters: T tokens, D hidden, R assignments (rows sent), Q rows received, P placed rows (Q and the rows that fill groups
+Letters: T tokens, D hidden, R assignments (rows sent), Q rows received, P rows of experts (Q and those that fill groups
 up), E experts in the whole model, N experts owned here.
 """
 
@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_lm.kernels.combine import gather_rows, weighted_sum
-from moe_lm.kernels.experts import row_alignment
-from moe_lm.model.dispatch import CapacityDispatcher, LocalHandle
+from moe_lm.kernels.combine import gather_rows, sum_rows
+from moe_lm.kernels.experts import Grouping, row_alignment
+from moe_lm.model.dispatch import CapacityDispatcher
 from moe_lm.model.router import Assignments
 
 
@@ -31,10 +31,6 @@ class ExchangeHandle(NamedTuple):
 
     token_R: Tensor
     """Token of each row sent, in the order of sending."""
-    weight_R: Tensor
-    """Its weight."""
-    place_Q: Tensor
-    """Where each received row was placed among the rows of this process's experts."""
     sent: list[int]
     """Rows sent to each owner."""
     received: list[int]
@@ -65,7 +61,7 @@ class _Owners:
 class AllToAllDispatcher(_Owners):
     """Experts live on the processes of a group, each layer's by a placement of its own."""
 
-    def dispatch(self, x_TD: Tensor, assignments: Assignments) -> tuple[Tensor, Tensor, ExchangeHandle]:
+    def dispatch(self, x_TD: Tensor, assignments: Assignments) -> tuple[Tensor, Grouping, ExchangeHandle]:
         """See `TokenDispatcher`; every process of the group must call it."""
         token_R, expert_R, weight_R = assignments
         sorted_slot_R, order_R = torch.sort(self._slot_E.index_select(0, expert_R), stable=True)
@@ -73,22 +69,23 @@ class AllToAllDispatcher(_Owners):
         # Not bincount, which waits for the device to find out the largest number.
         size_E = torch.zeros_like(self._slot_E).scatter_add(0, sorted_slot_R, torch.ones_like(sorted_slot_R))
         size_SN, sent, received = self._exchange_sizes(size_E)
-        rows_QD = _Exchange.apply(gather_rows(x_TD, token_R), received, sent, self._group)
-        num_received = rows_QD.shape[0]
+        x_QD = _Exchange.apply(gather_rows(x_TD, token_R), received, sent, self._group)
+        weight_Q = _Exchange.apply(weight_R, received, sent, self._group)
+        num_received = x_QD.shape[0]
         align = row_alignment(x_TD.device, x_TD.dtype, num_received, self._num_owned)
         place_Q, end_N = _places(size_SN, align, num_received)
         # As in the local dispatcher, CUDA takes an upper bound instead of being waited for.
         on_cpu = x_TD.device.type == "cpu"
-        num_placed = int(end_N[-1]) if on_cpu else num_received + self._num_owned * (align - 1)
-        rows_PD = rows_QD.new_zeros(num_placed, rows_QD.shape[1]).index_copy(0, place_Q, rows_QD)
-        handle = ExchangeHandle(token_R, weight_R, place_Q, sent, received, x_TD.shape[0])
-        return rows_PD, end_N.to(torch.int32), handle
+        num_rows = int(end_N[-1]) if on_cpu else num_received + self._num_owned * (align - 1)
+        arrived_P = place_Q.new_zeros(num_rows).index_copy(0, place_Q, torch.arange(num_received, device=x_TD.device))
+        weight_P = weight_Q.new_zeros(num_rows).index_copy(0, place_Q, weight_Q)
+        handle = ExchangeHandle(token_R, sent, received, x_TD.shape[0])
+        return x_QD, Grouping(arrived_P, weight_P, end_N.to(torch.int32)), handle
 
-    def combine(self, y_PD: Tensor, handle: ExchangeHandle) -> Tensor:
+    def combine(self, y_QD: Tensor, handle: ExchangeHandle) -> Tensor:
         """See `TokenDispatcher`; every process of the group must call it."""
-        rows_QD = gather_rows(y_PD, handle.place_Q)
-        rows_RD = _Exchange.apply(rows_QD, handle.sent, handle.received, self._group)
-        return weighted_sum(rows_RD, handle.token_R, handle.weight_R, handle.num_tokens)
+        y_RD = _Exchange.apply(y_QD, handle.sent, handle.received, self._group)
+        return sum_rows(y_RD, handle.token_R, handle.num_tokens)
 
     def _exchange_sizes(self, size_E: Tensor) -> tuple[Tensor, list[int], list[int]]:
         """From the rows that this process has for each expert, in the order of owners: the rows that come from each
@@ -114,23 +111,24 @@ class CapacityAllToAllDispatcher(_Owners):
         super().__init__(owners_E, group, device)
         self._local = CapacityDispatcher(len(owners_E), factor)
 
-    def dispatch(self, x_TD: Tensor, assignments: Assignments) -> tuple[Tensor, Tensor, LocalHandle]:
+    def dispatch(self, x_TD: Tensor, assignments: Assignments) -> tuple[Tensor, Grouping, tuple[Tensor, int]]:
         """See `TokenDispatcher`; every process of the group must call it, with as many tokens."""
         by_slot = assignments._replace(expert_R=self._slot_E.index_select(0, assignments.expert_R))
-        rows_PD, end_E, handle = self._local.dispatch(x_TD, by_slot)
-        capacity = rows_PD.shape[0] // len(end_E)
+        _, (token_R, weight_R, end_E), _ = self._local.dispatch(x_TD, by_slot)
+        capacity = len(token_R) // len(end_E)
         sent, received = self._splits(capacity)
-        arrived_QD = _Exchange.apply(rows_PD, received, sent, self._group)
+        x_QD = _Exchange.apply(gather_rows(x_TD, token_R), received, sent, self._group)
+        weight_Q = _Exchange.apply(weight_R, received, sent, self._group)
         # By source and expert, as they came, to by expert and source.
-        placed_QD = arrived_QD.unflatten(0, (self._size, self._num_owned, capacity)).transpose(0, 1).flatten(0, 2)
-        return placed_QD, end_E[: self._num_owned] * self._size, handle
+        came = torch.arange(len(weight_Q), device=x_TD.device).view(self._size, self._num_owned, capacity)
+        came_Q = came.transpose(0, 1).flatten()
+        grouping = Grouping(came_Q, weight_Q.index_select(0, came_Q), end_E[: self._num_owned] * self._size)
+        return x_QD, grouping, (token_R, len(x_TD))
 
-    def combine(self, y_QD: Tensor, handle: LocalHandle) -> Tensor:
+    def combine(self, y_QD: Tensor, handle: tuple[Tensor, int]) -> Tensor:
         """See `TokenDispatcher`; every process of the group must call it."""
-        capacity = y_QD.shape[0] // (self._size * self._num_owned)
-        sent, received = self._splits(capacity)
-        rows_QD = y_QD.unflatten(0, (self._num_owned, self._size, capacity)).transpose(0, 1).flatten(0, 2)
-        return self._local.combine(_Exchange.apply(rows_QD, sent, received, self._group), handle)
+        sent, received = self._splits(y_QD.shape[0] // (self._size * self._num_owned))
+        return sum_rows(_Exchange.apply(y_QD, sent, received, self._group), *handle)
 
     def _splits(self, capacity: int) -> tuple[list[int], list[int]]:
         """Rows to each owner, and from each process."""
@@ -172,6 +170,6 @@ class _Exchange(torch.autograd.Function):
 
 
 def _all_to_all(rows: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
-    result = rows.new_empty(sum(received), rows.shape[1])
+    result = rows.new_empty(sum(received), *rows.shape[1:])
     dist.all_to_all_single(result, rows.contiguous(), received, sent, group=group)
     return result

@@ -10,9 +10,8 @@ import torch
 
 from moe_lm.data.batch import Batch
 from moe_lm.kernels.attention import attention, attention_mask
-from moe_lm.kernels.combine import gather_rows, weighted_sum
+from moe_lm.kernels.combine import gather_rows, sum_rows
 from moe_lm.kernels.documents import packed_documents
-from moe_lm.kernels.experts import expert_swiglu
 from moe_lm.kernels.loss import linear_cross_entropy
 from moe_lm.kernels.normalization import rms_norm
 from moe_lm.kernels.rotary import apply_rotary
@@ -29,7 +28,7 @@ from moe_lm.training.optimizer import Optimizer
 from moe_lm.training.precision import ComputeModel
 from moe_lm.training.state import initial_load
 from moe_lm.training.step import next_load, train_step
-from tests.kernels import DTYPES, assert_parity, swiglu
+from tests.kernels import DTYPES, assert_parity, expert_inputs, mixture
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -39,15 +38,13 @@ def _relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("groups", [[64, 0, 128, 8], [0, 0, 200, 0], [1, 2, 3, 4]])
-def test_expert_swiglu_in_bf16(groups):
+def test_experts_in_bf16(groups):
     """Catches a grouped product that mixes up experts, or garbage in rows past the last group, forward or backward."""
-    ends = torch.tensor(groups).cumsum(0).to(torch.int32)
-    rows = int(ends[-1]) + 16
-    inputs = [torch.randn(rows, 64), torch.randn(4, 96, 64) / 8, torch.randn(4, 64, 48) / 7]
+    inputs, token_P, end_E = expert_inputs(groups, 16, 64, 48)
     results = []
     for device, dtype, backend in (("cpu", torch.float64, "reference"), ("cuda", torch.bfloat16, None)):
         leaves = [x.to(device, dtype).requires_grad_() for x in inputs]
-        y = expert_swiglu(leaves[0], ends.to(device), *leaves[1:], backend=backend)
+        y = mixture(backend, token_P.to(device), end_E.to(device))(*leaves)
         y.square().sum().backward()
         results.append([y.detach(), *(leaf.grad for leaf in leaves)])
     for ours, reference in zip(results[1], results[0], strict=True):
@@ -111,11 +108,10 @@ def test_triton_kernels_on_many_rows(dtype):
     token_P = torch.randperm(8192) // 2
     gathers = [lambda x, b=b: gather_rows(x, token_P, b) for b in ("triton", "reference")]
     assert_parity(*gathers, [torch.randn(4096, 1024)], dtype)
-    sums = [lambda y, w, b=b: weighted_sum(y, token_P, w, 4096, b) for b in ("triton", "reference")]
-    assert_parity(*sums, [torch.randn(8192, 1024), torch.rand(8192)], dtype)
-    ends_E = torch.tensor([1000, 1000, 1003, 4096], dtype=torch.int32)
-    inputs = [torch.randn(4100, 512), torch.randn(4, 2048, 512) / 23, torch.randn(4, 512, 1024) / 32]
-    assert_parity(swiglu("triton", ends_E), swiglu("reference", ends_E), inputs, dtype)
+    sums = [lambda y, b=b: sum_rows(y, token_P, 4096, b) for b in ("triton", "reference")]
+    assert_parity(*sums, [torch.randn(8192, 1024)], dtype)
+    inputs, *rows = expert_inputs([1000, 0, 3, 3093], 4, 512, 1024)
+    assert_parity(mixture("triton", *rows), mixture("reference", *rows), inputs, dtype)
 
 
 CONFIG = ModelConfig(

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from moe_lm.kernels.attention import attention, attention_mask
-from moe_lm.kernels.combine import weighted_sum
-from moe_lm.kernels.experts import ROW_ALIGNMENT, expert_swiglu, row_alignment
+from moe_lm.kernels.combine import gather_rows, sum_rows
+from moe_lm.kernels.experts import ROW_ALIGNMENT, Grouping, expert_mixture, row_alignment
 from moe_lm.kernels.loss import linear_cross_entropy
 from moe_lm.kernels.newton_schulz import orthogonalize
 from moe_lm.kernels.normalization import rms_norm
@@ -22,9 +22,9 @@ from tests.kernels import (
     assert_parity,
     expert_inputs,
     leaves,
+    mixture,
     output_and_gradients,
     qkv,
-    swiglu,
 )
 
 CPU = torch.device("cpu")
@@ -47,60 +47,61 @@ GROUPS = {
 @pytest.mark.parametrize("backend", ["reference", "grouped", "cpu", None])
 @pytest.mark.parametrize("tail", [0, 3])
 def test_experts_match_the_fp64_reference(backend: str, dtype: torch.dtype, counts: list[int], tail: int) -> None:
-    """Catches a wrong group boundary, an unwritten weight gradient of an empty expert, garbage past the last end."""
-    inputs, ends = expert_inputs(counts, tail)
-    assert_parity(swiglu(backend, ends), swiglu("reference", ends), inputs, dtype)
+    """Catches a wrong group boundary, an unwritten weight gradient of an empty expert, garbage past the last end, and a
+    row of another token."""
+    inputs, *rows = expert_inputs(counts, tail)
+    assert_parity(mixture(backend, *rows), mixture("reference", *rows), inputs, dtype)
 
 
 def test_the_expert_reference_is_the_formula() -> None:
     """Catches a swap of gate and up, or of the weights' axes, that all backends would share."""
-    (x_RD, gate_up, down), ends = expert_inputs([2, 3])
-    y_RD = expert_swiglu(x_RD, ends, gate_up, down, "reference")
-    for row, expert in enumerate([0, 0, 1, 1, 1]):
-        gate, up = gate_up[expert, :24] @ x_RD[row], gate_up[expert, 24:] @ x_RD[row]
-        torch.testing.assert_close(y_RD[row], down[expert] @ (gate * torch.sigmoid(gate) * up))
+    (x_TD, weight_P, gate_up, down), token_P, end_E = expert_inputs([2, 3])
+    expected_TD = torch.zeros_like(x_TD)
+    for token, weight, expert in zip(token_P.tolist(), weight_P, [0, 0, 1, 1, 1]):
+        gate, up = gate_up[expert, :24] @ x_TD[token], gate_up[expert, 24:] @ x_TD[token]
+        expected_TD[token] += weight * (down[expert] @ (gate * torch.sigmoid(gate) * up))
+    y_TD = expert_mixture(x_TD, Grouping(token_P, weight_P, end_E), gate_up, down, "reference")
+    torch.testing.assert_close(y_TD, expected_TD)
 
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("backend", ["reference", "grouped", "cpu"])
-def test_rows_past_the_last_end_are_zero_even_if_they_hold_nan(backend: str) -> None:
+def test_rows_past_the_last_end_count_for_nothing_even_if_they_hold_nan(backend: str) -> None:
     """Catches uninitialised memory leaking out of grouped GEMMs, forward or backward."""
-    inputs, ends = expert_inputs([3, 5], tail=4)
-    inputs[0][8:] = torch.nan
+    inputs, *rows = expert_inputs([3, 5], tail=4)
+    inputs[0][4:] = torch.nan
     inputs = leaves(*inputs, dtype=torch.float32)
-    y_RD, grad_x, *grad_weights = output_and_gradients(swiglu(backend, ends), inputs, torch.ones(12, 16))
-    assert (y_RD[8:] == 0).all() and (grad_x[8:] == 0).all()
-    assert all(torch.isfinite(gradient).all() for gradient in grad_weights)
+    y_TD, grad_x, *gradients = output_and_gradients(mixture(backend, *rows), inputs, torch.ones(8, 16))
+    assert (y_TD[4:] == 0).all() and (grad_x[4:] == 0).all() and (gradients[0][8:] == 0).all()
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("backend", ["grouped", "cpu"])
-def test_padding_rows_change_nothing(backend: str) -> None:
-    """Catches padding that adds to weight gradients or comes back as anything but zero."""
-    (x_RD, gate_up, down), ends = expert_inputs([3, 5])
-    padded_RD = torch.cat([x_RD[:3], torch.zeros(5, 16), x_RD[3:], torch.zeros(3, 16)])
+def test_rows_that_fill_up_change_nothing(backend: str) -> None:
+    """Catches filling, which is of any token with weight 0, that adds to a gradient or to a token."""
+    (x_TD, weight_P, *matrices), token_P, end_E = expert_inputs([3, 5])
     real = torch.tensor([0, 1, 2, 8, 9, 10, 11, 12])
-    upstream, padded_upstream = torch.randn(8, 16), torch.zeros(16, 16)
-    padded_upstream[real] = upstream
-    plain = output_and_gradients(swiglu(backend, ends), leaves(x_RD, gate_up, down, dtype=torch.float32), upstream)
-    padded = output_and_gradients(
-        swiglu(backend, torch.tensor([8, 16], dtype=torch.int32)),
-        leaves(padded_RD, gate_up, down, dtype=torch.float32),
-        padded_upstream,
-    )
-    assert (padded[0][3:8] == 0).all()
-    assert_close([padded[0][real], padded[1][real], *padded[2:]], plain, torch.float32)
+    filled_token_P = torch.ones(16, dtype=torch.int64).index_copy(0, real, token_P)
+    filled_weight_P = torch.zeros(16).index_copy(0, real, weight_P)
+    upstream, ends = torch.randn(4, 16), torch.tensor([8, 16], dtype=torch.int32)
+    inputs = leaves(x_TD, weight_P, *matrices, dtype=torch.float32)
+    plain = output_and_gradients(mixture(backend, token_P, end_E), inputs, upstream)
+    inputs = leaves(x_TD, filled_weight_P, *matrices, dtype=torch.float32)
+    filled = output_and_gradients(mixture(backend, filled_token_P, ends), inputs, upstream)
+    assert_close([*filled[:2], filled[2][real], *filled[3:]], plain, torch.float32)
 
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("backend", ["grouped", "cpu"])
-def test_experts_without_gradients_of_weights(backend: str) -> None:
-    """Catches a backward that needs frozen weights (LoRA) or a frozen input to require gradients."""
-    inputs, ends = expert_inputs([3, 5])
-    expected = output_and_gradients(swiglu("reference", ends), leaves(*inputs, dtype=torch.float32), torch.ones(8, 16))
-    for index in range(3):
+def test_experts_in_part(backend: str) -> None:
+    """Catches a backward that needs frozen matrices (LoRA) or a frozen input to require gradients."""
+    inputs, *rows = expert_inputs([3, 5])
+    upstream = torch.ones(4, 16)
+    expected = output_and_gradients(mixture("reference", *rows), leaves(*inputs, dtype=torch.float32), upstream)
+    for index in range(4):
         tensors = [tensor.detach().requires_grad_(position == index) for position, tensor in enumerate(inputs)]
-        swiglu(backend, ends)(*tensors).backward(torch.ones(8, 16))
+        mixture(backend, *rows)(*tensors).backward(upstream)
         gradient = tensors[index].grad
         assert gradient is not None
         assert_close([gradient], [expected[index + 1]], torch.float32)
@@ -109,11 +110,11 @@ def test_experts_without_gradients_of_weights(backend: str) -> None:
 @pytest.mark.usefixtures("kernels")
 def test_experts_compose_with_selective_checkpointing() -> None:
     """Catches buffers kept outside save_for_backward, which a checkpoint would neither drop nor recompute."""
-    inputs, ends = expert_inputs([3, 0, 5])
-    upstream = torch.randn(8, 16)
+    inputs, *rows = expert_inputs([3, 0, 5])
+    upstream = torch.randn(4, 16)
 
-    def block(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        return x + expert_swiglu(x.sigmoid().topk(16, sorted=False).values, ends, gate_up, down, "cpu")
+    def block(x: Tensor, *others: Tensor) -> Tensor:
+        return x + mixture("cpu", *rows)(x.sigmoid().topk(16, sorted=False).values, *others)
 
     def policy(context: object, operator: object, *args: object, **kwargs: object) -> CheckpointPolicy:
         saved = operator is torch.ops.aten.topk.default
@@ -130,6 +131,16 @@ def test_experts_compose_with_selective_checkpointing() -> None:
         assert torch.equal(ours, expected)
 
 
+def test_the_mixture_keeps_only_the_gate_up_product_of_its_rows() -> None:
+    """Catches a second tensor as large as the rows that waits for the backward pass."""
+    inputs, *rows = expert_inputs([30, 34])
+    sizes: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()), lambda t: t):
+        mixture("cpu", *rows)(*leaves(*inputs, dtype=torch.float32))
+    matrices = [inputs[2].numel(), inputs[3].numel()]
+    assert sorted(sizes) == sorted([32 * 16, 64, 64, 2, *matrices, 64 * 48])
+
+
 def test_row_alignment_pads_little_and_never_a_decoding_step(kernels: Kernels) -> None:
     """Catches a rule that pads two rows to a thousand, or many experts to several times their rows."""
     bf16 = torch.bfloat16
@@ -142,39 +153,32 @@ def test_row_alignment_pads_little_and_never_a_decoding_step(kernels: Kernels) -
             assert row_alignment(CPU, bf16, rows, experts) * experts / 2 <= rows / 4
 
 
-# --- combine ---------------------------------------------------------------------------------------------------------
-
-TOKENS_OF_ROWS = {
-    "random": [3, 0, 3, 1, 2, 0, 3],
-    "all rows of one token": [1, 1, 1],
-    "a token without rows": [0, 2, 0],
-    "one row": [0],
-    "no rows": [],
-}
+# --- rows of tokens ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", TOKENS_OF_ROWS)
-def test_combining_rows(tokens: str, dtype: torch.dtype) -> None:
-    """Catches a row that goes to another token, and a weight's gradient that is another row's."""
-    token_P = torch.tensor(TOKENS_OF_ROWS[tokens], dtype=torch.int64)
-    inputs = [torch.randn(len(token_P), 24), torch.rand(len(token_P))]
-    fused = lambda y, w: weighted_sum(y, token_P, w, 4, "fused")  # noqa: E731
-    assert_parity(fused, lambda y, w: weighted_sum(y, token_P, w, 4, "reference"), inputs, dtype)
+def test_an_unknown_backend_is_refused() -> None:
+    """Catches a misspelt name that is taken for the default."""
+    inputs, *rows = expert_inputs([3])
+    with pytest.raises(ValueError, match="choose reference, grouped, cpu or triton"):
+        mixture("other", *rows)(*inputs)
+    with pytest.raises(ValueError, match="choose reference, native or triton"):
+        sum_rows(torch.ones(3, 2), torch.arange(3), 3, "other")
 
 
-def test_combining_keeps_no_product() -> None:
-    """Catches a second tensor as large as the rows that waits for the backward pass."""
-    y_PD, weight_P = leaves(torch.randn(64, 8), torch.rand(64), dtype=torch.float32)
-    kept: dict[str, int] = {}
-    for backend in ("reference", "fused"):
-        sizes: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()), lambda t: t):
-            weighted_sum(y_PD, torch.arange(64) % 8, weight_P, 8, backend)
-        kept[backend] = sum(size == 64 * 8 for size in sizes)
-    assert kept == {"reference": 2, "fused": 1}
-    with pytest.raises(ValueError, match="choose reference, fused or triton"):
-        weighted_sum(y_PD, torch.arange(64), weight_P, 64, "other")
+@pytest.mark.usefixtures("kernels")
+def test_gathering_and_summing_are_each_other_s_gradient() -> None:
+    """Catches a row of another token, in fp64 as well, which native code does not take."""
+    token_P = torch.tensor([3, 0, 3, 1, 0, 3])
+    for dtype in (torch.float32, torch.float64):
+        x_TD, y_PD = leaves(torch.randn(5, 7), torch.randn(6, 7), dtype=dtype)
+        rows_PD, sums_TD = gather_rows(x_TD, token_P), sum_rows(y_PD, token_P, 5)
+        assert torch.equal(rows_PD, x_TD[token_P])
+        torch.testing.assert_close(sums_TD, torch.zeros(5, 7, dtype=dtype).index_add(0, token_P, y_PD))
+        of_rows, of_sums = torch.randn(6, 7).to(dtype), torch.randn(5, 7).to(dtype)
+        rows_PD.backward(of_rows)
+        sums_TD.backward(of_sums)
+        torch.testing.assert_close(x_TD.grad, torch.zeros(5, 7, dtype=dtype).index_add(0, token_P, of_rows))
+        assert torch.equal(y_PD.grad, of_sums[token_P])
 
 
 # --- attention -------------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from moe_lm.kernels import newton_schulz
 from moe_lm.kernels.attention import attention, attention_mask
-from moe_lm.kernels.combine import gather_rows, weighted_sum
-from moe_lm.kernels.experts import expert_swiglu
+from moe_lm.kernels.combine import gather_rows, sum_rows
+from moe_lm.kernels.experts import Grouping, expert_mixture
 from moe_lm.kernels.linear import linear
 from moe_lm.kernels.loss import _LOGITS_AT_ONCE, linear_cross_entropy
 from moe_lm.kernels.normalization import rms_norm
@@ -33,9 +33,9 @@ from tests.kernels import (
     assert_parity,
     expert_inputs,
     leaves,
+    mixture,
     output_and_gradients,
     qkv,
-    swiglu,
 )
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -51,8 +51,8 @@ def two_threads() -> Iterator[None]:
 
 # --- experts ---------------------------------------------------------------------------------------------------------
 
-ROWS = {"swiglu", "swiglu_backward"}
-TILES = {"amx_experts", "amx_experts_backward"}
+ROWS = {"swiglu", "swiglu_backward", "sum_of_tokens"}
+TILES = {"amx_experts", "amx_experts_backward", "sum_of_tokens"}
 
 TILED = {
     "one group of 32": ([32], 32, 32),
@@ -79,17 +79,18 @@ UNTILED = {
 def test_experts(case: str, dtype: torch.dtype, tail: int, kernels: Kernels) -> None:
     """Catches a block, a depth or a panel that is left out or counted twice, and what is past the last end."""
     counts, D, F_ = (TILED | UNTILED)[case]
-    inputs, ends = expert_inputs(counts, tail, D, F_)
-    rows = sum(counts)
-    inputs[0][rows:] = torch.nan
+    inputs, *rows = expert_inputs(counts, tail, D, F_)
+    placed, tokens = sum(counts), len(inputs[0]) - tail
+    inputs[0][tokens:] = torch.nan
     inputs = leaves(*inputs, dtype=dtype)
     upstream = torch.randn_like(inputs[0])
-    upstream[rows:] = torch.nan
-    expected = output_and_gradients(swiglu("reference", ends), leaves(*inputs, dtype=torch.float64), upstream)
-    actual = output_and_gradients(swiglu("cpu", ends), inputs, upstream)
-    assert (actual[0][rows:] == 0).all() and (actual[1][rows:] == 0).all()
+    upstream[tokens:] = torch.nan
+    wide = leaves(*inputs, dtype=torch.float64)
+    expected = output_and_gradients(mixture("reference", *rows), wide, upstream)
+    actual = output_and_gradients(mixture("cpu", *rows), inputs, upstream)
+    assert (actual[0][tokens:] == 0).all() and (actual[1][tokens:] == 0).all() and (actual[2][placed:] == 0).all()
     assert_close(actual, expected, dtype)
-    in_rows = ROWS if rows else set()
+    in_rows = ROWS if placed else {"sum_of_tokens"}
     kernels.assert_ran(in_rows, TILES if case in TILED and dtype is BF16 else in_rows)
 
 
@@ -99,16 +100,23 @@ def test_experts(case: str, dtype: torch.dtype, tail: int, kernels: Kernels) -> 
 def test_frozen_experts(case: str, dtype: torch.dtype) -> None:
     """Catches a null gradient that is written to, or one whose absence takes another's work along."""
     counts, D, F_ = (TILED | UNTILED)[case]
-    inputs, ends = expert_inputs(counts, 3, D, F_)
+    inputs, *rows = expert_inputs(counts, 3, D, F_)
     inputs, upstream = leaves(*inputs, dtype=dtype), torch.randn(len(inputs[0]), D).to(dtype)
-    output, *gradients = output_and_gradients(swiglu("cpu", ends), inputs, upstream)
-    for needs in list(product((False, True), repeat=3))[1:]:
+    output, *gradients = output_and_gradients(mixture("cpu", *rows), inputs, upstream)
+    for needs in list(product((False, True), repeat=4))[1:]:
         tensors = [x.detach().requires_grad_(needed) for x, needed in zip(inputs, needs)]
-        swiglu("cpu", ends)(*tensors).backward(upstream)
+        mixture("cpu", *rows)(*tensors).backward(upstream)
         for tensor, gradient, needed in zip(tensors, gradients, needs):
             assert torch.equal(tensor.grad, gradient) if needed else tensor.grad is None
     with torch.no_grad():
-        assert torch.equal(swiglu("cpu", ends)(*inputs), output)
+        assert torch.equal(mixture("cpu", *rows)(*inputs), output)
+
+
+def of_every_row(x_RD: Tensor, end_E: Tensor, gate_up: Tensor, down: Tensor, backend: str) -> Tensor:
+    """SwiGLU of rows that are a token each, with weight 1."""
+    return expert_mixture(
+        x_RD, Grouping(torch.arange(len(x_RD)), x_RD.new_ones(len(x_RD)), end_E), gate_up, down, backend
+    )
 
 
 def gated(x_RD: Tensor, backend: str) -> Tensor:
@@ -117,7 +125,7 @@ def gated(x_RD: Tensor, backend: str) -> Tensor:
     weights[0, :64, 0], weights[0, 64:, 1] = 1, 1
     down = F.pad(torch.ones(1, 1, 1), (0, 63, 0, D - 1))
     ends = torch.tensor([len(x_RD)], dtype=torch.int32)
-    return expert_swiglu(x_RD, ends, weights.to(x_RD.dtype), down.to(x_RD.dtype), backend)
+    return of_every_row(x_RD, ends, weights.to(x_RD.dtype), down.to(x_RD.dtype), backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -147,8 +155,8 @@ def test_a_gate_that_is_no_number(gate: float, dtype: torch.dtype) -> None:
     for D in (1, 32):  # the second on tiles
         x = F.pad(x_R1, (0, D - 1)).to(dtype)
         weights = (one[0].expand(1, 64, D).contiguous().to(dtype), one[1].expand(1, D, 32).contiguous().to(dtype))
-        expected = expert_swiglu(x, ends, *weights, "reference")
-        actual = expert_swiglu(x, ends, *weights, "cpu")
+        expected = of_every_row(x, ends, *weights, "reference")
+        actual = of_every_row(x, ends, *weights, "cpu")
         assert not torch.isfinite(actual[5]).any()
         torch.testing.assert_close(actual, expected, rtol=1e-2, atol=0, equal_nan=True)
 
@@ -434,29 +442,15 @@ TOKENS_OF_ROWS = {
 @pytest.mark.parametrize("tokens", TOKENS_OF_ROWS)
 @pytest.mark.usefixtures("two_threads")
 def test_rows_of_tokens(tokens: str, dtype: torch.dtype, D: int, kernels: Kernels) -> None:
-    """Catches rows that are summed for another token, or twice, and a weight's gradient that is another row's."""
+    """Catches rows that are summed for another token, or twice."""
     token_P = torch.tensor(TOKENS_OF_ROWS[tokens], dtype=torch.int64)
     of_gather, of_sum = (
         lambda x, backend=None: gather_rows(x, token_P, backend),
-        lambda y, w, backend=None: weighted_sum(y, token_P, w, 40, backend),
+        lambda y, backend=None: sum_rows(y, token_P, 40, backend),
     )
     assert_parity(of_gather, functools.partial(of_gather, backend="reference"), [torch.randn(40, D)], dtype)
-    rows = [torch.randn(len(token_P), D), torch.rand(len(token_P))]
-    assert_parity(of_sum, functools.partial(of_sum, backend="reference"), rows, dtype)
-    kernels.assert_ran({"sum_of_tokens", "sum_of_tokens_backward"})
-
-
-@pytest.mark.parametrize("needs", [(True, False), (False, True)])
-@pytest.mark.usefixtures("kernels")
-def test_one_of_rows_and_weights_is_frozen(needs: tuple[bool, bool]) -> None:
-    """Catches a gradient that is written where none is wanted, or left out with the other's."""
-    token_P = torch.tensor([0, 2, 2, 1])
-    inputs = [x.requires_grad_(wanted) for x, wanted in zip((torch.randn(4, 8), torch.rand(4)), needs, strict=True)]
-    results = []
-    for backend in (None, "reference"):
-        y_TD = weighted_sum(inputs[0], token_P, inputs[1], 3, backend)
-        results.append(torch.autograd.grad(y_TD.square().sum(), [x for x in inputs if x.requires_grad]))
-    torch.testing.assert_close(*results)
+    assert_parity(of_sum, functools.partial(of_sum, backend="reference"), [torch.randn(len(token_P), D)], dtype)
+    kernels.assert_ran({"sum_of_tokens"})
 
 
 # --- normalisation, rotation -----------------------------------------------------------------------------------------
@@ -598,7 +592,7 @@ LABELS = torch.arange(512) % 100
 ENDS = torch.tensor([288, 288, 512], dtype=torch.int32)
 SEVERAL: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "experts": (
-        lambda backend, *x: expert_swiglu(x[0], ENDS, *x[1:], backend or "cpu"),
+        lambda backend, *x: of_every_row(x[0], ENDS, *x[1:], backend or "cpu"),
         [(512, 64), (3, 192, 64), (3, 64, 96)],
     ),
     "attention": (

@@ -1,17 +1,17 @@
-"""SwiGLU of all experts: torch's grouped matrix products, and one pass over memory for what is between them.
+"""The mixture of experts: torch's grouped matrix products, and one pass over memory for what is between them.
 
-Letters: R rows grouped by expert, D hidden, E experts, F intermediate.
+Letters: T tokens, P rows grouped by expert, D hidden, E experts, F intermediate.
 
 The products stay torch's `F.grouped_mm` (CUTLASS, with Hopper's matrix instructions and TMA; it never asks the device
 how large a group is). A grouped product in Triton could take in the gather of token rows and the SwiGLU, and would save
-two passes over [R, D] and one over [R, 2F]; but at F 7168 these are a few percent of the products' time, and
+two passes over [P, D] and one over [P, 2F]; but at F 7168 these are a few percent of the products' time, and
 Triton's products on Hopper stay further than that behind CUTLASS's. Not measured.
 
-As in the CPU's backend, the activation is computed again in the backward from the gate-up product: one [R, 2F] buffer
-per layer is kept instead of three. It overwrites its own gradient, read in the same place.
+As in the CPU's backend, what is kept of a layer is the gate-up product and the tokens: rows are gathered again in the
+backward, and the activation is computed again, over its own gradient, read in the same place.
 
-Rows past the last group's end are uninitialised behind grouped products. Nothing reads them; what leaves this file is
-zeroed there, starting at an end that only the device knows. So are gradients of experts without rows, which CUTLASS
+Rows past the last group's end are uninitialised behind grouped products. Nothing reads them; what is summed per token
+is zeroed there, starting at an end that only the device knows. So are gradients of experts without rows, which CUTLASS
 leaves out on Blackwell (pytorch issue 172439).
 """
 
@@ -22,60 +22,70 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from moe_lm.kernels.triton import rows
+
 _BLOCK = 1024
 _PROGRAMS = 528
 
 
-def expert_swiglu(x_RD: Tensor, group_ends_E: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+def expert_mixture(
+    x_TD: Tensor, token_P: Tensor, weight_P: Tensor, end_E: Tensor, gate_up_proj: Tensor, down_proj: Tensor
+) -> Tensor:
     """See `moe_lm/kernels/experts.py`; contiguous, of one type, and not empty."""
-    y_RD: Tensor = _GroupedSwiGLU.apply(x_RD, group_ends_E, gate_up_proj, down_proj)
-    return y_RD
+    y_TD: Tensor = _Mixture.apply(x_TD, token_P, weight_P, end_E, gate_up_proj, down_proj)
+    return y_TD
 
 
-class _GroupedSwiGLU(torch.autograd.Function):
+class _Mixture(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_RD, group_ends_E, gate_up_proj, down_proj):
-        h_R2F = F.grouped_mm(x_RD, gate_up_proj.mT, offs=group_ends_E)
-        y_RD = F.grouped_mm(swiglu(h_R2F, group_ends_E), down_proj.mT, offs=group_ends_E)
-        ctx.save_for_backward(x_RD, group_ends_E, gate_up_proj, down_proj, h_R2F)
-        return zero_past_the_end(y_RD, group_ends_E)
+    def forward(ctx, x_TD, token_P, weight_P, end_E, gate_up_proj, down_proj):
+        h_P2F = F.grouped_mm(x_TD.index_select(0, token_P), gate_up_proj.mT, offs=end_E)
+        y_PD = F.grouped_mm(swiglu(h_P2F, weight_P, end_E), down_proj.mT, offs=end_E)
+        order = rows.order(token_P, len(x_TD))
+        ctx.save_for_backward(x_TD, token_P, weight_P, end_E, gate_up_proj, down_proj, h_P2F, *order)
+        return rows.sum_rows(zero_past_the_end(y_PD, end_E), order)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y_RD):
-        x_RD, group_ends_E, gate_up_proj, down_proj, h_R2F = ctx.saved_tensors
-        needs_x, _, needs_gate_up, needs_down = ctx.needs_input_grad
-        grad_y_RD = grad_y_RD.contiguous()
-        grad_activation_RF = F.grouped_mm(grad_y_RD, down_proj, offs=group_ends_E)
-        activation_RF, grad_h_R2F = swiglu_backward(h_R2F, grad_activation_RF, group_ends_E)
+    def backward(ctx, grad_y_TD):
+        x_TD, token_P, weight_P, end_E, gate_up_proj, down_proj, h_P2F, *order = ctx.saved_tensors
+        needs_x, _, _, _, needs_gate_up, needs_down = ctx.needs_input_grad
+        grad_y_PD = grad_y_TD.index_select(0, token_P)
+        grad_activation_PF = F.grouped_mm(grad_y_PD, down_proj, offs=end_E)
+        activation_PF, grad_h_P2F, grad_weight_P = swiglu_backward(h_P2F, weight_P, grad_activation_PF, end_E)
         grad_x, grad_gate_up, grad_down = None, None, None
         if needs_down:
-            grad_down = F.grouped_mm(grad_y_RD.t(), activation_RF, offs=group_ends_E)
-            zero_empty_groups(grad_down, group_ends_E)
+            grad_down = F.grouped_mm(grad_y_PD.t(), activation_PF, offs=end_E)
+            zero_empty_groups(grad_down, end_E)
         if needs_gate_up:
-            grad_gate_up = F.grouped_mm(grad_h_R2F.t(), x_RD, offs=group_ends_E)
-            zero_empty_groups(grad_gate_up, group_ends_E)
+            grad_gate_up = F.grouped_mm(grad_h_P2F.t(), x_TD.index_select(0, token_P), offs=end_E)
+            zero_empty_groups(grad_gate_up, end_E)
         if needs_x:
-            grad_x = zero_past_the_end(F.grouped_mm(grad_h_R2F, gate_up_proj, offs=group_ends_E), group_ends_E)
-        return grad_x, None, grad_gate_up, grad_down
+            grad_x_PD = F.grouped_mm(grad_h_P2F, gate_up_proj, offs=end_E)
+            grad_x = rows.sum_rows(zero_past_the_end(grad_x_PD, end_E), rows.Order(*order))
+        return grad_x, None, grad_weight_P, None, grad_gate_up, grad_down
 
 
-def swiglu(h_R2F: Tensor, group_ends_E: Tensor) -> Tensor:
-    """silu(gate) ⊙ up of rows [gate, up]; rows past the last end are left uninitialised."""
-    R, F_ = h_R2F.shape[0], h_R2F.shape[1] // 2
-    activation_RF = h_R2F.new_empty(R, F_)
-    grid = R, triton.cdiv(F_, _BLOCK)
-    _swiglu[grid](h_R2F, activation_RF, group_ends_E, len(group_ends_E), F_, BLOCK=_BLOCK)
-    return activation_RF
+def swiglu(h_P2F: Tensor, weight_P: Tensor, end_E: Tensor) -> Tensor:
+    """Rows' weight · silu(gate) ⊙ up, of rows [gate, up]; those past the last end are left uninitialised."""
+    P, F_ = h_P2F.shape[0], h_P2F.shape[1] // 2
+    activation_PF = h_P2F.new_empty(P, F_)
+    grid = P, triton.cdiv(F_, _BLOCK)
+    _swiglu[grid](h_P2F, weight_P, activation_PF, end_E, len(end_E), F_, BLOCK=_BLOCK)
+    return activation_PF
 
 
-def swiglu_backward(h_R2F: Tensor, grad_activation_RF: Tensor, group_ends_E: Tensor) -> tuple[Tensor, Tensor]:
-    """The activation again, in the place of its gradient, and the gradient of [gate, up]; rows as in `swiglu`."""
-    R, F_ = grad_activation_RF.shape
-    grad_h_R2F = torch.empty_like(h_R2F)
-    pointers = h_R2F, grad_activation_RF, grad_h_R2F, group_ends_E
-    _swiglu_backward[R, triton.cdiv(F_, _BLOCK)](*pointers, len(group_ends_E), F_, BLOCK=_BLOCK)
-    return grad_activation_RF, grad_h_R2F
+def swiglu_backward(
+    h_P2F: Tensor, weight_P: Tensor, grad_activation_PF: Tensor, end_E: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The activation again, in the place of its gradient, and the gradients of [gate, up] and of weights; rows as in
+    `swiglu`, the weights of those past the last end have none.
+    """
+    P, F_ = grad_activation_PF.shape
+    grad_h_P2F, grad_weight_P = torch.empty_like(h_P2F), torch.empty_like(weight_P)
+    pointers = h_P2F, weight_P, grad_activation_PF, grad_h_P2F, grad_weight_P, end_E
+    _swiglu_backward[(P,)](*pointers, len(end_E), F_, BLOCK=_BLOCK)
+    return grad_activation_PF, grad_h_P2F, grad_weight_P
 
 
 def zero_past_the_end(y_RD: Tensor, group_ends_E: Tensor) -> Tensor:
@@ -94,29 +104,38 @@ def zero_empty_groups(weight_EIO: Tensor, group_ends_E: Tensor) -> None:
 
 
 @triton.jit
-def _swiglu(h_ptr, activation_ptr, ends_ptr, E, F_, BLOCK: tl.constexpr):
+def _swiglu(h_ptr, weight_ptr, activation_ptr, ends_ptr, E, F_, BLOCK: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (column < F_) & (row < tl.load(ends_ptr + E - 1))
     gate = tl.load(h_ptr + row * 2 * F_ + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(h_ptr + row * 2 * F_ + F_ + column, mask=inside, other=0.0).to(tl.float32)
-    activation = gate * tl.sigmoid(gate) * up
+    activation = gate * tl.sigmoid(gate) * up * tl.load(weight_ptr + row).to(tl.float32)
     tl.store(activation_ptr + row * F_ + column, activation.to(activation_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _swiglu_backward(h_ptr, activation_ptr, grad_h_ptr, ends_ptr, E, F_, BLOCK: tl.constexpr):
-    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = (column < F_) & (row < tl.load(ends_ptr + E - 1))
-    of_gate, of_up, of_activation = row * 2 * F_ + column, row * 2 * F_ + F_ + column, row * F_ + column
-    gate = tl.load(h_ptr + of_gate, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(h_ptr + of_up, mask=inside, other=0.0).to(tl.float32)
-    gradient = tl.load(activation_ptr + of_activation, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
+def _swiglu_backward(
+    h_ptr, weight_ptr, activation_ptr, grad_h_ptr, grad_weight_ptr, ends_ptr, E, F_, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    weight, width = tl.load(weight_ptr + row).to(tl.float32), tl.where(row < tl.load(ends_ptr + E - 1), F_, 0)
+    of_weight = tl.zeros([BLOCK], tl.float32)
     dtype: tl.constexpr = h_ptr.dtype.element_ty
-    tl.store(activation_ptr + of_activation, (silu * up).to(dtype), mask=inside)
-    tl.store(grad_h_ptr + of_gate, (gradient * up * (sigmoid + silu * (1.0 - sigmoid))).to(dtype), mask=inside)
-    tl.store(grad_h_ptr + of_up, (gradient * silu).to(dtype), mask=inside)
+    for first in range(0, width, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        of_gate, of_up, of_activation = row * 2 * F_ + column, row * 2 * F_ + F_ + column, row * F_ + column
+        gate = tl.load(h_ptr + of_gate, mask=column < F_, other=0.0).to(tl.float32)
+        up = tl.load(h_ptr + of_up, mask=column < F_, other=0.0).to(tl.float32)
+        gradient = tl.load(activation_ptr + of_activation, mask=column < F_, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        of_weight += gradient * silu * up
+        gradient *= weight
+        of_silu = gradient * up * (sigmoid + silu * (1.0 - sigmoid))
+        tl.store(activation_ptr + of_activation, (silu * up * weight).to(dtype), mask=column < F_)
+        tl.store(grad_h_ptr + of_gate, of_silu.to(dtype), mask=column < F_)
+        tl.store(grad_h_ptr + of_up, (gradient * silu).to(dtype), mask=column < F_)
+    tl.store(grad_weight_ptr + row, tl.sum(of_weight, axis=0).to(dtype))
 
 
 @triton.jit

@@ -13,8 +13,8 @@ from moe_lm.model.initialization import initialize
 
 CONFIG = ModelConfig(
     vocab_size=50,
-    hidden_size=64,
-    intermediate_size=96,
+    hidden_size=128,
+    intermediate_size=192,
     num_hidden_layers=1,
     num_attention_heads=2,
     num_key_value_heads=2,
@@ -65,4 +65,4 @@ def test_recomputation_keeps_less():
     """Catches modes that are swapped."""
     many = dataclasses.replace(CONFIG, num_hidden_layers=32)
     none, selective, full = (activation_bytes(many, 1024, mode, 2, 128) for mode in Recompute)
-    assert none > 1.5 * selective and selective > 3 * full
+    assert none > 1.3 * selective and selective > 3 * full

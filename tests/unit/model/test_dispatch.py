@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_lm.kernels.experts import Grouping
 from moe_lm.model.config import ModelConfig
 from moe_lm.model.dispatch import CapacityDispatcher, LocalDispatcher
 from moe_lm.model.router import Assignments, Router, expert_capacity
@@ -17,6 +18,16 @@ def _assignments(tokens: int, experts: int, number: int, seed: int, dtype: torch
         torch.randint(experts, (number,), generator=generator),
         torch.rand(number, generator=generator).to(dtype),
     )
+
+
+def _number_times(x_ND: torch.Tensor, grouping: Grouping) -> torch.Tensor:
+    """What experts would give that multiply by their own number, from 1, so that a wrong group shows."""
+    y_ND, start = torch.zeros_like(x_ND), 0
+    for expert, end in enumerate(grouping.end_E.tolist()):
+        token_p, weight_p = grouping.token_P[start:end], grouping.weight_P[start:end]
+        y_ND = y_ND.index_add(0, token_p, x_ND[token_p] * weight_p[:, None] * (expert + 1))
+        start = end
+    return y_ND
 
 
 @settings(max_examples=60, deadline=None)
@@ -32,15 +43,9 @@ def test_dispatch_and_combine_conserve_assignments(tokens, experts, number, seed
     assignments = _assignments(tokens, experts, number, seed, dtype)
     x_TD = torch.randn(tokens, 4, dtype=dtype)
     dispatcher = LocalDispatcher(experts)
-    rows_PD, ends_E, handle = dispatcher.dispatch(x_TD, assignments)
-    assert ends_E.dtype == torch.int32 and len(ends_E) == experts
-    # Each expert multiplies by its own number, so that a wrong group shows.
-    factor_P = torch.zeros(len(rows_PD), 1, dtype=dtype)
-    start = 0
-    for expert, end in enumerate(ends_E.tolist()):
-        factor_P[start:end] = expert + 1
-        start = end
-    y_TD = dispatcher.combine(rows_PD * factor_P, handle)
+    x_ND, grouping, handle = dispatcher.dispatch(x_TD, assignments)
+    assert grouping.end_E.dtype == torch.int32 and len(grouping.end_E) == experts
+    y_TD = dispatcher.combine(_number_times(x_ND, grouping), handle)
     expected = torch.zeros(tokens, 4, dtype=torch.float64)
     for token, expert, weight in zip(*assignments, strict=True):
         expected[token] += weight.double() * (expert + 1) * x_TD[token].double()
@@ -60,9 +65,9 @@ def test_gradients_reach_tokens_and_weights(number, align, monkeypatch):
 
     def forward(x, weight):
         dispatcher = LocalDispatcher(3)
-        rows, _, handle = dispatcher.dispatch(x, Assignments(*assignments[:2], weight))
-        assert (len(rows) > number) == (align > 1)
-        return dispatcher.combine(rows.sin(), handle)
+        x, grouping, handle = dispatcher.dispatch(x, Assignments(*assignments[:2], weight))
+        assert (len(grouping.token_P) > number) == (align > 1)
+        return dispatcher.combine(_number_times(x.sin(), grouping), handle)
 
     assert torch.autograd.gradcheck(forward, (x_TD, weight_R))
 
@@ -114,11 +119,10 @@ def test_a_capacity_keeps_the_weightiest_assignments_of_each_expert(tokens, expe
     assignments = _assignments(tokens, experts, number, seed, torch.float64)
     x_TD = torch.randn(tokens, 4, dtype=torch.float64)
     dispatcher, capacity = CapacityDispatcher(experts, factor), expert_capacity(factor, number, experts)
-    rows_PD, ends_E, handle = dispatcher.dispatch(x_TD, assignments)
-    assert ends_E.tolist() == [capacity * (expert + 1) for expert in range(experts)]
-    assert len(rows_PD) == capacity * experts
-    factor_P1 = torch.arange(1, experts + 1).repeat_interleave(capacity)[:, None]
-    y_TD = dispatcher.combine(rows_PD * factor_P1, handle)
+    x_ND, grouping, handle = dispatcher.dispatch(x_TD, assignments)
+    assert grouping.end_E.tolist() == [capacity * (expert + 1) for expert in range(experts)]
+    assert len(grouping.token_P) == capacity * experts
+    y_TD = dispatcher.combine(_number_times(x_ND, grouping), handle)
     expected = torch.zeros_like(x_TD)
     for expert in range(experts):
         of_expert = [(w, t) for t, e, w in zip(*(a.tolist() for a in assignments), strict=True) if e == expert]

@@ -107,7 +107,7 @@ def _calls(mode: Recompute, dtype: torch.dtype) -> Counter:
 def test_no_mode_chooses_experts_twice_and_selective_multiplies_no_matrix_twice(dtype, monkeypatch):
     """Catches a product that is not kept, by whatever name torch calls it, and a norm that is."""
     monkeypatch.setattr(native, "library", lambda: None)  # a native norm is no operator that could be counted
-    aten, experts = torch.ops.aten, torch.ops.moe_lm.expert_loop.default
+    aten, experts = torch.ops.aten, torch.ops.moe_lm.expert_mixture.default
     none, selective, full = (_calls(mode, dtype) for mode in Recompute)
     assert none[aten.topk.default] == selective[aten.topk.default] == full[aten.topk.default] > 0
     for product in (aten.mm.default, experts):

@@ -1,16 +1,28 @@
-"""The C library's allocator on CPUs."""
+"""Memory of tensors on CPUs: kept from step to step, and given back."""
 
 import ctypes
+import functools
 import sys
+from pathlib import Path
+
+import torch
+
+from moe_lm.kernels import compiled, native
+
+SOURCE = Path(__file__).with_name("arena.cpp")
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep large freed blocks instead of returning them to the system.
+    """Keep large freed blocks for those that follow, instead of returning them to the system.
 
     A training step frees and allocates the same large tensors every time; by default each one is unmapped and faulted
-    in again, page by page (18,000–35,000 faults a step of the default model, 3–5 % of its time). No effect where the C
+    in again, page by page (18,000–35,000 faults a step of the default model, 3–5 % of its time). Where there are native
+    kernels, torch gets an allocator of our own (`arena.cpp`): of the reference model in fp32 a step's peak has 15 %
+    less than with glibc's heap, and is 5 % sooner through. Else glibc is told to keep them; no effect where the C
     library is another.
     """
+    if (arena := _arena()) is not None and arena.arena_use():
+        return
     library = _c_library()
     if library is None or not hasattr(library, "mallopt"):
         return
@@ -24,9 +36,21 @@ def keep_freed_memory() -> None:
 
 def give_back_freed_memory() -> None:
     """Return the pages of freed blocks to the system: the opposite, for a process that will wait a while."""
+    if (arena := _arena()) is not None:
+        arena.arena_trim()
     library = _c_library()
     if library is not None and hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
+
+
+@functools.cache
+def _arena() -> ctypes.CDLL | None:
+    """The loaded allocator, which is compiled against this very torch's headers; null where there is none."""
+    if native.library() is None:  # and if something is wrong with the compiler, that has been said
+        return None
+    torch_at = Path(torch.__file__).parent
+    flags = ["-std=c++20", "-O2", "-fPIC", f"-I{torch_at / 'include'}", f'-DMADE_FOR="{torch.__version__}"']
+    return compiled.load([SOURCE], flags, "glibc's allocator is used", [f"-L{torch_at / 'lib'}", "-lc10"])
 
 
 def _c_library() -> ctypes.CDLL | None:

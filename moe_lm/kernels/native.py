@@ -2,43 +2,29 @@
 
 What is left of a step on a CPU beside matrix products is memory traffic: torch makes two to eight passes where one
 would do, and each has a thread start. And where there are AMX tiles, products themselves gain by what is fused around
-them. GCC takes some seconds once; the library is kept in the user's cache. Without a compiler, or with MOE_LM_NATIVE=0,
-`supports` says no, and callers take their plain version. CXX names another compiler, with arguments if need be ("ccache
-g++"); one whose OpenMP is not GCC's gives no library that loads, which is said.
+them. GCC takes some seconds once. Without a compiler, or with MOE_LM_NATIVE=0, `supports` says no, and callers take
+their plain version. A compiler whose OpenMP is not GCC's gives no library that loads, which is said.
 
 The library needs nothing of torch but pointers, and it shares torch's OpenMP threads: two pools on the same cores would
 wait for each other. A kernel that finds no memory for its scratch ends the process.
 """
 
-import contextlib
 import ctypes
 import functools
-import hashlib
-import os
 import platform
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from moe_lm.files import write_atomically
-from moe_lm.kernels.hardware import is_switched_off
+from moe_lm.kernels import compiled
 from moe_lm.kernels.triton import launch
 
 _AMX = ("amx.inc", "amx_attention.inc", "amx_experts.inc", "amx_linear.inc", "amx_loss.inc", "amx_newton_schulz.inc")
 _INCLUDED = (*_AMX, "few_rows.inc", "decode.inc")
 SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", *_INCLUDED)]
 """The first includes the others."""
-_BUILT = "native.so"
-SWITCH = "MOE_LM_NATIVE"
-"""Environment variable; 0 turns the native kernels off."""
 
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
 _FLAGS += ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
@@ -71,8 +57,6 @@ _ARGUMENTS = {
     "amx_experts_backward": "ppppppppppppppppplll",
 }
 """Of each function, pointers, 64-bit numbers, floats and ints in their order; the number of threads comes last."""
-
-_DIGEST_BYTES = 32
 
 _VALUES_OF_A_THREAD = 8192
 """Values that one thread takes before others are worth their start."""
@@ -136,69 +120,4 @@ def _function(name: str, dtype: torch.dtype | None) -> Callable[..., int]:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The loaded library; null where it is switched off or can not be had, which is said once."""
-    named = os.environ.get("CXX")
-    if is_switched_off(SWITCH) or sys.platform != "linux" or not (named or shutil.which("c++")):
-        return None
-    try:
-        return _load(shlex.split(named or "c++"))
-    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or str(error)
-        warnings.warn(
-            f"no native kernels, plain ones are used (CXX names a compiler, {SWITCH}=0 does without): {detail}",
-            stacklevel=2,
-        )
-        return None
-
-
-def _load(compiler: list[str]) -> ctypes.CDLL:
-    """The library for this source, compiler and processor: from the user's cache, or compiled, and put there."""
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, text=True).stdout
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")  # x86's name, and Arm's
-    sources = (source.read_text() for source in SOURCES)
-    made_of = "\n".join((*sources, version, *compiler, *_FLAGS, processor, platform.machine()))
-    name = f"native-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
-    with tempfile.TemporaryDirectory() as directory:
-        with contextlib.suppress(OSError, RuntimeError):  # no home, or one that can not be written: compiled each time
-            cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe-lm" / name
-            if not _is_ours_and_whole(cached):
-                cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                content = _compile(compiler, Path(directory)).read_bytes()
-                write_atomically(cached, content + _digest(content))  # other processes may be doing the same
-                cached.chmod(0o600)  # whatever the umask: what a group may write is not loaded
-            if _is_ours_and_whole(cached):
-                return ctypes.CDLL(str(cached))
-        built = Path(directory) / _BUILT
-        return ctypes.CDLL(str(built if built.exists() else _compile(compiler, Path(directory))))
-
-
-def _compile(compiler: list[str], directory: Path) -> Path:
-    built, objects = directory / _BUILT, directory / "native.o"
-    # -fopenmp is left out of the link: the names are then found in the library that torch has loaded.
-    for arguments in (
-        ["-c", str(SOURCES[0]), "-o", str(objects), *_FLAGS],
-        ["-shared", str(objects), "-o", str(built)],
-    ):
-        subprocess.run([*compiler, *arguments], capture_output=True, check=True, text=True, timeout=120)
-    return built
-
-
-def _is_ours_and_whole(path: Path) -> bool:
-    """Whether nobody else can have written a library, and it ends in its digest: one cut short ends the process."""
-    if not path.exists():
-        return False
-    for place in (path, path.parent):
-        status = place.stat()
-        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-            return False
-    return _is_whole(path)
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a library ends in its digest, which the loader does not look at: one cut short would end the process."""
-    content = path.read_bytes()
-    return content[-_DIGEST_BYTES:] == _digest(content[:-_DIGEST_BYTES])
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.sha256(content).digest()
+    return compiled.load(SOURCES, _FLAGS, "no native kernels, plain ones are used")

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from moe_lm.kernels import native
+from moe_lm.kernels import compiled, native
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="native kernels are for Linux")
 COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")
 
 PROBE = """
 import torch
-from moe_lm.kernels import native
+from moe_lm.kernels import compiled, native
 from moe_lm.kernels.normalization import rms_norm
 x = torch.arange(4096.0).view(64, 64)
 for _ in range(2):
@@ -47,7 +47,7 @@ def load() -> ctypes.CDLL | None:
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """One in which nothing about native kernels is set."""
-    for name in ("CXX", native.SWITCH):
+    for name in ("CXX", compiled.SWITCH):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -144,7 +144,7 @@ def test_a_umask_that_lets_the_group_write_does_not_compile_each_time(cache: Pat
     finally:
         os.umask(before)
     (path,) = cache.iterdir()
-    assert native._is_ours_and_whole(path)
+    assert compiled.is_ours_and_whole(path)
 
 
 @LINUX
@@ -156,10 +156,10 @@ def test_a_library_that_others_could_have_written_is_not_loaded(writable: str, c
     (path,) = cache.iterdir()
     whose = path if writable == "the file" else cache
     whose.chmod(0o777)
-    assert not native._is_ours_and_whole(path)
+    assert not compiled.is_ours_and_whole(path)
     assert load() is not None  # built anew
     whose.chmod(0o700)
-    assert native._is_ours_and_whole(path)
+    assert compiled.is_ours_and_whole(path)
 
 
 @LINUX
@@ -169,7 +169,7 @@ def test_a_damaged_library_is_built_again(cache: Path) -> None:
     assert load() is not None
     (path,) = cache.iterdir()
     whole = path.read_bytes()
-    assert native._is_whole(path)
+    assert compiled.is_whole(path)
     for content in (
         b"",
         whole[:20],
@@ -180,10 +180,10 @@ def test_a_damaged_library_is_built_again(cache: Path) -> None:
     ):
         path.unlink()  # not over the pages that this process has mapped
         path.write_bytes(content)
-        assert not native._is_whole(path)
+        assert not compiled.is_whole(path)
     path.write_bytes(whole[: len(whole) // 2])
     assert result(start()) == ("native", 0)
-    assert native._is_whole(path)
+    assert compiled.is_whole(path)
 
 
 @LINUX
@@ -193,4 +193,4 @@ def test_two_processes_that_build_at_once(cache: Path) -> None:
     processes = [start(), start()]
     assert [result(process) for process in processes] == [("native", 0)] * 2
     (path,) = cache.iterdir()
-    assert native._is_whole(path)
+    assert compiled.is_whole(path)

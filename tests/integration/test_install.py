@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_lm.kernels import native
+from moe_lm.kernels import allocator, native
 from tests.runs import ENVIRONMENT, TINY, write_corpus
 
 REPOSITORY = Path(__file__).parents[2]
@@ -53,7 +53,7 @@ def test_the_wheel_has_the_sources_of_native_kernels(installed):
     """Catches a build that packs Python files only: an installed trainer would silently take the plain kernels."""
     _, bin_directory = installed
     (kernels,) = bin_directory.parent.glob("lib/python*/site-packages/moe_lm/kernels")
-    for source in native.SOURCES:
+    for source in (*native.SOURCES, allocator.SOURCE):
         assert (kernels / source.name).read_bytes() == source.read_bytes()
 
 

@@ -220,7 +220,7 @@ def _say(message: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    import torch._dynamo  # noqa: F401 -- counted as import, for every side: any optimizer of torch's imports it
+    import torch._dynamo  # counted as import, for every side: any optimizer of torch's imports it
     import transformers  # noqa: F401 -- likewise
 
     OUTPUT, sys.stdout = sys.stdout, sys.stderr  # what libraries print is not ours

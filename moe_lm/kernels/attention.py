@@ -38,7 +38,8 @@ from torch.nn import functional as F
 from moe_lm.kernels import native
 from moe_lm.kernels.documents import PackedDocuments, packed_attention
 
-_TILE = 32
+_TILE, _LANES = 32, 16
+_NATIVE = {torch.bfloat16: "amx_attention", torch.float32: "fp32_attention"}
 _QUERY_BLOCK = 128
 _SCORES_AT_ONCE = 2**22
 """Scores computed at one time, unless one row has more: enough that starting threads is cheap, 8 MB in bf16."""
@@ -82,8 +83,8 @@ def attention(
     Args:
         mask_BST: True where a query sees a key (`attention_mask`), never a later one; or documents that say the same
             (S = T); None for plain causal attention with S = T, or for one query that sees all keys.
-        backend: "reference", "sdpa", "cpu", "amx", "varlen" (for documents), or None to choose by device, dtype, mask
-            and size. "amx" takes what `amx_begins` does.
+        backend: "reference", "sdpa", "cpu", "native", "varlen" (for documents), or None to choose by device, dtype,
+            mask and size. "native" takes what `native_begins` does.
 
     Returns:
         o_BSNH in q's dtype.
@@ -101,10 +102,10 @@ def attention(
         assert sizes_BST[1] in (1, sizes_BST[2]), sizes_BST
     else:
         assert mask_BST.dtype == torch.bool and mask_BST.shape == sizes_BST, (mask_BST.dtype, mask_BST.shape, sizes_BST)
-    if backend in (None, "amx"):
-        begins_BS = amx_begins(q_BSNH, k_BTGH, v_BTGH, mask_BST)
+    if backend in (None, "native"):
+        begins_BS = native_begins(q_BSNH, k_BTGH, v_BTGH, mask_BST)
         if begins_BS is not None and (backend or q_BSNH.shape[0] * k_BTGH.shape[2] >= torch.get_num_threads()):
-            return _amx(q_BSNH, k_BTGH, v_BTGH, begins_BS)
+            return _native(q_BSNH, k_BTGH, v_BTGH, begins_BS)
         assert backend is None, (q_BSNH.shape, q_BSNH.dtype, k_BTGH.shape)
         backend = _default_backend(q_BSNH, k_BTGH, v_BTGH)
     if backend == "reference":
@@ -114,7 +115,7 @@ def attention(
     if backend == "cpu":
         o_BSNH: Tensor = _ExplicitAttention.apply(q_BSNH, k_BTGH, v_BTGH, mask_BST)
         return o_BSNH
-    raise ValueError(f"backend={backend!r}: choose reference, sdpa, cpu, amx or (for documents) varlen")
+    raise ValueError(f"backend={backend!r}: choose reference, sdpa, cpu, native or (for documents) varlen")
 
 
 def _default_backend(*tensors: Tensor) -> str:
@@ -209,16 +210,18 @@ def _softmax_backward(grad_Mrk: Tensor, p_Mrk: Tensor) -> Tensor:
     return torch.ops.aten._softmax_backward_data.out(grad_Mrk, p_Mrk, -1, grad_Mrk.dtype, grad_input=grad_Mrk)
 
 
-def amx_begins(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, mask_BST: Tensor | None) -> Tensor | None:
-    """The first key that each query sees, int32 [B, S], if the kernels for matrix tiles take these tensors; else null.
+def native_begins(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, mask_BST: Tensor | None) -> Tensor | None:
+    """The first key that each query sees, int32 [B, S], if the native kernels take these tensors; else null.
 
-    They take bf16 on a CPU that has the tiles, as many queries as keys, a head width and a length that are multiples of
-    32, and a mask by which each query sees all keys from one to itself.
+    They take as many queries as keys, on a CPU, and a mask by which each query sees all keys from one to itself; bf16
+    where there are matrix tiles, with a head width and a length that are multiples of 32; fp32 with a head width that
+    is one of 16.
     """
     B, S, _, H = q_BSNH.shape
-    if q_BSNH.dtype is not torch.bfloat16 or k_BTGH.shape[1] != S or S % _TILE or H % _TILE:
+    if k_BTGH.shape[1] != S or not native.supports(q_BSNH, k_BTGH, v_BTGH):
         return None
-    if not (native.supports(q_BSNH, k_BTGH, v_BTGH) and native.has_amx()):
+    in_tiles = q_BSNH.dtype is torch.bfloat16
+    if (H % _LANES) if not in_tiles else (S % _TILE or H % _TILE or not native.has_amx()):
         return None
     if mask_BST is None:
         return torch.zeros(B, S, dtype=torch.int32, device=q_BSNH.device)
@@ -227,27 +230,28 @@ def amx_begins(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, mask_BST: Tensor 
     return begins_BS if native.run("mask_begins", None, mask_BST.numel(), mask_BST, begins_BS, B, S) else None
 
 
-def _amx(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, begins_BS: Tensor) -> Tensor:
+def _native(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, begins_BS: Tensor) -> Tensor:
     if torch.is_grad_enabled():
-        o_BSNH: Tensor = _AmxAttention.apply(q_BSNH, k_BTGH, v_BTGH, begins_BS)
+        o_BSNH: Tensor = _NativeAttention.apply(q_BSNH, k_BTGH, v_BTGH, begins_BS)
         return o_BSNH
-    return _amx_forward(q_BSNH, k_BTGH, v_BTGH, begins_BS)[0]
+    return _native_forward(q_BSNH, k_BTGH, v_BTGH, begins_BS)[0]
 
 
-def _amx_forward(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, begins_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """The output, and the logarithm of each sum of exponentials, [B, N, S]."""
+def _native_forward(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, begins_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """The output, and what the backward needs of each softmax: one number in bf16, in fp32 two; [·, B, N, S]."""
     B, S, N, H = q_BSNH.shape
-    o_BSNH, sums_BNS = torch.empty_like(q_BSNH), q_BSNH.new_empty(B, N, S, dtype=torch.float32)
-    pointers, sizes = (q_BSNH, k_BTGH, v_BTGH, begins_BS, o_BSNH, sums_BNS), (B, S, N, k_BTGH.shape[2], H)
-    native.run("amx_attention", None, B * S * S * N, *pointers, *sizes, 1 / math.sqrt(H))
-    return o_BSNH, sums_BNS
+    o_BSNH = torch.empty_like(q_BSNH)
+    kept_2BNS = q_BSNH.new_empty(2 if q_BSNH.dtype is torch.float32 else 1, B, N, S, dtype=torch.float32)
+    pointers, sizes = (q_BSNH, k_BTGH, v_BTGH, begins_BS, o_BSNH, kept_2BNS), (B, S, N, k_BTGH.shape[2], H)
+    native.run(_NATIVE[q_BSNH.dtype], None, B * S * S * N, *pointers, *sizes, 1 / math.sqrt(H))
+    return o_BSNH, kept_2BNS
 
 
-class _AmxAttention(torch.autograd.Function):
+class _NativeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_BSNH, k_BTGH, v_BTGH, begins_BS):  # type: ignore[no-untyped-def]
-        o_BSNH, sums_BNS = _amx_forward(q_BSNH, k_BTGH, v_BTGH, begins_BS)
-        ctx.save_for_backward(q_BSNH, k_BTGH, v_BTGH, begins_BS, o_BSNH, sums_BNS)
+        o_BSNH, kept_2BNS = _native_forward(q_BSNH, k_BTGH, v_BTGH, begins_BS)
+        ctx.save_for_backward(q_BSNH, k_BTGH, v_BTGH, begins_BS, o_BSNH, kept_2BNS)
         return o_BSNH
 
     @staticmethod
@@ -258,7 +262,8 @@ class _AmxAttention(torch.autograd.Function):
         B, S, N, H = grad_o_BSNH.shape
         sizes = (B, S, N, saved[1].shape[2], H)
         pointers = (*saved, grad_o_BSNH.contiguous(), *grads)
-        native.run("amx_attention_backward", None, B * S * S * N, *pointers, *sizes, 1 / math.sqrt(H))
+        name = f"{_NATIVE[grad_o_BSNH.dtype]}_backward"
+        native.run(name, None, B * S * S * N, *pointers, *sizes, 1 / math.sqrt(H))
         return *grads, None
 
 

@@ -22,7 +22,7 @@ from moe_lm.kernels import compiled
 from moe_lm.kernels.triton import launch
 
 _AMX = ("amx.inc", "amx_attention.inc", "amx_experts.inc", "amx_linear.inc", "amx_loss.inc", "amx_newton_schulz.inc")
-_INCLUDED = (*_AMX, "few_rows.inc", "decode.inc")
+_INCLUDED = (*_AMX, "few_rows.inc", "fp32_attention.inc", "decode.inc")
 SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", *_INCLUDED)]
 """The first includes the others."""
 
@@ -49,6 +49,8 @@ _ARGUMENTS = {
     "decode": "ppppppppppf",
     "amx_attention": "pppppplllllf",
     "amx_attention_backward": "pppppppppplllllf",
+    "fp32_attention": "pppppplllllf",
+    "fp32_attention_backward": "pppppppppplllllf",
     "amx_experts": "ppppppppplll",
     "amx_linear": "pppplll",
     "amx_linear_backward": "pppppppplll",

@@ -56,7 +56,7 @@ def test_a_layer_keeps_what_the_formula_says(dtype, tiles, family, key_value_hea
     of_layer = _kept(two, dtype, documents) - _kept(one, dtype, documents)
     explicit = dtype is torch.bfloat16 and not tiles
     probabilities = 128 if explicit else 0  # one block of queries sees all keys
-    keys = 128 if masked and dtype is torch.float32 else 0
+    keys = 128 if masked and dtype is torch.float32 and native.library() is None else 0
     expected = activation_bytes(one, TOKENS.numel(), Recompute.none, dtype.itemsize, probabilities, keys)
     assert 0.97 < of_layer / expected < 1.08
 

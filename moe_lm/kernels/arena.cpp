@@ -5,12 +5,17 @@
 // alignment together. So the heap is in pieces, 15 to 30 % of a step's peak. Here blocks are aligned by their sizes,
 // the lowest hole is taken that is large enough, and neighbours are joined at once. What has been touched stays, in
 // huge pages where the system has them.
+//
+// The room for all of it is reserved at once, as much as there is memory, and costs nothing until it is touched. Where
+// a process may have only so many addresses (RLIMIT_AS) that would leave none for others: there is no arena then.
 
 #include <c10/core/CPUAllocator.h>
 #include <pthread.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <iterator>
 #include <map>
@@ -116,9 +121,13 @@ c10::DeleterFnPtr Arena::raw_deleter() const { return ::give; }
 
 }  // namespace
 
-// From now on. Returns 0 where the system reserves no such room: as much as it has memory, of which nothing is taken.
+// From now on. Returns 0 where there can be none.
 extern "C" int arena_use() {
     if (arena) return 1;
+    for (int limited : {RLIMIT_AS, RLIMIT_DATA}) {
+        rlimit limit;
+        if (getrlimit(__rlimit_resource(limited), &limit) || limit.rlim_cur != RLIM_INFINITY) return 0;
+    }
     size_t room = size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE)) + HUGE_PAGE;
     void *where = mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (where == MAP_FAILED) return 0;

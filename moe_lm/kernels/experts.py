@@ -12,8 +12,9 @@ Why not one grouped GEMM everywhere: on a CPU `F.grouped_mm` loops inside, pays 
 the "cpu" backend the gradient of a stacked parameter is written once. In it, either a GEMM per expert into slices of
 one buffer (smaller blocks of rows were slower: oneDNN packs the weights at each call); or, in bf16 where there are AMX
 tiles, kernels of our own (`amx_experts.inc`) that pack weights once, take 128 rows at a time through both products, and
-have no set-up per shape. Measured, 8192 rows, D 256, F 512, E 8, two AMX cores, milliseconds forward and backward:
-reference 45, grouped 39, cpu 34 by oneDNN before the native SwiGLU, 27 with it, 20 on tiles; fp32 98, 106–145, 87. A
+have no set-up per shape. Measured, products and SwiGLU alone, 8192 rows, D 256, F 512, E 8, two AMX cores,
+milliseconds forward and backward: reference 45, grouped 39, cpu 34 by oneDNN before the native SwiGLU, 27 with it, 20
+on tiles; fp32 98, 106–145, 87. A
 GPU takes "triton" (`triton/experts.py`): grouped products, with kernels of our own between them; or "grouped" without
 Triton. Neither choice has been measured.
 """
@@ -41,7 +42,7 @@ class Grouping(NamedTuple):
     """Which tokens each expert takes, and how much its answer counts."""
 
     token_P: Tensor
-    """Token of each row, int64; any for rows that fill a group up, and past the last end."""
+    """Token of each row, int64; any token's number for rows that fill a group up, and past the last end."""
     weight_P: Tensor
     """Weight of each row, in the compute type; exactly 0 where it fills up."""
     end_E: Tensor

@@ -61,7 +61,8 @@ def activation_bytes(
 
     What each operator keeps is its inputs: of a layer the residual stream and its norm, twice; q, k, v and the
     attention's output; the router's input in fp32; and of every expert row its gate-up product. (A dense block keeps
-    both factors and the product of its gate as well.)
+    both factors and the product of its gate as well.) Not counted: rows that came from other processes under expert
+    parallelism, and what `selective` keeps on a GPU of experts' outputs row by row.
 
     Args:
         config: The model.

@@ -191,12 +191,11 @@ def answer(listener: socket.socket) -> None:
         asker.send(_TOLD)
 
 
-def was_told(host: str, port: int, deadline: float) -> bool:
-    """Whether the process that listens there says until then that the user has been told; not if it ends before."""
+def was_told(host: str, port: int, seconds: float) -> bool:
+    """Whether the process that listens there says within so long that the user has been told; not if it ends before."""
     try:
-        left = max(0.01, deadline - time.monotonic())
-        with socket.create_connection((host, port), min(1.0, left)) as connection:
-            connection.settimeout(max(0.01, deadline - time.monotonic()))
+        with socket.create_connection((host, port), min(1.0, seconds)) as connection:
+            connection.settimeout(seconds)
             return connection.recv(1) == _TOLD
     except OSError:
         return False

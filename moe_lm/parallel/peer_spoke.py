@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import select
 import socket
 import time
 from collections.abc import Callable
@@ -27,7 +26,10 @@ from moe_lm.parallel.peer_connections import (
 _CONNECT_SECONDS = 30.0
 
 _ASK_SECONDS = 3.0
-"""Within which a process of a lower rank that is left has told the user."""
+"""Within which the processes of lower ranks that are left have told the user."""
+
+_ASK_EACH_SECONDS = 0.5
+"""What is left for each, where one before it has not answered; but not for more than four of them."""
 
 
 class Spoke(Station):
@@ -64,16 +66,21 @@ class Spoke(Station):
         if not loss.of_main:
             return False
         deadline = time.monotonic() + _ASK_SECONDS
-        lower = [(host or self._host, port) for rank, host, port in self._ears if rank < self._rank]
-        return (bool(self._ears) or self._rank == 1) and not any(was_told(*place, deadline) for place in lower)
+        for rank, host, port in self._ears:
+            left = deadline - time.monotonic()
+            if rank >= self._rank or left < -4 * _ASK_EACH_SECONDS:
+                break
+            if was_told(host or self._host, port, max(_ASK_EACH_SECONDS, left)):
+                return False
+        return bool(self._ears) or self._rank == 1
 
     def told(self, loss: Loss, seconds: float) -> None:
         """Answer for so long the others that ask whether the user has been told."""
         until = time.monotonic() + seconds
-        with contextlib.suppress(OSError, ValueError):  # closed meanwhile
+        with contextlib.suppress(OSError):  # the time is over, or the socket closed meanwhile
             while loss.of_main and (left := until - time.monotonic()) > 0:
-                if select.select([self._ear], [], [], left)[0]:
-                    answer(self._ear)
+                self._ear.settimeout(left)
+                answer(self._ear)
 
     def silent(self, after: float) -> list[str]:
         """Rank 0, if it has given no sign of life for so many seconds."""

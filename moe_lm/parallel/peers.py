@@ -210,8 +210,10 @@ class PeerWatch:
             self._has_left.wait(_SETTLE)
         if (loss.died or not self._has_own_word) and self._station.speaks(loss):
             _within(1, lambda: _say(loss.sentence))
-        self._station.told(loss, _SETTLE)
+        # One that died is missed by all at once; of another loss a process may first wait whether it ends by itself.
+        self._station.told(loss, _SETTLE if loss.died else 2 * _SETTLE)
         self._is_told.set()
+        self._station.told(loss, deadline - time.monotonic())
         time.sleep(max(0.0, deadline - time.monotonic()))
         if not self._has_left.is_set():
             _within(_LAST_WORDS, lambda: self.last_words(loss.sentence))

@@ -77,19 +77,22 @@ def test_rows_past_the_last_end_count_for_nothing_even_if_they_hold_nan(backend:
 
 
 @pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", ["grouped", "cpu"])
-def test_rows_that_fill_up_change_nothing(backend: str) -> None:
-    """Catches filling, which is of any token with weight 0, that adds to a gradient or to a token."""
-    (x_TD, weight_P, *matrices), token_P, end_E = expert_inputs([3, 5])
-    real = torch.tensor([0, 1, 2, 8, 9, 10, 11, 12])
-    filled_token_P = torch.ones(16, dtype=torch.int64).index_copy(0, real, token_P)
-    filled_weight_P = torch.zeros(16).index_copy(0, real, weight_P)
-    upstream, ends = torch.randn(4, 16), torch.tensor([8, 16], dtype=torch.int32)
-    inputs = leaves(x_TD, weight_P, *matrices, dtype=torch.float32)
-    plain = output_and_gradients(mixture(backend, token_P, end_E), inputs, upstream)
-    inputs = leaves(x_TD, filled_weight_P, *matrices, dtype=torch.float32)
+def test_rows_that_fill_up_change_nothing(backend: str, dtype: torch.dtype) -> None:
+    """Catches filling, which is of any token with weight 0, that adds to a gradient or to a token; up to whole tiles,
+    whose kernels then run."""
+    (x_TD, weight_P, *matrices), token_P, end_E = expert_inputs([3, 5], 0, 32, 64)
+    real = torch.tensor([0, 1, 2, 32, 33, 34, 35, 36])
+    filled_token_P = torch.ones(64, dtype=torch.int64).index_copy(0, real, token_P)
+    filled_weight_P = torch.zeros(64).index_copy(0, real, weight_P)
+    upstream, ends = torch.randn(4, 32).to(dtype), torch.tensor([32, 64], dtype=torch.int32)
+    inputs = leaves(x_TD, weight_P, *matrices, dtype=dtype)
+    wide = leaves(*inputs, dtype=torch.float64)
+    exact = output_and_gradients(mixture("reference", token_P, end_E), wide, upstream)
+    inputs = leaves(x_TD, filled_weight_P, *matrices, dtype=dtype)
     filled = output_and_gradients(mixture(backend, filled_token_P, ends), inputs, upstream)
-    assert_close([*filled[:2], filled[2][real], *filled[3:]], plain, torch.float32)
+    assert_close([*filled[:2], filled[2][real], *filled[3:]], exact, dtype)
 
 
 @pytest.mark.usefixtures("kernels")

@@ -17,7 +17,7 @@ COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")
 
 PROBE = """
 import torch
-from moe_lm.kernels import compiled, native
+from moe_lm.kernels import native
 from moe_lm.kernels.normalization import rms_norm
 x = torch.arange(4096.0).view(64, 64)
 for _ in range(2):

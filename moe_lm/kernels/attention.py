@@ -2,10 +2,10 @@
 
 Letters: B batch, S queries, T keys, N heads, G key/value heads, H head_dim, J = N/G heads that share a key/value head.
 
-Where there are AMX tiles, bf16 takes "amx" (`amx_attention.inc`): probabilities never leave the cache, only the
-logarithm of each row's sum is kept, and keys of other documents are passed over. B 8 S 512 N 8 G 2 H 32: 5.2 (14)
-milliseconds, with documents of 200 tokens 3.2 (7.7), where "cpu" with its native softmax took 9.5 (21) and 8 (19) in
-the same minutes.
+"native", where training and prompts have a shape that it takes, is bf16 on AMX tiles (`amx_attention.inc`) and fp32 on
+vectors (`fp32_attention.inc`): probabilities never leave the cache, next to nothing is kept, and keys of other
+documents are passed over. B 8 S 512 N 8 G 2 H 32 on tiles: 5.2 (14) milliseconds, with documents of 200 tokens 3.2
+(7.7), where "cpu" with its native softmax took 9.5 (21) and 8 (19) in the same minutes; in fp32 FP32NUMBERS.
 
 Which of the others: milliseconds forward (forward and backward), two AMX cores, torch 2.13, tuned allocator, document
 mask, "cpu" with torch's softmax:

@@ -1,19 +1,19 @@
 """Peak memory of a training step by mode of activation checkpointing, against the formulas of `model/accounting.py`.
 
-    python scripts/benchmark_memory.py [reference | wide | default] [MICRO_BATCH_SIZE]
+    python scripts/benchmark_memory.py [reference | wide | default] [--micro-batch-size N] [--precision fp32]
 
 Each mode trains some steps in a process of its own (`benchmark_sides.py`, this trainer's side), in turn with the
 others, so that the ratios of their times hold too. What is measured is the most that was resident, less what was after
 the imports: the state, activations, and what operators need while they run.
 """
 
+import argparse
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from benchmark import MODELS, SAME_WORK, Side, make_batches, processes
+from benchmark import MODELS, SAME_WORK, Side, make_batches, positive, processes
 
 from moe_lm.config import load
 from moe_lm.kernels import native
@@ -25,15 +25,15 @@ from moe_lm.training.precision import compute_dtype
 ROUNDS = 3
 
 
-def main(model: str, micro_batch_size: int | None) -> None:
+def main(model: str, micro_batch_size: int | None, precision: Precision) -> None:
     """Measure and print a table."""
     sizes = [] if micro_batch_size is None else [f"trainer.micro_batch_size={micro_batch_size}"]
     sizes += [f"trainer.global_batch_size={micro_batch_size}"] if sizes else []
     options = [*MODELS[model], *SAME_WORK, *sizes]
     config = load("pretrain", options)
-    dtype = compute_dtype(Precision.auto, torch.device("cpu"))
-    precision = "bf16" if dtype is torch.bfloat16 else "fp32"
-    sides = [Side(None, precision, recompute=mode.value) for mode in Recompute]
+    dtype = compute_dtype(precision, torch.device("cpu"))
+    named = "bf16" if dtype is torch.bfloat16 else "fp32"
+    sides = [Side(None, named, recompute=mode.value) for mode in Recompute]
     with tempfile.TemporaryDirectory() as directory:
         batches = make_batches(options, Path("runs/benchmark/data"), Path(directory) / "batches.safetensors")
         with processes(sides, options, batches, balanced=False) as running:
@@ -61,5 +61,9 @@ def main(model: str, micro_batch_size: int | None) -> None:
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    main(arguments[0] if arguments else "reference", int(arguments[1]) if len(arguments) > 1 else None)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("model", nargs="?", choices=MODELS, default="reference")
+    parser.add_argument("--micro-batch-size", type=positive)
+    parser.add_argument("--precision", choices=[precision.value for precision in Precision], default="auto")
+    given = parser.parse_args()
+    main(given.model, given.micro_batch_size, Precision(given.precision))

@@ -52,7 +52,9 @@ def main(model: str, micro_batch_size: int | None, precision: Precision) -> None
     print("| mode | measured, MB | above the state | activations by formula | time |\n" + "| --- " * 5 + "|")
     for side in sides:
         peak = answers[side][-1]["memory"]
-        expected = activation_bytes(config.model, tokens, Recompute(side.recompute), dtype.itemsize, kept)
+        again = explicit or native.library() is not None
+        mode = Recompute(side.recompute)
+        expected = activation_bytes(config.model, tokens, mode, dtype.itemsize, kept, attention_again=again)
         ratios = [a["seconds"] / b["seconds"] for a, b in zip(answers[side], answers[sides[0]], strict=True)]
         print(
             f"| {side.recompute} | {peak / 1e6:,.0f} | {(peak - state) / 1e6:,.0f} | {expected / 1e6:,.0f} "

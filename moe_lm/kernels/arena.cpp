@@ -7,7 +7,8 @@
 // huge pages where the system has them.
 //
 // The room for all of it is reserved at once, as much as there is memory, and costs nothing until it is touched. Where
-// a process may have only so many addresses (RLIMIT_AS) that would leave none for others: there is no arena then.
+// a process may have only so many addresses (RLIMIT_AS), or the system promises no more than it has, that would leave
+// none for others: there is no arena then.
 
 #include <c10/core/CPUAllocator.h>
 #include <pthread.h>
@@ -17,6 +18,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <fstream>
 #include <iterator>
 #include <map>
 #include <mutex>
@@ -124,6 +126,9 @@ c10::DeleterFnPtr Arena::raw_deleter() const { return ::give; }
 // From now on. Returns 0 where there can be none.
 extern "C" int arena_use() {
     if (arena) return 1;
+    int overcommit = 0;
+    std::ifstream("/proc/sys/vm/overcommit_memory") >> overcommit;
+    if (overcommit == 2) return 0;
     for (int limited : {RLIMIT_AS, RLIMIT_DATA}) {
         rlimit limit;
         if (getrlimit(__rlimit_resource(limited), &limit) || limit.rlim_cur != RLIM_INFINITY) return 0;

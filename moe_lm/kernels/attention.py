@@ -218,8 +218,10 @@ def native_begins(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, mask_BST: Tens
     where there are matrix tiles, with a head width and a length that are multiples of 32; fp32 with a head width that
     is one of 16.
     """
-    B, S, _, H = q_BSNH.shape
-    if k_BTGH.shape[1] != S or not native.supports(q_BSNH, k_BTGH, v_BTGH):
+    (B, S, N, H), G = q_BSNH.shape, k_BTGH.shape[2]
+    if not (k_BTGH.shape == v_BTGH.shape == (B, S, G, H) and N % G == 0):
+        return None
+    if not native.supports(q_BSNH, k_BTGH, v_BTGH):
         return None
     in_tiles = q_BSNH.dtype is torch.bfloat16
     if (H % _LANES) if not in_tiles else (S % _TILE or H % _TILE or not native.has_amx()):

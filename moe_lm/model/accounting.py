@@ -55,6 +55,7 @@ def activation_bytes(
     compute_bytes: int,
     probabilities: int = 0,
     masked_keys: int = 0,
+    attention_again: bool = False,
 ) -> int:
     """What the layers keep of one micro-batch from its forward to its backward pass, and what one layer adds to that
     while it is computed again; bytes.
@@ -72,6 +73,7 @@ def activation_bytes(
         probabilities: Attention probabilities that are kept per token and head; 0 for fused attention.
         masked_keys: Keys of a document mask, where torch's fused attention has one: each layer then keeps a copy of it,
             and keys and values copied for each of their query heads.
+        attention_again: Whether `selective` computes attention again, as it does without one of torch's fused kernels.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
     query = config.num_attention_heads * config.width_of_head
@@ -87,7 +89,7 @@ def activation_bytes(
     layer = compute_bytes * (attention + block) + router
     kept = {
         Recompute.none: layer,
-        Recompute.selective: compute_bytes * (3 * hidden + projections + products + (0 if probabilities else query)),
+        Recompute.selective: compute_bytes * (3 * hidden + projections + products + (0 if attention_again else query)),
         Recompute.full: compute_bytes * hidden,
     }[recompute]
     again = {

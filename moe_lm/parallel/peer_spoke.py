@@ -25,11 +25,12 @@ from moe_lm.parallel.peer_connections import (
 
 _CONNECT_SECONDS = 30.0
 
-_ASK_SECONDS = 3.0
+_ASK_SECONDS = 2.0
 """Within which the processes of lower ranks that are left have told the user."""
 
 _ASK_EACH_SECONDS = 0.5
-"""What is left for each, where one before it has not answered; but not for more than four of them."""
+"""What is left for each, where one before it has not answered; but not for more than four of them: all of it must be
+over before this process is ended (`peers.GRACE`)."""
 
 
 class Spoke(Station):
@@ -77,8 +78,8 @@ class Spoke(Station):
     def told(self, loss: Loss, seconds: float) -> None:
         """Answer for so long the others that ask whether the user has been told."""
         until = time.monotonic() + seconds
-        with contextlib.suppress(OSError):  # the time is over, or the socket closed meanwhile
-            while loss.of_main and (left := until - time.monotonic()) > 0:
+        while loss.of_main and self._ear.fileno() >= 0 and (left := until - time.monotonic()) > 0:
+            with contextlib.suppress(OSError):  # the time is over, or the socket closed meanwhile
                 self._ear.settimeout(left)
                 answer(self._ear)
 

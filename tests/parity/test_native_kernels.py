@@ -170,6 +170,7 @@ FP32_ATTENTION = {"fp32_attention", "fp32_attention_backward"}
 SHAPES = {
     "one block": (32, 4, 4, 32),
     "two queries": (2, 4, 2, 32),
+    "a last block of few": (70, 4, 2, 32),
     "two blocks": (64, 4, 2, 64),
     "an odd length, one vector wide": (131, 4, 2, 16),
     "three vectors wide": (40, 2, 1, 48),

@@ -112,7 +112,7 @@ print("given back")
 
 @ARENA
 @pytest.mark.skipif(Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "1", reason="nothing is too much")
-@pytest.mark.parametrize("numbers", ["10**15", "os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGESIZE') // 2"])
+@pytest.mark.parametrize("numbers", ["10**15", "os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGESIZE') "])
 def test_too_much_is_an_error(numbers: str) -> None:
     """Catches a process that the system kills later, or another error than torch's own: at twice the machine's."""
     code = f"""
@@ -124,10 +124,14 @@ except RuntimeError as error:
     assert run(code) == "True"
 
 
-@pytest.mark.parametrize("gigabytes", [3, 1000])
-def test_where_addresses_are_limited_or_nothing_compiled(gigabytes: int) -> None:
-    """Catches a run that needs what only makes it faster, and one that leaves no address to others."""
+def test_nothing_compiled_is_no_fault() -> None:
+    """Catches a run that needs what only makes it faster."""
     assert run("print(torch.ones(MB).sum().item() / MB)", MOE_LM_NATIVE="0") == "1.0"
+
+
+@pytest.mark.parametrize("gigabytes", [10, 1000])
+def test_where_addresses_are_limited(gigabytes: int) -> None:
+    """Catches a run that needs what only makes it faster, and one that leaves no address to others."""
     limited = f"""
 import resource, torch
 from moe_lm.kernels import allocator

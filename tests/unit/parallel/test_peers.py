@@ -130,6 +130,18 @@ def test_the_one_that_should_tell_of_rank_0_may_die_as_well(job):
     assert job.said() == {2: [f"moe-lm: {job.name(0)} has died"]}
 
 
+def test_many_that_should_tell_of_rank_0_may_hang(job):
+    """Catches a line that comes too late, after the process that asks one after the other has been ended."""
+    job = job(8, grace=5, beat=2).start()
+    for rank in range(1, 6):  # as a machine whose memory the system still takes back
+        job.processes[rank].send_signal(signal.SIGSTOP)
+    job.processes[0].kill()
+    for rank in (6, 7):
+        job.tell(rank, "backend 0")
+    assert job.codes(6, 7) == [1, 1]
+    assert job.said()[6] == [f"moe-lm: {job.name(0)} has died"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT])
 def test_a_crash_is_a_death(job, number):
     """Catches an end that only an exception would have told of."""

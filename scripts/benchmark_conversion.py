@@ -8,6 +8,7 @@ import, an export and a verification must stay under twice the largest shard plu
 itself, and not the whole model. Times are of this machine and hour.
 """
 
+import argparse
 import dataclasses
 import json
 import shutil
@@ -40,9 +41,8 @@ sys.exit(code)
 """
 
 
-def main() -> None:
+def main(size: float, shard: float) -> None:
     """Write the checkpoint, convert it, print."""
-    size, shard = (float(sys.argv[i]) if len(sys.argv) > i else default for i, default in ((1, 4.0), (2, 1.0)))
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place)
         config = config_of(int(size * 1e9))
@@ -114,4 +114,8 @@ def measure(command: str, *options: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("size", nargs="?", type=float, default=4.0, help="of the checkpoint, in GB")
+    parser.add_argument("shard", nargs="?", type=float, default=1.0, help="of a file of it, in GB")
+    given = parser.parse_args()
+    main(given.size, given.shard)

@@ -6,6 +6,7 @@ The text is Python's standard library as JSON lines, repeated to 30 and 300 MB. 
 what should hold anywhere is that memory does not grow with the input.
 """
 
+import argparse
 import json
 import os
 import resource
@@ -117,4 +118,5 @@ def measure(loader: Loader, tokens_per_step: int, warm: int, seconds: float = 3.
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args()
     main()

@@ -1,12 +1,13 @@
 """What reliability costs: the stall of a save, the guards' share of a step, and the speed of verifying a checkpoint.
 
-    python scripts/benchmark_reliability.py
+    python scripts/benchmark_reliability.py [OPTION=VALUE ...]
 
 The default experiment's model trains some steps, with a checkpoint at every fourth. The stall of each save is held
 against a plain copy of the same tensors, made just before it or just after, in turn; the guards' share is their
 functions' own time under Python's profiler, with all that they call.
 """
 
+import argparse
 import cProfile
 import pstats
 import statistics
@@ -21,17 +22,18 @@ from moe_lm.data.prepared import load as load_data
 from moe_lm.parallel.runtime import Runtime
 from moe_lm.training.loop import train
 from moe_lm.training.run import Run
+from moe_lm.training.state import saved_slices
 from moe_lm.training.watchdog import Watchdog
 
 STEPS = 40
 GUARDS = ("guards.py", "requests.py", "interrupts.py", "watchdog.py")
 
 
-def main() -> None:
+def main(options: list[str]) -> None:
     """Train, and print what was measured."""
     with tempfile.TemporaryDirectory() as directory:
-        options = [f"output_dir={directory}", f"trainer.max_steps={STEPS}", "trainer.eval_interval=0"]
-        config = load_config("pretrain", [*options, "checkpoint.interval=4"])
+        of_all = [f"output_dir={directory}", f"trainer.max_steps={STEPS}", "trainer.eval_interval=0"]
+        config = load_config("pretrain", [*of_all, "checkpoint.interval=4", *options])
         path = Path(directory) / "run"
         prepare(config.data, config.tokenizer, path, report=print, progress=lambda done, total: None)
         run = Run(config, Runtime(), load_data(config.data, config.tokenizer, path), path)
@@ -54,7 +56,7 @@ def watch_saves(run: Run) -> list[tuple[float, float]]:
 
     def copy() -> float:
         begin = time.perf_counter()
-        copies = [part.data.detach().clone() for part in run._slices()]
+        copies = [part.data.detach().clone() for part in saved_slices(run.optimizer, run.load_LE, True)]
         seconds = time.perf_counter() - begin
         del copies
         return seconds
@@ -104,4 +106,6 @@ def print_verification(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("options", nargs="*", help="of the run, as `moe-lm pretrain` takes them")
+    main(parser.parse_args().options)

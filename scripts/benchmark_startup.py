@@ -6,6 +6,7 @@ Prepares the default experiment's text, then starts a run on it twice: once agai
 import profile. Options are the run's.
 """
 
+import argparse
 import collections
 import re
 import subprocess
@@ -66,4 +67,6 @@ def imports(place: Path, arguments: list[str]) -> "collections.Counter[str]":
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("options", nargs="*", help="of the run, as `moe-lm pretrain` takes them")
+    main(parser.parse_args().options)

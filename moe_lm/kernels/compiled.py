@@ -4,7 +4,6 @@ Without a compiler there is none, and callers do without. CXX names another comp
 ("ccache g++"); one that gives no library that loads is said. MOE_LM_NATIVE=0 switches all off.
 """
 
-import contextlib
 import ctypes
 import hashlib
 import os
@@ -80,7 +79,7 @@ def _load(compiler: list[str], sources: Sequence[Path], flags: Sequence[str], li
     name = f"{sources[0].stem}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     with tempfile.TemporaryDirectory() as directory:
         built = Path(directory) / name
-        with contextlib.suppress(OSError, RuntimeError):  # no home, or one that can not be written: compiled each time
+        try:
             cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe-lm" / name
             if not is_ours_and_whole(cached):
                 cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -89,6 +88,8 @@ def _load(compiler: list[str], sources: Sequence[Path], flags: Sequence[str], li
                 cached.chmod(0o600)  # whatever the umask: what a group may write is not loaded
             if is_ours_and_whole(cached):
                 return ctypes.CDLL(str(cached))
+        except (OSError, RuntimeError) as error:  # no home, or one that can not be written
+            warnings.warn(f"compiled kernels can not be kept, and are compiled at every start: {error}", stacklevel=4)
         if not built.exists():
             _compile(compiler, sources[0], flags, link_flags, built)
         return ctypes.CDLL(str(built))
@@ -102,6 +103,8 @@ def _compile(compiler: list[str], source: Path, flags: Sequence[str], link_flags
         ["-shared", str(objects), "-o", str(built), *link_flags],
     ):
         subprocess.run([*compiler, *arguments], capture_output=True, check=True, text=True, timeout=120)
+    if not built.exists():
+        raise subprocess.SubprocessError(f"{compiler[0]} has written no library")
     return built
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,6 +27,30 @@ def scripts(monkeypatch, tmp_path):
     yield benchmark, benchmark_gpu
     for name in [name for name in sys.modules if name.startswith("benchmark")]:
         del sys.modules[name]
+
+
+# benchmark_sides.py is told by benchmark.py what to do.
+@pytest.mark.parametrize(
+    "script",
+    sorted({*SCRIPTS.glob("benchmark*.py")} - {SCRIPTS / "benchmark_sides.py"}),
+    ids=lambda script: script.stem,
+)
+def test_help_is_help(script):
+    """Catches a measurement of minutes in answer to a question, and a script that does not even start."""
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage:")
+
+
+def test_what_reliability_costs(scripts, tmp_path, monkeypatch, capsys):
+    """Catches a script that documents quote, and that the code has left behind."""
+    benchmark, _ = scripts
+    import benchmark_reliability
+
+    monkeypatch.setattr(benchmark_reliability, "STEPS", 8)
+    options = [option for option in benchmark.MODELS["tiny"] if not option.startswith("trainer.max_steps")]
+    benchmark_reliability.main([*options, "data=text", f"data.paths=[{tmp_path / 'text'}]"])
+    said = capsys.readouterr().out
+    assert "a save holds training for" in said and "guards (spikes" in said and "verifying a checkpoint of" in said
 
 
 def test_all_sides_begin_with_the_same_loss(scripts, tmp_path):

@@ -14,9 +14,8 @@ one buffer (smaller blocks of rows were slower: oneDNN packs the weights at each
 tiles, kernels of our own (`amx_experts.inc`) that pack weights once, take 128 rows at a time through both products, and
 have no set-up per shape. Measured, products and SwiGLU alone, 8192 rows, D 256, F 512, E 8, two AMX cores,
 milliseconds forward and backward: reference 45, grouped 39, cpu 34 by oneDNN before the native SwiGLU, 27 with it, 20
-on tiles; fp32 98, 106–145, 87. A
-GPU takes "triton" (`triton/experts.py`): grouped products, with kernels of our own between them; or "grouped" without
-Triton. Neither choice has been measured.
+on tiles; fp32 98, 106–145, 87. A GPU takes "triton" (`triton/experts.py`): grouped products, with kernels of our own
+between them; or "grouped" without Triton. Neither choice has been measured.
 """
 
 from collections.abc import Iterator
@@ -228,7 +227,7 @@ def _backward_by_expert(
 
 
 def _groups(end_E: Tensor, also_empty: bool = False) -> Iterator[tuple[int, slice]]:
-    """Each expert that has rows, and where they are."""
+    """Each expert that has rows, or each, and where its rows are."""
     start = 0
     for expert, end in enumerate(end_E.tolist()):
         if end > start or also_empty:

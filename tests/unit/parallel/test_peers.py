@@ -43,6 +43,13 @@ class Job:
             assert self.heard(rank) == "in", self.error(rank)
         return self
 
+    def acquaint(self) -> "Job":
+        """Wait until each knows how to ask the others without rank 0, as a job does once it trains."""
+        for rank in range(1, self.world_size):
+            self.tell(rank, "acquaint")
+            assert self.heard(rank) == "acquainted"
+        return self
+
     def tell(self, rank: int, command: str) -> None:
         self.processes[rank].stdin.write(command + "\n")
         self.processes[rank].stdin.flush()
@@ -109,7 +116,7 @@ def test_a_death_ends_all_within_the_limit(job):
 
 def test_rank_0_may_die_as_well(job):
     """Catches survivors that only rank 0 would have told, and a line that all print."""
-    job = job(4).start()
+    job = job(4).start().acquaint()
     for rank in range(1, 4):
         job.tell(rank, "lock")
     job.processes[0].kill()
@@ -119,7 +126,7 @@ def test_rank_0_may_die_as_well(job):
 
 def test_the_one_that_should_tell_of_rank_0_may_die_as_well(job):
     """Catches a line that nobody prints, since the one that should has died too, however long its death takes."""
-    job = job(4).start()
+    job = job(4).start().acquaint()
     for rank in (2, 3):
         job.tell(rank, "lock")
     job.processes[1].send_signal(signal.SIGSTOP)  # as one whose memory the system still takes back
@@ -132,7 +139,7 @@ def test_the_one_that_should_tell_of_rank_0_may_die_as_well(job):
 
 def test_many_that_should_tell_of_rank_0_may_hang(job):
     """Catches a line that comes too late, after the process that asks one after the other has been ended."""
-    job = job(8, grace=5, beat=2).start()
+    job = job(8, grace=5, beat=2).start().acquaint()
     for rank in range(1, 6):  # as a machine whose memory the system still takes back
         job.processes[rank].send_signal(signal.SIGSTOP)
     job.processes[0].kill()

@@ -34,7 +34,6 @@ from moe_lm.data.tokenizer import Tokenizer, load_tokenizer
 from moe_lm.errors import InputError
 from moe_lm.evaluation.bits_per_byte import Validation
 from moe_lm.interrupts import STOPPED, interrupts
-from moe_lm.kernels import native
 from moe_lm.model.accounting import count_parameters
 from moe_lm.parallel.peers import BEAT
 from moe_lm.parallel.placement import write_placement
@@ -90,7 +89,7 @@ def _run(config: RunConfig, make_start: Callable[[Runtime], Start]) -> int:
                 runtime.on_main(lambda: write_placement(directory / PLACEMENT_FILE, placement))
             for text in filter(None, [*said_of_sharing, start.said()]):
                 say(text)
-            details = [str(layout) if layout.sharded else "", native.described(runtime.device, training.compute.dtype)]
+            details = [str(layout) if layout.sharded else "", training.environment["kernels"]]
             detailed = f" ({', '.join(filter(None, details))})" if any(details) else ""
             say(
                 f"{count.total / 1e6:.1f} M parameters, {count.active / 1e6:.1f} M active per token; computing in "

@@ -91,7 +91,7 @@ class Run:
         self.saver = Saver(self.store, report)
         self.requests = Requests(directory, runtime)
         # Made once: training stands still while a save begins.
-        self.environment, self._plain_config = environment(runtime, self.parallel), to_plain(config)
+        self.environment, self._plain_config = environment(runtime, self.parallel, dtype), to_plain(config)
         self.progress = Progress()
         self.spikes = SpikeDetector(config.guards)
         self.data_state: dict[str, Any] = {}

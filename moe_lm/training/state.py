@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_lm.checkpoint.checkpoint import Checkpoint
 from moe_lm.checkpoint.store import TensorSlice, named_step
 from moe_lm.checkpoint.tensor_file import CheckpointError, TensorKind, are_sizes
+from moe_lm.kernels import native
 from moe_lm.model.balancing import load_fraction
 from moe_lm.model.config import ModelConfig
 from moe_lm.model.decoder import CausalLM
@@ -139,8 +140,8 @@ def progress_of(checkpoint: Checkpoint) -> Progress:
     return progress
 
 
-def environment(runtime: Runtime, parallel: ParallelModel) -> dict[str, Any]:
-    """What a bit-exact resume depends on besides the configuration."""
+def environment(runtime: Runtime, parallel: ParallelModel, dtype: torch.dtype) -> dict[str, Any]:
+    """What a bit-exact resume depends on besides the configuration, for a run that computes in `dtype`."""
     owners = () if parallel.placement is None else parallel.placement.owners
     placed = hashlib.sha256(repr(owners).encode()).hexdigest()[:8] if owners else "none"
     return {
@@ -148,6 +149,7 @@ def environment(runtime: Runtime, parallel: ParallelModel) -> dict[str, Any]:
         **{name: version(name) for name in ("moe-lm", "torch", "transformers", "accelerate")},
         "device": runtime.device.type,
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "kernels": native.described(runtime.device, dtype),
         "threads": torch.get_num_threads(),
         "processes": runtime.world_size,
         **({"layout": str(parallel.layout), "owners": placed} if runtime.world_size > 1 else {}),

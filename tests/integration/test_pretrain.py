@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_lm.files import locked
+from moe_lm.kernels import native
 from tests.runs import ENVIRONMENT, TINY, final_tensors, metrics, moe_lm, write_corpus
 
 
@@ -121,7 +122,7 @@ def test_a_second_start_does_not_take_the_first_ones_directory(finished):
 
 def test_a_finished_run_is_made_longer_by_insisting(finished):
     """Catches a finished run that can not go on, a name in resume.allow_change that allows nothing, a change that is
-    let through unasked, or tensors that do not fit and end in a traceback."""
+    let through unasked, tensors that do not fit and end in a traceback, or other kernels that are not mentioned."""
     directory, options, _ = finished
     short = [*options, "run_name=longer", "finish.export=false", "schedule.name=constant"]
     moe_lm(*short, "trainer.max_steps=6", cwd=directory)
@@ -133,8 +134,11 @@ def test_a_finished_run_is_made_longer_by_insisting(finished):
     wider = [*longer, "resume.allow_change=[trainer,model]", "model.num_experts=4"]
     unfit = moe_lm(*wider, cwd=directory, check=False)
     assert unfit.returncode == 2 and "(model.num_experts can not change)." in unfit.stderr
-    done = moe_lm(*longer, "resume.allow_change=[trainer.max_steps]", cwd=directory)
+    insisting = [*longer, "resume.allow_change=[trainer.max_steps]"]
+    done = moe_lm(*insisting, cwd=directory, launcher=["env", "MOE_LM_NATIVE=0", sys.executable])
     assert "step 6 of 9" in done.stdout
+    changed = "other than when it was saved: kernels native kernels → plain kernels;" in done.stdout
+    assert changed == (native.library() is not None)
     whole = metrics(directory / "runs/whole", "validation_bits_per_byte")
     assert sorted(metrics(directory / "runs/longer")) == list(range(1, 10)) and 5 in whole
     assert "is finished (9 steps)" in moe_lm(*longer, cwd=directory).stdout
@@ -164,7 +168,8 @@ def test_going_on_in_bf16_is_exact_too(finished):
     losses, tensors = metrics(run), final_tensors(run)
     shutil.rmtree(run / "checkpoints/step-00000008")
     (run / "state.json").unlink()
-    assert "step 4 of 8" in moe_lm(*command, cwd=directory).stdout
+    resumed = moe_lm(*command, cwd=directory).stdout
+    assert "step 4 of 8" in resumed and "other than when it was saved" not in resumed
     again = final_tensors(run)
     assert metrics(run) == losses
     assert all(torch.equal(again[name], tensors[name]) for name in tensors)

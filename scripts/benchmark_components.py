@@ -23,7 +23,8 @@ from torch import Tensor
 from moe_lm.kernels.allocator import keep_freed_memory
 from moe_lm.kernels.attention import attention, attention_mask
 from moe_lm.kernels.combine import sum_rows
-from moe_lm.kernels.experts import Grouping, expert_mixture, row_alignment
+from moe_lm.kernels.experts import expert_mixture
+from moe_lm.kernels.grouping import Grouping, row_alignment
 from moe_lm.kernels.hardware import has_fast_bf16
 from moe_lm.kernels.loss import linear_cross_entropy
 from moe_lm.kernels.normalization import rms_norm

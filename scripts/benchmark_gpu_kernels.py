@@ -21,7 +21,8 @@ from torch import Tensor
 from moe_lm.kernels.attention import attention, attention_mask
 from moe_lm.kernels.combine import gather_rows, sum_rows
 from moe_lm.kernels.documents import packed_documents
-from moe_lm.kernels.experts import Grouping, expert_mixture
+from moe_lm.kernels.experts import expert_mixture
+from moe_lm.kernels.grouping import Grouping
 from moe_lm.kernels.loss import linear_cross_entropy
 from moe_lm.kernels.normalization import rms_norm
 from moe_lm.kernels.rotary import apply_rotary

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_lm.kernels.experts import Grouping, expert_mixture
+from moe_lm.kernels.experts import expert_mixture
+from moe_lm.kernels.grouping import Grouping
 
 # bf16 keeps 8 bits: one rounding is 2⁻⁹ relative; a chain of three products stays well under 1 % in norm.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from moe_lm.finetune.config import Part
 from moe_lm.kernels.combine import gather_rows, sum_rows
-from moe_lm.kernels.experts import Grouping
 from moe_lm.kernels.grouped_linear import grouped_linear
+from moe_lm.kernels.grouping import Grouping
 from moe_lm.model.attention import Attention
 from moe_lm.model.decoder import CausalLM, OutputHead
 from moe_lm.model.linear import Linear

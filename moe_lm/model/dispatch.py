@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moe_lm.kernels.experts import Grouping, row_alignment
+from moe_lm.kernels.grouping import Grouping, row_alignment
 from moe_lm.model.router import Assignments, expert_capacity
 
 _FEW_ROWS = 64

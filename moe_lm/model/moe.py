@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lm.kernels.experts import Grouping, expert_mixture
+from moe_lm.kernels.experts import expert_mixture
+from moe_lm.kernels.grouping import Grouping
 from moe_lm.model.config import ModelConfig
 from moe_lm.model.dispatch import CapacityDispatcher, LocalDispatcher, TokenDispatcher
 from moe_lm.model.linear import Linear

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_lm.kernels.combine import gather_rows, sum_rows
-from moe_lm.kernels.experts import Grouping, row_alignment
+from moe_lm.kernels.grouping import Grouping, row_alignment
 from moe_lm.model.dispatch import CapacityDispatcher
 from moe_lm.model.router import Assignments
 

@@ -10,7 +10,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from moe_lm.kernels.attention import attention, attention_mask
 from moe_lm.kernels.combine import gather_rows, sum_rows
-from moe_lm.kernels.experts import ROW_ALIGNMENT, Grouping, expert_mixture, row_alignment
+from moe_lm.kernels.experts import expert_mixture
+from moe_lm.kernels.grouping import ROW_ALIGNMENT, Grouping, row_alignment
 from moe_lm.kernels.loss import linear_cross_entropy
 from moe_lm.kernels.newton_schulz import orthogonalize
 from moe_lm.kernels.normalization import rms_norm

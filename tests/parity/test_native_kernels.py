@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from moe_lm.kernels import newton_schulz
 from moe_lm.kernels.attention import attention, attention_mask
 from moe_lm.kernels.combine import gather_rows, sum_rows
-from moe_lm.kernels.experts import Grouping, expert_mixture
+from moe_lm.kernels.experts import expert_mixture
+from moe_lm.kernels.grouping import Grouping
 from moe_lm.kernels.linear import linear
 from moe_lm.kernels.loss import _LOGITS_AT_ONCE, linear_cross_entropy
 from moe_lm.kernels.normalization import rms_norm

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_lm.kernels.experts import Grouping
+from moe_lm.kernels.grouping import Grouping
 from moe_lm.model.config import ModelConfig
 from moe_lm.model.dispatch import CapacityDispatcher, LocalDispatcher
 from moe_lm.model.router import Assignments, Router, expert_capacity

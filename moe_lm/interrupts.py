@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
+from moe_lm.errors import Stopped
+
 STOPPED = 75
 """Exit code of a run that was stopped and can go on (EX_TEMPFAIL of sysexits.h)."""
 
@@ -88,6 +90,9 @@ class Interrupts:
         self._deadline_seconds, self._last_words, self._deferred = deadline, last_words, True
         try:
             yield
+        except Stopped:
+            self.ignore()  # a launcher that sees a peer end first sends SIGTERM: it must not tear what is still written
+            raise
         finally:
             self._deferred, self._last_words = False, None
 
@@ -123,7 +128,7 @@ class Interrupts:
                 self._interrupted = now
             elif not (launched and now - self._interrupted < _ECHO_SECONDS):
                 _say("interrupted twice: ended at once, without a checkpoint of this step")
-                self._end(0.5)
+                self._end(2)
         if self.stop is None:
             self.stop = signal.Signals(number).name
             self._deadline = now + self._deadline_seconds

@@ -89,11 +89,11 @@ def children_of(pid, word):
     """Processes that a process has started and whose command line has a word in it."""
     children = []
     for task in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # a thread or a child that ends meanwhile
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread or a child that ends meanwhile
             children += (task / "children").read_text().split()
     found = []
     for child in children:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             if word in Path(f"/proc/{child}/cmdline").read_text():
                 found.append(int(child))
     return found

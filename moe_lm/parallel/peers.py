@@ -34,6 +34,9 @@ _FAREWELL = 2.0
 _SETTLE = 1.0
 """Seconds in which a process that meets the same failure as another one says so itself."""
 
+_ANSWERING = 3.0
+"""Seconds that the one that has told the user of rank 0's end stays to answer others, which may notice it later."""
+
 _NAMING = 3.0
 """Seconds that a backend's error waits for the loss which it may come from."""
 
@@ -210,8 +213,7 @@ class PeerWatch:
             self._has_left.wait(_SETTLE)
         if (loss.died or not self._has_own_word) and self._station.speaks(loss):
             _within(1, lambda: _say(loss.sentence))
-        # One that died is missed by all at once; of another loss a process may first wait whether it ends by itself.
-        self._station.told(loss, _SETTLE if loss.died else 2 * _SETTLE)
+        self._station.told(loss, _ANSWERING)
         self._is_told.set()
         self._station.told(loss, deadline - time.monotonic())
         time.sleep(max(0.0, deadline - time.monotonic()))

@@ -27,6 +27,7 @@ from moe_lm import cli
 from moe_lm.checkpoint.config import CheckpointConfig, FailurePolicy
 from moe_lm.checkpoint.saver import Saver
 from moe_lm.checkpoint.store import CheckpointStore, TensorSlice
+from moe_lm.interrupts import interrupts
 
 torch.set_num_threads(1)
 
@@ -161,8 +162,15 @@ def pretrain(arguments: list[str], directory: str, ledger: str | None = None) ->
 
 
 def signalled(arguments: list[str], directory: str, phase: str, occurrence: int) -> int:
-    """A whole run that says when it is in a phase for the n-th time, and then waits a moment for its signal."""
+    """A whole run that says when it is in a phase for the n-th time, and then waits until it is asked for something."""
     seen = 0
+    (name,) = [argument.partition("=")[2] for argument in arguments if argument.startswith("run_name=")]
+
+    def until_asked() -> None:
+        deadline = time.monotonic() + 60
+        while not (interrupts.stop or interrupts.save or Path("runs", name, "stop").exists()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
     def announced(original: Callable) -> Callable:
         def call(*positional, **named):
@@ -170,12 +178,12 @@ def signalled(arguments: list[str], directory: str, phase: str, occurrence: int)
             seen += 1
             if seen == occurrence:
                 os.write(1, f"now in {phase}\n".encode())
-                (hang if phase.startswith("hang") else time.sleep)(0.3)
+                (hang if phase.startswith("hang") else until_asked)()
             return original(*positional, **named)
 
         return call
 
-    def hang(seconds: float) -> None:
+    def hang() -> None:
         """Never come back to the interpreter, as a collective without its peer."""
         if phase == "hang without output":
             read, write = os.pipe()

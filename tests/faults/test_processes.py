@@ -98,7 +98,7 @@ def test_a_stopped_run_goes_on_in_another_layout(start, place):
     assert [len(experts) for experts in owners["layers"][0]] == [3, 3, 2]
     (place / "runs/moving/stop").unlink(missing_ok=True)
     second = start(2, "moving", "parallel=fsdp_ep", "parallel.placement=balanced")
-    _wait_for_step(second, 12)
+    _wait_for_step(second, max(metrics(first.run)) + 2)
     os.kill(second.pids[0], signal.SIGTERM)
     assert second.wait() == [75, 75]
     assert "experts placed by the counts of the last" in second.said(0)

@@ -146,9 +146,9 @@ def test_a_hang_is_ended_with_stacks(parent, whole):
     """Catches a hang that nobody ends: the stacks of all threads name the place, exit code 1, and a restart ends the
     run as if nothing had been."""
     log, options = whole / "hang.log", [*OPTIONS, "run_name=hang"]
-    assert parent.run("signalled", [*options, "trainer.step_timeout=2"], whole, "hang", 7, log=log) == 1
+    assert parent.run("signalled", [*options, "trainer.step_timeout=8"], whole, "hang", 7, log=log) == 1
     said = log.read_text()
-    assert "no step has ended for 2 s (trainer.step_timeout)" in said and "def hang" not in said
+    assert "no step has ended for 8 s (trainer.step_timeout)" in said and "def hang" not in said
     assert "in hang" in said and "loop.py" in said and _state(whole / "runs/hang")["status"] == "failed"
     assert parent.run("pretrain", options, whole, log=log) == 0
     _assert_equal(whole / "runs/hang", whole / "runs/whole")
@@ -194,7 +194,7 @@ def test_processes_agree_on_a_signal_that_one_gets(whole):
         process = subprocess.Popen([*launcher, *options], cwd=whole, env=ENVIRONMENT, stdout=log, stderr=log)
         before = len(metrics(run)) if (run / "metrics.jsonl").exists() else 0
         wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) > before + 3)
-        return process, sorted(children_of(process.pid, "moe_lm"))
+        return process, sorted(children_of(process.pid, "moe_lm"), key=_rank)
 
     process, ranks = start()
     os.kill(ranks[1], signal.SIGTERM)
@@ -208,12 +208,19 @@ def test_processes_agree_on_a_signal_that_one_gets(whole):
     time.sleep(0.5)
     begin = time.monotonic()
     os.kill(ranks[0], signal.SIGTERM)
-    wait_for(lambda: not Path(f"/proc/{ranks[0]}").exists() or _is_zombie(ranks[0]))
+    wait_for(lambda: _has_ended(ranks[0]))
     assert 2 < time.monotonic() - begin < 25
     os.kill(ranks[1], signal.SIGKILL)
     process.wait(timeout=60)
     assert "not over 3 s later" in (whole / "two.log").read_text()
 
 
-def _is_zombie(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+def _rank(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0RANK=")[1].split(b"\0")[0])
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from moe_lm.errors import Stopped
 from moe_lm.interrupts import Interrupts
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -47,6 +48,17 @@ def test_a_stop_is_remembered_while_training(number):
         os.kill(os.getpid(), number)
         _until(lambda: interrupts.stop is not None)
         assert interrupts.stop == signal.Signals(number).name and not interrupts.save
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_stop_that_is_obeyed_is_not_torn(number):
+    """Catches what a stopped run still writes being interrupted: a launcher sends SIGTERM once a peer has ended."""
+    with Interrupts() as interrupts:
+        with pytest.raises(Stopped), interrupts.deferred(25, lambda: None):
+            raise Stopped
+        os.kill(os.getpid(), number)
+        time.sleep(0.1)
+        assert interrupts.stop is None
 
 
 def test_a_request_to_save_is_no_stop():

@@ -1,6 +1,6 @@
 """A small process of a job for tests of the watch over peers; it does what it reads, one command a line.
 
-python -m tests.unit.parallel.peer RANK WORLD_SIZE DIRECTORY GRACE BEAT
+python -m tests.unit.parallel.peer RANK WORLD_SIZE DIRECTORY CONSTANT=SECONDS …
 """
 
 import os
@@ -17,7 +17,10 @@ from moe_lm.parallel import peers
 
 def main() -> int:
     rank, world_size, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    peers.GRACE, peers.BEAT = float(sys.argv[4]), float(sys.argv[5])
+    for constant in sys.argv[4:]:
+        name, _, seconds = constant.partition("=")
+        assert hasattr(peers, name)
+        setattr(peers, name, float(seconds))
 
     def from_main(text: str) -> str:
         file = directory / "invitation"

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from moe_lm.parallel.peers import PeerWatch
+from tests.runs import wait_for
 
 ROOT = Path(__file__).parents[3]
 LIMIT = 15
@@ -22,13 +24,14 @@ LIMIT = 15
 class Job:
     """Processes of tests.unit.parallel.peer; what each printed as an error is in a file."""
 
-    def __init__(self, directory: Path, world_size: int, grace: float = 1, beat: float = 0.1):
-        self.directory, self.world_size, self.times = directory, world_size, (str(grace), str(beat))
+    def __init__(self, directory: Path, world_size: int, **constants: float):
+        self.directory, self.world_size = directory, world_size
+        self.constants = [f"{name}={value}" for name, value in ({"GRACE": 1, "BEAT": 0.1} | constants).items()]
         self.processes: dict[int, subprocess.Popen] = {}
 
     def start(self, *ranks: int) -> "Job":
         for rank in ranks or range(self.world_size):
-            arguments = [str(rank), str(self.world_size), str(self.directory), *self.times]
+            arguments = [str(rank), str(self.world_size), str(self.directory), *self.constants]
             with (self.directory / f"error-{rank}").open("w") as error:
                 self.processes[rank] = subprocess.Popen(
                     [sys.executable, "-m", "tests.unit.parallel.peer", *arguments],
@@ -90,8 +93,8 @@ def job(tmp_path):
     """Makes one job."""
     with contextlib.ExitStack() as jobs:
 
-        def make(world_size: int = 3, **times: float) -> Job:
-            made = Job(tmp_path, world_size, **times)
+        def make(world_size: int = 3, **constants: float) -> Job:
+            made = Job(tmp_path, world_size, **constants)
             jobs.callback(made.close)
             return made
 
@@ -101,7 +104,7 @@ def job(tmp_path):
 def test_a_death_ends_all_within_the_limit(job):
     """Catches processes that wait in C for a peer that has gone, as NCCL does: with the times that users have, the
     others have ended, one of them has said who, and each had its last words."""
-    job = job(grace=5, beat=2).start()
+    job = job(GRACE=5, BEAT=2).start()
     for rank in (0, 1):
         job.tell(rank, "lock")
     begin = time.monotonic()
@@ -116,7 +119,7 @@ def test_a_death_ends_all_within_the_limit(job):
 
 def test_rank_0_may_die_as_well(job):
     """Catches survivors that only rank 0 would have told, and a line that all print."""
-    job = job(4).start().acquaint()
+    job = job(4, GRACE=5).start().acquaint()
     for rank in range(1, 4):
         job.tell(rank, "lock")
     job.processes[0].kill()
@@ -126,12 +129,12 @@ def test_rank_0_may_die_as_well(job):
 
 def test_the_one_that_should_tell_of_rank_0_may_die_as_well(job):
     """Catches a line that nobody prints, since the one that should has died too, however long its death takes."""
-    job = job(4).start().acquaint()
+    job = job(4, GRACE=5).start().acquaint()
     for rank in (2, 3):
         job.tell(rank, "lock")
     job.processes[1].send_signal(signal.SIGSTOP)  # as one whose memory the system still takes back
     job.processes[0].kill()
-    time.sleep(1)
+    wait_for(lambda: all((job.directory / f"at-loss-{rank}").exists() for rank in (2, 3)))
     job.processes[1].kill()
     assert job.codes(2, 3) == [1, 1]
     assert job.said() == {2: [f"moe-lm: {job.name(0)} has died"]}
@@ -139,7 +142,7 @@ def test_the_one_that_should_tell_of_rank_0_may_die_as_well(job):
 
 def test_many_that_should_tell_of_rank_0_may_hang(job):
     """Catches a line that comes too late, after the process that asks one after the other has been ended."""
-    job = job(8, grace=5, beat=2).start().acquaint()
+    job = job(8, GRACE=5, BEAT=2).start().acquaint()
     for rank in range(1, 6):  # as a machine whose memory the system still takes back
         job.processes[rank].send_signal(signal.SIGSTOP)
     job.processes[0].kill()
@@ -205,10 +208,9 @@ def test_a_failure_of_one_is_told_with_its_reason(job, rank):
 
 def test_the_same_failure_of_all_is_told_by_each(job):
     """Catches a word on another process before one's own, where all meet the same mistake at nearly the same time."""
-    job = job().start()
+    job = job(GRACE=15, _SETTLE=10).start()
     for rank in (2, 1, 0):
         job.tell(rank, "input wrong=1")
-        time.sleep(0.1)
     assert job.codes(0, 1, 2) == [2, 2, 2]
     assert job.said() == {rank: ["moe-lm: wrong=1"] for rank in range(3)}
 
@@ -235,7 +237,7 @@ def test_an_error_without_a_loss_stays_what_it_is(job):
 
 def test_a_launchers_signal_after_a_death_is_no_stop(job):
     """Catches exit code 75, as of a run that was stopped, where a launcher ends those that are left."""
-    job = job().start()
+    job = job(_SIGNALLED=10).start()
     job.processes[2].kill()
     for rank in (0, 1):
         job.processes[rank].send_signal(signal.SIGINT)
@@ -257,10 +259,9 @@ def test_a_signal_stops_all(job):
 
 def test_a_signal_to_all_is_nobodys_failure(job):
     """Catches a word on the first that obeyed, where a launcher stops all."""
-    job = job().start()
+    job = job(GRACE=15, _SETTLE=10).start()
     for rank in (2, 1, 0):
         job.processes[rank].send_signal(signal.SIGINT)
-        time.sleep(0.05)
     assert job.codes(0, 1, 2) == [75, 75, 75]
     assert job.said() == {}
 
@@ -277,22 +278,22 @@ def test_a_stopped_process_is_silent(job):
     """Catches a process that hangs and whose name nobody can say, rank 0 included; it is no death, and no longer silent
     when it goes on."""
     job = job().start()
-    job.processes[1].send_signal(signal.SIGSTOP)
-    time.sleep(1.5)
-    for rank in (0, 2):
+
+    def are_silent(rank: int, *others: int) -> bool:
         job.tell(rank, "silent 1")
-    assert job.heard(0) in [f"{job.name(1)} has been silent for {n} s" for n in (1, 2)]
-    assert job.heard(2) == "nobody"
+        said = re.sub(r" for \d+ s", "", job.heard(rank))
+        return said == ("; ".join(f"{job.name(other)} has been silent" for other in others) or "nobody")
+
+    job.processes[1].send_signal(signal.SIGSTOP)
+    wait_for(lambda: are_silent(0, 1))
+    wait_for(lambda: are_silent(2))
     job.processes[1].send_signal(signal.SIGCONT)
+    wait_for(lambda: are_silent(0))
     job.processes[0].send_signal(signal.SIGSTOP)
-    time.sleep(1.5)
-    job.tell(2, "silent 1")
-    assert job.heard(2) in [f"{job.name(0)} has been silent for {n} s" for n in (1, 2)]
+    wait_for(lambda: are_silent(2, 0))
     job.processes[0].send_signal(signal.SIGCONT)
-    time.sleep(0.5)
     for rank in range(3):
-        job.tell(rank, "silent 0.4")
-        assert job.heard(rank) == "nobody"
+        wait_for(lambda rank=rank: are_silent(rank))
         job.end(rank)
     assert job.codes(0, 1, 2) == [0, 0, 0] and job.said() == {}
 
@@ -310,14 +311,7 @@ def test_strangers_do_no_harm(job):
             open_sockets.enter_context(stranger)
             with contextlib.suppress(OSError):
                 stranger.sendall(content)
-        begin = time.monotonic()
-        job.start(1, 2)
-        while time.monotonic() - begin < 5:
-            job.tell(0, "silent 0.5")
-            if job.heard(0) == "nobody":
-                break
-        else:
-            pytest.fail("rank 0 did not see its peers")
+        job.start(1, 2).acquaint()
         with pytest.raises(OSError):  # all are here
             socket.create_connection(("localhost", port), timeout=5)
         job.processes[1].kill()
@@ -327,7 +321,7 @@ def test_strangers_do_no_harm(job):
 
 def test_one_that_comes_late_is_waited_for_and_told(job):
     """Catches a start that others hold up, and one that has missed what was said before it came."""
-    job = job(grace=3).start(0, 1)
+    job = job(GRACE=10).start(0, 1)
     job.tell(0, "silent 0.0")
     assert "process 2 has been silent" in job.heard(0)
     job.processes[1].kill()

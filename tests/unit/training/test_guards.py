@@ -5,7 +5,7 @@ import random
 import statistics
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lm.training.config import GuardsConfig
@@ -49,6 +49,7 @@ def test_a_loss_that_hardly_varies_has_room_for_noise():
     assert SpikeDetector(CONFIG, [2.0] * 64).limit() == pytest.approx(2.0 + 10 * 0.01 * 2.0)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.01, 20), min_size=MINIMUM, max_size=200))
 def test_the_window_is_the_state(losses):
     """Catches state beside the window: a detector made of another's losses gives the same limits from there on."""

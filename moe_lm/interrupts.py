@@ -47,7 +47,7 @@ class Interrupts:
         """Name of the signal that asked to stop."""
         self.save = False
         """Whether a checkpoint was asked for; whoever makes one sets it back."""
-        self._deferred = self._ignored = False
+        self._deferred = self._obeyed = self._ignored = False
         self._interrupted: float | None = None
         self._deadline_seconds = DEADLINE
         self._deadline: float | None = None
@@ -91,7 +91,9 @@ class Interrupts:
         try:
             yield
         except Stopped:
-            self.ignore()  # a launcher that sees a peer end first sends SIGTERM: it must not tear what is still written
+            # A launcher that sees a peer end first sends SIGTERM: it must not tear what is still to be written. It is
+            # remembered all the same, so that a deadline stands, and a second SIGINT ends the process.
+            self._obeyed = True
             raise
         finally:
             self._deferred, self._last_words = False, None
@@ -101,7 +103,7 @@ class Interrupts:
         self._ignored = True
 
     def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
-        if not self._deferred and not self._ignored and number != signal.SIGUSR1:
+        if number != signal.SIGUSR1 and not (self._deferred or self._obeyed or self._ignored):
             raise KeyboardInterrupt
 
     def _watch(self) -> None:

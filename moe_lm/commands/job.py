@@ -192,7 +192,9 @@ def _resume(training: Run, has_data: bool, say: Say) -> bool:
     best = "" if progress.best_bits_per_byte is None else f", best estimate {progress.best_bits_per_byte:.4f} bits/byte"
     say(f"resumed {checkpoint.path} (step {step} of {max_steps}, {progress.targets:,} targets learned from{best})")
     before, now = checkpoint.state["environment"], training.environment
-    if changed := [f"{name} {before.get(name)} → {value}" for name, value in now.items() if before.get(name) != value]:
+    if changed := [
+        f"{name} {before[name]} → {value}" for name, value in now.items() if before.get(name, value) != value
+    ]:
         say(f"note: other than when it was saved: {', '.join(changed)}; figures may differ by rounding from here on")
     return True
 

@@ -60,7 +60,7 @@ def _reference(x_RI: Tensor, group_ends_E: Tensor, weight_EOI: Tensor) -> Tensor
     return torch.cat(parts)
 
 
-# An operator of its own, as in `experts.py`, so that activation checkpointing can keep its result.
+# An operator of its own, as in `experts_cpu.py`, so that activation checkpointing can keep its result.
 @torch.library.custom_op("moe_lm::linear_loop", mutates_args=())
 def _linear_loop(x_RI: Tensor, group_ends_E: Tensor, weight_EOI: Tensor) -> Tensor:
     """A GEMM per expert into slices of one buffer; the gradient of the stacked matrices is written once."""

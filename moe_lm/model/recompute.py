@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import moe_lm.kernels.experts
+import moe_lm.kernels.experts_cpu
 import moe_lm.kernels.grouped_linear
 import moe_lm.kernels.linear  # noqa: F401 -- all three make operators
 from moe_lm.model.config import Recompute

@@ -29,7 +29,7 @@ _ASK_SECONDS = 2.0
 """Within which the processes of lower ranks that are left have told the user."""
 
 _ASK_EACH_SECONDS = 0.5
-"""What is left for each, where one before it has not answered; but not for more than four of them: all of it must be
+"""What is left for each, where one before it has not answered; but not for more than four of them: all of it should be
 over before this process is ended (`peers.GRACE`)."""
 
 

@@ -25,7 +25,7 @@ BEAT = 2.0
 """Seconds between two signs of life."""
 
 GRACE = 5.0
-"""Seconds from a loss until the process is ended, if it does not end by itself."""
+"""Seconds from a loss until the process is ended, if it does not end by itself, nor asks or answers who tells of it."""
 
 _LAST_WORDS = 2.0
 _FAREWELL = 2.0
@@ -35,7 +35,7 @@ _SETTLE = 1.0
 """Seconds in which a process that meets the same failure as another one says so itself."""
 
 _ANSWERING = 3.0
-"""Seconds that the one that has told the user of rank 0's end stays to answer others, which may notice it later."""
+"""Seconds that processes stay, after rank 0's end, to answer others that ask who has told of it, and may ask later."""
 
 _NAMING = 3.0
 """Seconds that a backend's error waits for the loss which it may come from."""

@@ -59,8 +59,12 @@ def obey(watch: peers.PeerWatch, agreed: threading.Event, command: str, *words: 
     if command == "silent":
         print("; ".join(watch.silent(float(words[0]))) or "nobody", flush=True)
     elif command == "acquaint":  # rank 0 tells the others of each other once the last has come, which takes a moment
-        while not watch._station._ears:
+        for _ in range(6000):
+            if watch._station._ears:
+                break
             time.sleep(0.01)
+        else:
+            raise AssertionError("rank 0 has not told of the others")
         print("acquainted", flush=True)
     elif command == "lock":  # as a collective that waits for ever: in C, without the interpreter
         lock = threading.Lock()

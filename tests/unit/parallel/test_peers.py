@@ -135,6 +135,7 @@ def test_the_one_that_should_tell_of_rank_0_may_die_as_well(job):
     job.processes[1].send_signal(signal.SIGSTOP)  # as one whose memory the system still takes back
     job.processes[0].kill()
     wait_for(lambda: all((job.directory / f"at-loss-{rank}").exists() for rank in (2, 3)))
+    time.sleep(1)
     job.processes[1].kill()
     assert job.codes(2, 3) == [1, 1]
     assert job.said() == {2: [f"moe-lm: {job.name(0)} has died"]}
@@ -211,6 +212,7 @@ def test_the_same_failure_of_all_is_told_by_each(job):
     job = job(GRACE=15, _SETTLE=10).start()
     for rank in (2, 1, 0):
         job.tell(rank, "input wrong=1")
+        time.sleep(0.1)
     assert job.codes(0, 1, 2) == [2, 2, 2]
     assert job.said() == {rank: ["moe-lm: wrong=1"] for rank in range(3)}
 
@@ -262,6 +264,7 @@ def test_a_signal_to_all_is_nobodys_failure(job):
     job = job(GRACE=15, _SETTLE=10).start()
     for rank in (2, 1, 0):
         job.processes[rank].send_signal(signal.SIGINT)
+        time.sleep(0.5)
     assert job.codes(0, 1, 2) == [75, 75, 75]
     assert job.said() == {}
 

@@ -165,33 +165,27 @@ def make_unit(
         return
     position = chunks[-1].position if chunks else [unit.first, None]
     number = len(chunks)
-    waiting: deque[tuple[_Batch, Future[Encoded]]] = deque()
-    batches = _batches(source, split, position, unit.stop)
     files = list_files(source, unit) if number == 0 else []
-    more = True
-    while more:
+    tokenized = _tokenized(_batches(source, split, position, unit.stop), encoder, form, window)
+    last = False
+    while not last:
         with ExitStack() as open_files:
             writers = {}
             for side in SIDES:
                 writers[side] = ShardWriter(directory, f"{chunk_name(unit, number)}.{side}", encoder.vocab_size)
                 open_files.push(writers[side].close)
             digest, skipped = hashlib.sha256(), Counter[str]()
-            while True:
-                while len(waiting) < window and (batch := next(batches, None)) is not None:
-                    waiting.append((batch, encoder.submit([d.text for side in SIDES for d in batch.sides[side]], form)))
-                if not waiting:
-                    more = False
-                    break
-                batch, future = waiting.popleft()
-                encoded = encoder.result(future)
+            for batch, encoded in tokenized:
                 skipped += batch.skipped + _refuse(batch, encoded.refusals, source, form)
                 progress(_write(batch, encoded, writers, digest))
                 position = batch.position or position
                 if sum(writer.num_tokens for writer in writers.values()) >= CHUNK_TOKENS:
                     break
+            else:
+                last = True
             shards = {side: writer.finish() for side, writer in writers.items()}
         made = Chunk(
-            last=not more,
+            last=last,
             position=position,
             files=files,
             tokenizer_fingerprint=encoder.fingerprint,
@@ -203,6 +197,20 @@ def make_unit(
         )
         write_json(directory / f"{chunk_name(unit, number)}.json", dataclasses.asdict(made))
         files, number = [], number + 1
+
+
+def _tokenized(
+    batches: Iterator[_Batch], encoder: Encoder, form: ChatFormat | None, window: int
+) -> Iterator[tuple[_Batch, Encoded]]:
+    """Each batch with its tokens, in order, with up to `window` of them on their way."""
+    waiting: deque[tuple[_Batch, Future[Encoded]]] = deque()
+    for batch in batches:
+        waiting.append((batch, encoder.submit([d.text for side in SIDES for d in batch.sides[side]], form)))
+        if len(waiting) == window:
+            first, future = waiting.popleft()
+            yield first, encoder.result(future)
+    for first, future in waiting:
+        yield first, encoder.result(future)
 
 
 def _batches(source: Source, split: Split, position: Position | None, stop: int) -> Iterator[_Batch]:

@@ -121,11 +121,6 @@ def group_choices(command: str) -> dict[str, list[str]]:
     return {group: sorted(p.stem for p in (config_directory() / group).glob("*.yaml")) for group in _groups(command)}
 
 
-def field_names(schema: type) -> list[str]:
-    """Dotted names of all leaf fields of a dataclass."""
-    return list(field_types(schema))
-
-
 def field_types(schema: type, prefix: str = "") -> dict[str, Any]:
     """Types of all leaf fields of a dataclass by their dotted names."""
     kinds: dict[str, Any] = {}

@@ -212,16 +212,25 @@ def _check_parameters(source: NativeSource, finetune: FinetuneConfig) -> None:
     source.checkpoint.expect(expected, MODEL)
 
 
-@torch.no_grad()
 def open_model(path: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[CausalLM, Tokenizer]:
     """A model to generate with and its tokenizer, from any directory that `open_source` takes.
-
-    Routers are in fp32 whatever the rest is, and nothing is dropped: a text must not depend on the others of its batch.
 
     Raises:
         InputError: There is no model or no tokenizer, or they do not belong together.
     """
     source = open_source(path)
+    model = load_model(source, device, dtype)
+    tokenizer = open_tokenizer(source)
+    check_belongs(tokenizer, source.tokenizer_directory, model.config)
+    return model, tokenizer
+
+
+@torch.no_grad()
+def load_model(source: ModelSource, device: torch.device, dtype: torch.dtype = torch.float32) -> CausalLM:
+    """A model to generate with.
+
+    Routers are in fp32 whatever the rest is, and nothing is dropped: a text must not depend on the others of its batch.
+    """
     with torch.device("meta"):
         model = CausalLM(dataclasses.replace(source.config, capacity_factor=None)).to(dtype)
     for module in model.modules():
@@ -234,9 +243,7 @@ def open_model(path: Path, device: torch.device, dtype: torch.dtype = torch.floa
     for name, tensor in source.parameters():
         targets.pop(name).copy_(tensor)
     assert not targets, f"without a value: {list(targets)}"
-    tokenizer = open_tokenizer(source)
-    check_belongs(tokenizer, source.tokenizer_directory, model.config)
-    return model, tokenizer
+    return model
 
 
 def find_tokenizer(directory: Path) -> Path | None:

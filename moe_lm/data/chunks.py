@@ -209,7 +209,8 @@ def _tokenized(
         if len(waiting) == window:
             first, future = waiting.popleft()
             yield first, encoder.result(future)
-    for first, future in waiting:
+    while waiting:
+        first, future = waiting.popleft()
         yield first, encoder.result(future)
 
 

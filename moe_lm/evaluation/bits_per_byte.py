@@ -37,7 +37,8 @@ def evaluate(
 ) -> Validation | None:
     """Scores a model on shards, from this process's share of their rows.
 
-    With a part of the rows bits per byte are an estimate: their bits per target, times the targets per byte of all.
+    With a part of the rows bits per byte are an estimate: their bits per target, times the targets per byte of all. NaN
+    where none of the rows has a target.
 
     Args:
         model: The model.
@@ -60,5 +61,5 @@ def evaluate(
     nats, targets = sums.tolist()
     num_targets = sum(shard.num_targets for shard in shards)
     num_bytes = sum(shard.header.num_bytes for shard in shards)
-    loss = nats / targets
+    loss = nats / targets if targets else math.nan  # some rows of chat data may be a user's words alone
     return Validation(loss / math.log(2) * num_targets / num_bytes, loss)

@@ -24,7 +24,6 @@ from moe_lm.hf.files import (
 )
 from moe_lm.hf.layout import Layout, is_derived, layout_of, slots
 from moe_lm.hf.model_configuration import load_config
-from moe_lm.model.config import ModelConfig
 from moe_lm.model.decoder import CausalLM
 
 
@@ -154,25 +153,3 @@ def _wrong_types(stored: dict[str, StoredTensor], names: list[str]) -> list[str]
         if dtype != types[0][1]
     ]
     return sentences
-
-
-@torch.no_grad()
-def load_model(directory: Path, config: ModelConfig, dtype: torch.dtype = torch.float32) -> CausalLM:
-    """Build the model of a directory and fill every parameter.
-
-    Args:
-        directory: As for `HuggingFaceSource`.
-        config: What `load_config` says of it.
-        dtype: Type of the parameters in memory.
-    """
-    source = HuggingFaceSource(directory)
-    with torch.device("meta"):
-        model = CausalLM(config)
-    model.to_empty(device="cpu")
-    model.to(dtype)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    targets = dict(model.named_parameters())
-    for name, tensor in source.parameters():
-        targets[name].copy_(tensor)
-    return model

@@ -39,7 +39,7 @@ from torch.nn import functional as F
 from moe_lm.kernels import native
 from moe_lm.kernels.documents import PackedDocuments, packed_attention
 
-_TILE, _LANES = 32, 16
+_LANES = 16
 _NATIVE = {torch.bfloat16: "amx_attention", torch.float32: "fp32_attention"}
 _QUERY_BLOCK = 128
 _SCORES_AT_ONCE = 2**22
@@ -224,7 +224,7 @@ def native_begins(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, mask_BST: Tens
     if not native.supports(q_BSNH, k_BTGH, v_BTGH):
         return None
     in_tiles = q_BSNH.dtype is torch.bfloat16
-    if (H % _LANES) if not in_tiles else (S % _TILE or H % _TILE or not native.has_amx()):
+    if (H % _LANES) if not in_tiles else (S % native.TILE or H % native.TILE or not native.has_amx()):
         return None
     if mask_BST is None:
         return torch.zeros(B, S, dtype=torch.int32, device=q_BSNH.device)
@@ -294,6 +294,7 @@ class _ExplicitAttention(torch.autograd.Function):
         return o_BSNH
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_o_BSNH):  # type: ignore[no-untyped-def]
         q_BSNH, k_BTGH, v_BTGH, *saved = ctx.saved_tensors
         G, scale = k_BTGH.shape[2], 1 / math.sqrt(q_BSNH.shape[3])

@@ -10,7 +10,7 @@ them anyway), the activation is computed again, and since a row's weight multipl
 Measured, products and SwiGLU alone, 8192 rows, D 256, F 512, E 8, two AMX cores, milliseconds forward and backward:
 reference 45, grouped 39, cpu 34 by oneDNN before the native SwiGLU, 27 with it, 20 on tiles; fp32 98, 106–145, 87. A
 GPU takes "triton" (`triton/experts.py`): grouped products, with kernels of our own between them; or "grouped" without
-Triton. Neither choice has been measured.
+Triton; or "reference" where `F.grouped_mm` refuses the sizes. None of these choices has been measured.
 """
 
 import torch
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from moe_lm.kernels import experts_cpu
 from moe_lm.kernels.combine import gather_rows, sum_rows
-from moe_lm.kernels.grouping import Grouping
+from moe_lm.kernels.grouping import Grouping, grouped_mm_takes
 from moe_lm.kernels.triton import launch
 
 
@@ -58,11 +58,11 @@ def expert_mixture(
 
 
 def _default_backend(x_TD: Tensor, grouping: Grouping, gate_up_proj: Tensor, down_proj: Tensor) -> str:
-    if launch.supports(x_TD, grouping.weight_P, gate_up_proj, down_proj):
-        return "triton"
     if x_TD.device.type == "cpu":
         return "cpu"
-    return "reference" if x_TD.dtype == torch.float64 else "grouped"
+    if not grouped_mm_takes(gate_up_proj, down_proj):
+        return "reference"
+    return "triton" if launch.supports(x_TD, grouping.weight_P, gate_up_proj, down_proj) else "grouped"
 
 
 def _reference(x_TD: Tensor, grouping: Grouping, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from moe_lm.kernels import native
 from moe_lm.kernels.combine import sum_rows
-from moe_lm.kernels.grouping import TILE, Grouping
+from moe_lm.kernels.grouping import Grouping
 
 _aten = torch.ops.aten
 
@@ -137,7 +137,7 @@ def _take_tiles(x_TD: Tensor, grouping: Grouping, gate_up_proj: Tensor, down_pro
     sizes = *down_proj.shape[1:], *grouping.end_E.tolist()
     return (
         x_TD.dtype is torch.bfloat16
-        and all(size % TILE == 0 for size in sizes)
+        and all(size % native.TILE == 0 for size in sizes)
         and native.supports(x_TD, grouping.weight_P, gate_up_proj, down_proj)
         and native.has_amx()
     )

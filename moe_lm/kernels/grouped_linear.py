@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-GROUPED_MULTIPLE = 8
-"""`F.grouped_mm` takes bf16 matrices whose sizes are multiples of this."""
+from moe_lm.kernels.grouping import grouped_mm_takes
 
 
 def grouped_linear(x_RI: Tensor, group_ends_E: Tensor, weight_EOI: Tensor, backend: str | None = None) -> Tensor:
@@ -47,8 +46,7 @@ def grouped_linear(x_RI: Tensor, group_ends_E: Tensor, weight_EOI: Tensor, backe
 def _default_backend(x_RI: Tensor, weight_EOI: Tensor) -> str:
     if x_RI.device.type == "cpu":
         return "cpu"
-    fits = all(size % GROUPED_MULTIPLE == 0 for size in weight_EOI.shape[1:])
-    return "grouped" if fits and x_RI.dtype != torch.float64 else "reference"
+    return "grouped" if grouped_mm_takes(weight_EOI) else "reference"
 
 
 def _reference(x_RI: Tensor, group_ends_E: Tensor, weight_EOI: Tensor) -> Tensor:

@@ -13,9 +13,6 @@ from moe_lm.kernels import native
 ROW_ALIGNMENT = 128
 """Largest multiple to which groups are rounded up; see `row_alignment`."""
 
-TILE = 32
-"""Multiple of rows, and of every size, that kernels for matrix tiles take."""
-
 
 class Grouping(NamedTuple):
     """Which tokens each expert takes, and how much its answer counts."""
@@ -40,9 +37,18 @@ def row_alignment(device: torch.device, dtype: torch.dtype, rows: int, experts: 
     """
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16) or rows < 64:
         return 1
-    if dtype is torch.bfloat16 and 2 * TILE * experts <= rows and native.has_amx():
-        return TILE
+    if dtype is torch.bfloat16 and 2 * native.TILE * experts <= rows and native.has_amx():
+        return native.TILE
     alignment = 8
     while alignment < ROW_ALIGNMENT and alignment * 2 * 8 * experts <= rows:
         alignment *= 2
     return alignment
+
+
+def grouped_mm_takes(*weights: Tensor) -> bool:
+    """Whether `F.grouped_mm` takes stacked matrices [E, ·, ·]: sizes of whole 16 bytes, and no fp64."""
+    return all(
+        weight.dtype is not torch.float64 and size * weight.element_size() % 16 == 0
+        for weight in weights
+        for size in weight.shape[1:]
+    )

@@ -14,8 +14,6 @@ from torch.nn import functional as F
 
 from moe_lm.kernels import native
 
-_TILE = 32
-
 
 def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
     """X · weightᵀ for x [..., K], which gives [..., N]."""
@@ -32,7 +30,7 @@ def _takes_tiles(x: Tensor, weight_NK: Tensor) -> bool:
         x.dtype is torch.bfloat16
         and x.dim() > 1
         and x.numel() > 0
-        and all(size % _TILE == 0 for size in (*weight_NK.shape, x.numel() // x.shape[-1]))
+        and all(size % native.TILE == 0 for size in (*weight_NK.shape, x.numel() // x.shape[-1]))
         and native.supports(x, weight_NK)
         and native.has_amx()
     )
@@ -62,7 +60,7 @@ def _backward(ctx: Any, grad_y_TN: Tensor) -> tuple[Tensor | None, ...]:
         torch.empty_like(tensor) if needed else None
         for tensor, needed in zip((x_TK, weight_NK), ctx.needs_input_grad, strict=True)
     )
-    room = (x_TK.new_empty(size) for size in (N * K, (T + _TILE) * N, (T + _TILE) * K))
+    room = (x_TK.new_empty(size) for size in (N * K, (T + native.TILE) * N, (T + native.TILE) * K))
     pointers = x_TK, weight_NK, grad_y_TN.contiguous(), *room, grad_x, grad_weight
     native.run("amx_linear_backward", None, T * N * K, *pointers, T, N, K)
     return grad_x, grad_weight

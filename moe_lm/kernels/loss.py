@@ -10,13 +10,13 @@ gradient of the head. torch's own `F.linear_cross_entropy` is missing in 2.11.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moe_lm.kernels import native
 from moe_lm.kernels.triton import launch
 
 IGNORED_LABEL = -100
-_TILE = 32
 _LOGITS_AT_ONCE = {2: 2**24, 4: 2**22, 8: 2**22}
 """By bytes of a logit. In bf16 (32 MB) a step of 4,096 tokens, V 8192, is slower by 2 to 9 % with a quarter of it: the
 head is packed anew for every chunk. MKL does not mind in fp32, and more would be the peak of a step's memory."""
@@ -53,7 +53,7 @@ def linear_cross_entropy(
     if backend in (None, "chunked"):
         at_once = _LOGITS_AT_ONCE_ON_GPU if head_VD.is_cuda else _LOGITS_AT_ONCE[head_VD.element_size()]
         # Whole tiles: with a vocabulary of 32,000 the bound alone makes chunks of 524 rows, which those kernels refuse.
-        chunk_rows = chunk_rows or max(_TILE, at_once // head_VD.shape[0] // _TILE * _TILE)
+        chunk_rows = chunk_rows or max(native.TILE, at_once // head_VD.shape[0] // native.TILE * native.TILE)
         if torch.is_grad_enabled() and (hidden_TD.requires_grad or head_VD.requires_grad):
             total: Tensor = _ChunkedCrossEntropy.apply(hidden_TD, head_VD, labels_T, chunk_rows)
             return total
@@ -72,6 +72,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_total):  # type: ignore[no-untyped-def]
         grad_hidden, grad_head = ctx.saved_tensors
         return (
@@ -128,7 +129,7 @@ def _take_tiles(hidden_rD: Tensor, head_VD: Tensor) -> bool:
     """Whether the kernel for matrix tiles takes these: bf16, and every size a multiple of 32."""
     return (
         hidden_rD.dtype is torch.bfloat16
-        and all(size % _TILE == 0 for size in (*hidden_rD.shape, len(head_VD)))
+        and all(size % native.TILE == 0 for size in (*hidden_rD.shape, len(head_VD)))
         and native.supports(hidden_rD, head_VD)
         and native.has_amx()
     )
@@ -140,7 +141,7 @@ def _loss_on_tiles(
     """Sum of the losses; writes one gradient and adds to the other, where they are wanted."""
     (r, D), V = hidden_rD.shape, len(head_VD)
     labels_r, losses_r = labels_r.contiguous(), hidden_rD.new_empty(r, dtype=torch.float32)
-    room = (2 * V + _TILE) * D, (r + _TILE) * V, (r + _TILE) * D
+    room = (2 * V + native.TILE) * D, (r + native.TILE) * V, (r + native.TILE) * D
     packed, columns, packed_hidden = (hidden_rD.new_empty(size) for size in room)
     pointers = hidden_rD, head_VD, labels_r, packed, columns, packed_hidden, losses_r, grad_hidden_rD, grad_head_VD
     native.run("amx_cross_entropy", None, r * V, *pointers, r, D, V)

@@ -60,7 +60,7 @@ static inline float round_to(float x) {
 }
 
 // exp(x) of x up to 88, to about 1 ulp: 2^n · e^r with |r| up to ln(2) / 2, by the polynomial of degree 6 that begins
-// with 1 + r and is off by 3e-9 at most. NaN stays NaN; what is below the smallest normal number is 0, as exp(-inf) is.
+// with 1 + r and is off by 3e-9 at most. NaN stays NaN; below -87, near the smallest normal number, it is 0.
 static inline float exponential(float x) {
     float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 · 2^23: the sum's low bits are the nearest integer
     float n = shifted - 12582912.0f;

@@ -60,6 +60,9 @@ _ARGUMENTS = {
 }
 """Of each function, pointers, 64-bit numbers, floats and ints in their order; the number of threads comes last."""
 
+TILE = 32
+"""Multiple of rows, and of every size, that kernels for matrix tiles take."""
+
 _VALUES_OF_A_THREAD = 8192
 """Values that one thread takes before others are worth their start."""
 

@@ -15,6 +15,8 @@ from moe_lm.kernels.hardware import has_fast_bf16
 _LARGEST = 2**18
 """Values of a matrix that a thread takes: with its packed form, Gram matrix and polynomial, at most 2.5 MB."""
 
+_SMALLEST_NORM = 1e-18
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
@@ -28,7 +30,7 @@ def _takes_tiles(x_MNK: Tensor) -> bool:
     return (
         x_MNK.dtype is torch.bfloat16
         and x_MNK.shape[1] * x_MNK.shape[2] <= _LARGEST
-        and all(size % 32 == 0 for size in x_MNK.shape[1:])
+        and all(size % native.TILE == 0 for size in x_MNK.shape[1:])
         and native.supports(x_MNK)
         and native.has_amx()
     )
@@ -49,8 +51,9 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
     x = g.reshape(-1, *g.shape[-2:])
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
-    # Norm in fp32, and a floor instead of an added epsilon: a tiny gradient is scaled as exactly as a large one.
-    norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32).clamp_min(1e-30)
+    # Norm in fp32, and a floor instead of an added epsilon: a tiny gradient is scaled as exactly as a large one, down
+    # to where its squares begin to vanish. What is smaller stays small; one too large for its squares becomes 0.
+    norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32).clamp_min(_SMALLEST_NORM)
     x = x.to(iteration_dtype(g.device)).contiguous()
     x = x * norms.reciprocal().to(x.dtype)  # rounding a factor of the whole matrix changes no direction
     if _takes_tiles(x):

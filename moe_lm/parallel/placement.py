@@ -136,11 +136,6 @@ def rank_seconds(owners_E: Sequence[int], count_E: Sequence[int], cluster: Clust
     return seconds_R
 
 
-def layer_seconds(owners_E: Sequence[int], count_E: Sequence[int], cluster: Cluster) -> float:
-    """Seconds of the slowest rank in one layer; arguments as of `rank_seconds`."""
-    return max(rank_seconds(owners_E, count_E, cluster))
-
-
 def straggler(placement: Placement, count_LE: Sequence[Sequence[int]], cluster: Cluster) -> Straggler:
     """How long the slowest ranks of a placement take, and how much longer than the mean rank.
 

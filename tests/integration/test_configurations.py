@@ -3,7 +3,7 @@
 import pytest
 
 from moe_lm.commands.changes import differences
-from moe_lm.config import config_directory, field_names, group_choices, load, load_saved, save
+from moe_lm.config import config_directory, field_types, group_choices, load, load_saved, save
 from moe_lm.data.config import DataSource
 from moe_lm.training.config import RunConfig
 
@@ -51,7 +51,7 @@ def test_differences_name_every_field_that_matters():
     compared."""
     one, other = load("pretrain", []), load("pretrain", ["seed=9", "trainer.log_interval=3", "model.rope_theta=5"])
     assert differences(one, other) == {"seed": "1 → 9", "model.rope_theta": "10000.0 → 5.0"}
-    assert "seed" in field_names(RunConfig)
+    assert "seed" in field_types(RunConfig)
 
 
 @pytest.mark.parametrize("text", ["cost ${x}", "a\\${b", "${seed}", "\\\\${a}", "{x: 1}", "null", "1", "ä\nb", "- x"])

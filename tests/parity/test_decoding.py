@@ -103,6 +103,22 @@ def test_logits(config: str, padding: str, dtype: torch.dtype, kernels: Kernels)
         kernels.assert_ran({"decode"})
 
 
+@pytest.mark.parametrize("padding", ["one text", "nineteen"])
+@pytest.mark.parametrize("config", ["mixture", "dense"])
+@torch.inference_mode()
+def test_bf16_is_rounded_where_the_plain_operators_round(config: str, padding: str, kernels: Kernels) -> None:
+    """Catches a weight that comes before a rounding in one and behind it in the other, and a sum that is rounded once
+    or at every step: nearly all logits are the same bits, but for attention, which rounds inside other kernels."""
+    model = model_of(CONFIGS[config], torch.bfloat16)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+    padding_B = PADDING[padding]
+    id_BS = torch.randint(128, (len(padding_B), PROMPT + NEW))
+    native, plain = (decoded(step(model, cache_of(model, padding_B)), id_BS) for step in (decoding_step, plain_step))
+    assert (native == plain).float().mean() > 0.9
+    assert kernels.path == "plain" or "decode" in kernels.calls
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_all_tokens_to_one_expert(dtype: torch.dtype, kernels: Kernels) -> None:
     """Catches room for an even share only, and a read of experts without tokens."""

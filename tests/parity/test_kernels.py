@@ -1,5 +1,6 @@
 """Every kernel backend against its slow reference: outputs and all gradients."""
 
+import contextlib
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from moe_lm.kernels.attention import attention, attention_mask
 from moe_lm.kernels.combine import gather_rows, sum_rows
 from moe_lm.kernels.experts import expert_mixture
-from moe_lm.kernels.grouping import ROW_ALIGNMENT, Grouping, row_alignment
+from moe_lm.kernels.grouping import ROW_ALIGNMENT, Grouping, grouped_mm_takes, row_alignment
 from moe_lm.kernels.loss import linear_cross_entropy
 from moe_lm.kernels.newton_schulz import orthogonalize
 from moe_lm.kernels.normalization import rms_norm
@@ -52,6 +53,20 @@ def test_experts_match_the_fp64_reference(backend: str, dtype: torch.dtype, coun
     row of another token."""
     inputs, *rows = expert_inputs(counts, tail)
     assert_parity(mixture(backend, *rows), mixture("reference", *rows), inputs, dtype)
+
+
+SIZES = [(36, torch.bfloat16, False), (40, torch.bfloat16, True), (33, torch.float32, False), (36, torch.float32, True)]
+
+
+@pytest.mark.parametrize(("size", "dtype", "fits"), SIZES)
+def test_sizes_that_grouped_mm_refuses_are_known(size: int, dtype: torch.dtype, fits: bool) -> None:
+    """Catches a model that its configuration allows, and that a GPU's products of groups can not take."""
+    for D, F_ in ((size, 16), (16, size)):
+        inputs, *rows = expert_inputs([2, 3], D=D, F_=F_)
+        inputs = leaves(*inputs, dtype=dtype)
+        assert grouped_mm_takes(*inputs[2:]) is fits
+        with contextlib.nullcontext() if fits else pytest.raises(RuntimeError):
+            mixture("grouped", *rows)(*inputs)
 
 
 def test_the_expert_reference_is_the_formula() -> None:
@@ -301,6 +316,21 @@ def test_cross_entropy_of_ignored_labels_only_is_zero(backend: str) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
+def test_second_derivatives_are_refused() -> None:
+    """Catches a backward that autograd takes for a constant: a wrong number instead of an error."""
+    (hidden,) = leaves(torch.randn(9, 16), dtype=torch.float32)
+    q, k, v = leaves(*qkv(1, 4, 4, 2, 1, 16), dtype=torch.float32)
+    labels_T = torch.arange(9)
+    for value, of in (
+        (linear_cross_entropy(hidden, torch.randn(50, 16), labels_T, 4).square(), hidden),
+        (attention(q, k, v, None, "cpu").square().sum(), q),
+    ):
+        (slope,) = torch.autograd.grad(value, of, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            slope.square().sum().backward()
+
+
+@pytest.mark.usefixtures("kernels")
 def test_cross_entropy_adds_to_a_tied_embedding() -> None:
     """Catches a head gradient that replaces, or is replaced by, that of the lookup when both are one parameter."""
     tokens, labels_T = torch.randint(0, 50, (12,)), torch.randint(0, 50, (12,))
@@ -371,10 +401,12 @@ def test_orthogonalize_keeps_the_singular_vectors() -> None:
 
 
 def test_orthogonalize_takes_each_expert_by_itself_whatever_its_scale() -> None:
-    """Catches a large expert's norm shrinking a small one, and NaN from a zero gradient."""
-    stack = torch.randn(4, 24, 16) * torch.tensor([1e-12, 1.0, 0.0, 1e6]).view(4, 1, 1)
+    """Catches a large expert's norm shrinking a small one, and NaN from a gradient of zero or near it."""
+    stack = torch.randn(9, 24, 16)
+    stack *= torch.tensor([1e-12, 1.0, 0.0, 1e6, 1e-18, 1e-23, 1e-26, 1e-38, 1e30]).view(-1, 1, 1)
     together = orthogonalize(stack)
-    assert (together[2] == 0).all()
+    assert (together[2] == 0).all() and together.isfinite().all()
     for expert in range(4):
         torch.testing.assert_close(together[expert], orthogonalize(stack[expert]), rtol=0, atol=1e-2)
+    torch.testing.assert_close(together[4], orthogonalize(stack[4] * 1e18), rtol=0, atol=5e-2)
     assert torch.linalg.svdvals(together[[0, 1, 3]].float()).median() > 0.6

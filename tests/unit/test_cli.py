@@ -8,7 +8,7 @@ import pytest
 
 from moe_lm import cli
 from moe_lm.commands.help import describe, field_documentation
-from moe_lm.config import SCHEMAS, field_names, field_types, group_choices, load_values
+from moe_lm.config import SCHEMAS, field_types, group_choices, load_values
 from moe_lm.kernels import native
 
 HEAVY = ("torch", "hydra", "omegaconf", "transformers", "accelerate", "datasets", "wandb", "numpy", "yaml")
@@ -56,7 +56,7 @@ def test_help_of_a_command_lists_every_field_with_its_meaning(command, flag, cap
     """Catches a field without documentation, or one that `--help` leaves out."""
     assert cli.main([command, flag]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for name in field_names(SCHEMAS[command]):
+    for name in field_types(SCHEMAS[command]):
         places = [i for i, line in enumerate(lines) if line.startswith(f"  {name}=")]
         assert len(places) == 1, name
         meaning = lines[places[0] + 1]
@@ -69,7 +69,7 @@ def test_help_of_a_command_lists_every_field_with_its_meaning(command, flag, cap
 def test_every_field_and_section_is_documented(command):
     """Catches a docstring that stands under the wrong field or none, and choices that are not named."""
     described = list(describe(SCHEMAS[command], load_values(command, [])))
-    assert sorted(name for name, value, _ in described if value is not None) == sorted(field_names(SCHEMAS[command]))
+    assert sorted(name for name, value, _ in described if value is not None) == sorted(field_types(SCHEMAS[command]))
     kinds = field_types(SCHEMAS[command])
     for name, _, meaning in described:
         assert len(meaning) > 10 and "\n\n" not in meaning, name

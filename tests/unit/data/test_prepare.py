@@ -7,15 +7,17 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from moe_lm.data import chunks
+from moe_lm.data import chunks, encode
 from moe_lm.data import prepare as prepare_module
 from moe_lm.data.config import DataConfig, DataSource, OnBadRow, SourceConfig, TokenizerConfig, TokenizerKind
-from moe_lm.data.encode import Encoder
+from moe_lm.data.encode import Encoded, Encoder
 from moe_lm.data.prepare import Part, prepare
 from moe_lm.data.prepared import PreparedData, load
 from moe_lm.errors import InputError, RunError
@@ -106,6 +108,28 @@ def test_parts_join_into_what_one_machine_makes(
         shutil.copytree(tmp_path / f"part{index}", tmp_path / "joined", dirs_exist_ok=True)
     assert prepare(config, TOKENIZER, tmp_path / "joined")
     assert content(tmp_path / "joined") == content(tmp_path / "whole")
+
+
+def test_few_batches_are_on_their_way_at_a_time(
+    config: DataConfig, tmp_path: Path, small_chunks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a whole unit held in memory, and tokenizing that waits for each batch to be written."""
+    on_their_way: list[int] = []
+
+    class Counted(Encoder):
+        def submit(self, *arguments: Any) -> Future[Encoded]:
+            on_their_way.append(on_their_way[-1] + 1 if on_their_way else 1)
+            return super().submit(*arguments)
+
+        def result(self, future: Future[Encoded]) -> Encoded:
+            on_their_way.append(on_their_way[-1] - 1)
+            return super().result(future)
+
+    monkeypatch.setattr(prepare_module, "Encoder", Counted)
+    monkeypatch.setattr(prepare_module, "start_workers", lambda workers: None)
+    monkeypatch.setattr(encode, "start_workers", lambda workers: None)
+    assert prepare(dataclasses.replace(config, workers=2), TOKENIZER, tmp_path / "set")
+    assert max(on_their_way) == 5 and on_their_way[-1] == 0
 
 
 @pytest.mark.parametrize("after", [0, 1, 3, 11, 24])

@@ -1,5 +1,6 @@
 """Bits per byte, compressors and sampling."""
 
+import dataclasses
 import gzip
 import json
 import lzma
@@ -81,6 +82,14 @@ def test_a_part_of_the_rows_is_an_estimate_of_the_whole(held_out):
     whole = evaluate(model, validation_batches(shards, 4, 16, pad_id=tokenizer.pad_id), shards, runtime)
     part = validation_batches(shards, 4, 16, pad_id=tokenizer.pad_id, max_rows=6)
     assert evaluate(model, part, shards, runtime).loss == pytest.approx(whole.loss, rel=0.25)
+
+
+def test_rows_without_a_target_have_no_figure(held_out):
+    """Catches a division by zero where all of an estimate's rows are a user's words."""
+    model, shards, tokenizer, _ = held_out
+    batch = next(iter(validation_batches(shards, 4, 16, pad_id=tokenizer.pad_id)))
+    batch = dataclasses.replace(batch, labels=torch.full_like(batch.labels, -100))
+    assert all(math.isnan(figure) for figure in evaluate(model, [batch], shards, Runtime("cpu")))
 
 
 def test_compressors_see_the_documents_themselves(held_out):

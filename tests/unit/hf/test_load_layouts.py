@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from moe_lm.commands.model_source import load_model
 from moe_lm.errors import InputError
 from moe_lm.hf.layout import Layout
-from moe_lm.hf.load import HuggingFaceSource, load_model
+from moe_lm.hf.load import HuggingFaceSource
 from moe_lm.hf.model_configuration import load_config
 from moe_lm.model.decoder import CausalLM
 
@@ -36,7 +37,7 @@ def mixtral() -> MixtralForCausalLM:
 
 @torch.no_grad()
 def _same_logits(directory: Path, reference: torch.Tensor) -> bool:
-    model = load_model(directory, load_config(directory))
+    model = load_model(HuggingFaceSource(directory), torch.device("cpu"))
     logits = model.logits(model(TOKENS).hidden_BSD)
     return (logits - reference).abs().max() < 1e-5 * reference.abs().max()
 

@@ -15,7 +15,6 @@ from moe_lm.parallel.placement import (
     Cluster,
     Placement,
     contiguous,
-    layer_seconds,
     lower_bound,
     rank_seconds,
     read_placement,
@@ -49,6 +48,11 @@ def _cases(most_experts):
         cap = rng.choice([None, rng.randint(-(-experts // ep), experts)])
         count_E = tuple(rng.choice([0, rng.randint(0, largest), rng.randint(0, largest)]) for _ in range(experts))
         yield count_E, Cluster(ep, rng.randint(1, ep), cap, **rng.choice(LINKS))
+
+
+def layer_seconds(owners_E, count_E, cluster):
+    """Of the slowest rank."""
+    return max(rank_seconds(owners_E, count_E, cluster))
 
 
 def _random_counts(layers, experts, spread=0.6):

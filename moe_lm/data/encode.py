@@ -76,11 +76,18 @@ def token_type(vocab_size: int) -> np.dtype:
 
 
 def start_workers(workers: int) -> ProcessPoolExecutor | None:
-    """Starts processes that tokenize; they load their tokenizer with their first texts. Null for none."""
+    """Starts processes that tokenize; they load their tokenizer with their first texts. Null for none.
+
+    Raises:
+        RunError: The system starts no more processes.
+    """
     if not workers:
         return None
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker)
-    pool.submit(_nothing)  # starts them all
+    try:
+        pool.submit(_nothing)  # starts the first
+    except OSError as error:
+        raise _not_started(error) from error
     return pool
 
 
@@ -103,12 +110,18 @@ class Encoder:
         self._probe: Future[None] | None = None
 
     def submit(self, texts: Sequence[str], form: ChatFormat | None = None) -> "Future[Encoded]":
-        """Asks for texts to be tokenized, or with a form conversations; give the future to `result`."""
+        """Asks for texts to be tokenized, or with a form conversations; give the future to `result`.
+
+        Raises:
+            RunError: A worker died, or can not be started.
+        """
         if self._pool is not None:
             try:
                 return self._pool.submit(_encode_in_worker, self._path, self.fingerprint, texts, form)
             except BrokenProcessPool as error:
                 raise _worker_died() from error
+            except OSError as error:
+                raise _not_started(error) from error
         future: Future[Encoded] = Future()
         future.set_result(_encode(self._tokenizer, texts, form))
         return future
@@ -146,6 +159,13 @@ def _worker_died() -> RunError:
     return RunError(
         "a tokenizing process (data.workers) died, perhaps for want of memory; start the same command again, with "
         "fewer data.workers if it happens again."
+    )
+
+
+def _not_started(error: OSError) -> RunError:
+    return RunError(
+        f"data.workers: the system starts no more processes ({error.strerror or error}); start the same command again "
+        "with fewer of them, or with data.workers=0, which tokenizes in the command's own."
     )
 
 

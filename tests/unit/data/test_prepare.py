@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import itertools
 import json
+import multiprocessing.context
 import os
 import shutil
 from collections.abc import Callable
@@ -363,6 +364,23 @@ def test_a_worker_that_dies_is_a_sentence(config: DataConfig, tmp_path: Path, mo
     monkeypatch.setattr(Encoder, "submit", submit)
     with pytest.raises(RunError, match=r"a tokenizing process \(data.workers\) died"):
         prepare(dataclasses.replace(config, workers=1), TOKENIZER, tmp_path / "set")
+
+
+def test_a_worker_that_can_not_start_is_a_sentence(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a traceback where the system has no more processes, for the first worker or a later one."""
+    original = multiprocessing.context.SpawnProcess.start
+    for most in (0, 1):
+
+        def start(process: Any, most: int = most) -> None:
+            if len(multiprocessing.active_children()) >= most:
+                raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            original(process)
+
+        monkeypatch.setattr(multiprocessing.context.SpawnProcess, "start", start)
+        with pytest.raises(RunError, match=r"data.workers: the system starts no more processes \(Resource temp"):
+            prepare(dataclasses.replace(config, workers=2), TOKENIZER, tmp_path / "set")
 
 
 def test_a_tokenizer_of_hugging_face_is_taken(config: DataConfig, tmp_path: Path) -> None:

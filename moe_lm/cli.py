@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import io
 import keyword
 import os
 import sys
@@ -48,6 +49,9 @@ _SAID_IN_A_SENTENCE = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the return value is the process's exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a character that it can not encode ends nothing
+            stream.reconfigure(errors="backslashreplace")
     try:
         with interrupts, warnings.catch_warnings():
             warnings.showwarning = _say_own_warnings(warnings.showwarning)
@@ -82,6 +86,18 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"moe-lm: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:  # torch's are of the second kind
+        if not _says_memory_is_out(error):
+            raise
+        remedy = "take less at once (trainer.micro_batch_size, data.sequence_length, batch_size) or a smaller model"
+        what = " ".join(str(error).split()) or "of the machine"
+        print(f"moe-lm: memory ran out ({what}); {remedy}.", file=sys.stderr)
+        return 1
+
+
+def _says_memory_is_out(error: Exception) -> bool:
+    allocator = "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or allocator
 
 
 def _say_own_warnings(others: Any) -> Any:

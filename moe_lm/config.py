@@ -182,6 +182,8 @@ def _parse(command: str, arguments: list[str]) -> tuple[list[str], list[_Given]]
     choices, kinds = group_choices(command), field_types(SCHEMAS[command])
     given: dict[str, _Given] = {}
     for argument in arguments:
+        if (shown := argument.encode(errors="backslashreplace").decode()) != argument:
+            raise InputError(f"{shown}: is not UTF-8; write it anew, or rename what it names.")
         key, equals, text = argument.partition("=")
         name = key.lstrip("+~")
         if key.startswith("-") or not (equals or key.startswith("~")):

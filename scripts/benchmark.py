@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import place, positive
 from safetensors.torch import save_file
 
 from moe_lm.config import load
@@ -161,7 +162,7 @@ def main() -> None:
     parser.add_argument("--steps", type=positive, default=5, help="steps of a turn")
     parser.add_argument("--balanced", action="store_true", help="route by force, the same number of tokens to each")
     parser.add_argument("--only", nargs="*", default=[""], help="sides whose name contains one of these")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="a directory")
+    parser.add_argument("--output", type=place, default=Path("runs/benchmark"), help="a directory")
     given = parser.parse_args()
     wanted = [side for side in SIDES if any(part in side.name for part in given.only)]
     if not wanted:
@@ -176,13 +177,6 @@ def main() -> None:
     name = f"benchmark-{given.model}{'-balanced' if given.balanced else ''}"
     (given.output / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
     draw(report, given.output / f"{name}.svg")
-
-
-def positive(text: str) -> int:
-    """A number of rounds or steps."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
 
 
 def make_batches(options: list[str], directory: Path, path: Path) -> Path:

@@ -9,6 +9,7 @@ of transformers' own two.
 """
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from arguments import positive
 from benchmark_sides import their_model
 from torch import Tensor
 
@@ -38,12 +40,15 @@ Texts = list[list[int]]
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
-    parser.add_argument("--tokens", type=int, default=64, help="new tokens of each prompt")
+    parser.add_argument("--threads", type=positive, default=1, help="of the CPU")
+    parser.add_argument("--tokens", type=positive, default=64, help="new tokens of each prompt")
     given = parser.parse_args()
+    config = load("pretrain", []).model
+    for name, most in (("threads", os.cpu_count() or 1), ("tokens", config.max_position_embeddings - LENGTH)):
+        if getattr(given, name) > most:
+            parser.error(f"--{name} {getattr(given, name)}: at most {most} here")
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
-    config = load("pretrain", []).model
     prompts = [torch.randint(config.vocab_size, (count, LENGTH)) for count in PROMPTS]
     differ = False
     for precision, dtype in PRECISIONS.items():

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers
+from arguments import place, positive
 from benchmark import SAME_WORK, OutOfMemoryError, Side, make_batches, processes
 
 from moe_lm.config import load
@@ -57,10 +58,10 @@ def main() -> None:
     """Measure each rung, print it, and write all so far."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu tries the script, not the GPU")
-    parser.add_argument("--only", nargs="*", default=list(LADDER), choices=LADDER, help="rungs")
-    parser.add_argument("--length", type=int, default=4096, help="tokens of a sequence")
+    parser.add_argument("--only", nargs="+", default=list(LADDER), choices=LADDER, help="rungs")
+    parser.add_argument("--length", type=positive, default=4096, help="tokens of a sequence")
     parser.add_argument("--minutes", type=float, default=10.0, help="nothing is begun that would end later")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="a directory")
+    parser.add_argument("--output", type=place, default=Path("runs/benchmark"), help="a directory")
     given = parser.parse_args()
     began, device = time.monotonic(), torch.device(given.device)
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -9,6 +9,7 @@ either. A minute on an H200, most of it compilation; on a CPU the script is only
 
 import argparse
 import functools
+import os
 import statistics
 import sys
 import time
@@ -70,6 +71,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA device is visible here")
+    if given.device == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which `parts` does
     print("| part | way | milliseconds, forward and backward | times as fast as torch's |\n| --- | --- | --- | --- |")
     with torch.device(given.device):
         for part in parts(LARGE if given.device == "cuda" else TINY, given.device):

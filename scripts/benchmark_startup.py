@@ -15,10 +15,17 @@ import tempfile
 import time
 from pathlib import Path
 
+from moe_lm.config import load
+from moe_lm.errors import InputError
+
 MOE_LM = ["-m", "moe_lm"]
 IMPORT = re.compile(r"import time:\s*(\d+) \|\s*\d+ \|\s*([\w.]+)")
 SHOWN = 10
 """Packages in the table."""
+
+
+RUN = ["data=prepared", "data.paths=[prepared]", "trainer.max_steps=2", "finish.export=false"]
+RUN += ["finish.compare_compressors=false"]
 
 
 def main(options: list[str]) -> None:
@@ -26,8 +33,7 @@ def main(options: list[str]) -> None:
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         subprocess.run([sys.executable, *MOE_LM, "prepare", "output=prepared"], cwd=place, check=True)
-        run = ["pretrain", "data=prepared", "data.paths=[prepared]", "trainer.max_steps=2", "finish.export=false"]
-        run += ["finish.compare_compressors=false", *options]
+        run = ["pretrain", *RUN, *options]
         for moment, seconds in moments(place, [*run, "run_name=clock"]):
             print(f"{seconds:5.1f} s  {moment}")
         print("\nimports, by package, without what each imports itself:")
@@ -69,4 +75,9 @@ def imports(place: Path, arguments: list[str]) -> "collections.Counter[str]":
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("options", nargs="*", help="of the run, as `moe-lm pretrain` takes them")
-    main(parser.parse_args().options)
+    given = parser.parse_args()
+    try:
+        load("pretrain", [*RUN, *given.options])
+    except InputError as error:
+        parser.error(str(error))
+    main(given.options)

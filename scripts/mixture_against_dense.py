@@ -22,6 +22,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from arguments import not_negative, place, positive
+
 from moe_lm.commands.changes import differences
 from moe_lm.commands.run_directory import CONFIG_FILE, STATE_FILE
 from moe_lm.config import load, load_saved
@@ -85,9 +87,9 @@ class Contender:
 def main(arguments: list[str]) -> None:
     """Train what is missing and say what came out."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("directory", type=Path, help="for the prepared text, the runs and the result")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help="of each run (default: the experiment's)")
+    parser.add_argument("directory", type=place, help="for the prepared text, the runs and the result")
+    parser.add_argument("--seeds", type=not_negative, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=positive, help="of each run (default: the experiment's)")
     for family in FAMILIES:
         parser.add_argument(f"--{family}-learning-rate", type=float, nargs="+", help="one or several to choose from")
     options = [argument for argument in arguments if re.match(r"[\w.]+=", argument)]
@@ -235,4 +237,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except InputError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(error.code)

@@ -6,6 +6,7 @@ Nothing of it is measured. Bytes come from the formulas of moe_lm/parallel/cost.
 rest are the assumptions below.
 """
 
+import argparse
 import dataclasses
 
 from moe_lm.model.accounting import count_parameters, training_flops_per_token, training_state_bytes
@@ -76,6 +77,7 @@ def predict(model: ModelConfig, layout: Layout) -> Prediction:
 
 def main() -> None:
     """Print a table for each model and mode."""
+    argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args()
     for name, model in MODELS.items():
         count = count_parameters(model)
         print(f"{name}: {count.total / 1e9:.1f} B parameters, {count.active / 1e9:.1f} B active")

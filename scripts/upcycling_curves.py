@@ -7,11 +7,14 @@ recipe again: dense for as many steps, dense for as many FLOPs, and mixtures of 
 validation bits per byte and draws `curves.svg`. What is there already is not made again. Half an hour on 2 quiet cores.
 """
 
+import argparse
 import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+from arguments import place, positive
 
 from moe_lm.commands.changes import flatten
 from moe_lm.config import load, written
@@ -110,4 +113,9 @@ def _draw(curves: dict[str, dict[int, float]], tokens: int, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else STEPS, sys.argv[3:] or SMALL)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("directory", type=place, help="for the runs and the curves")
+    parser.add_argument("steps", type=positive, nargs="?", default=STEPS, help="of each run")
+    parser.add_argument("shape", nargs="*", default=SMALL, help="options, as `moe-lm pretrain` takes them")
+    given = parser.parse_args()
+    main(given.directory, given.steps, given.shape or SMALL)

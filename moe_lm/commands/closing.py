@@ -58,6 +58,9 @@ def _sample(training: Run, prompt: str, tokens: int) -> str:
             return f"(none: {size / 2**30:,.0f} GiB of weights do not fit beside the training state of one process)"
         model, _ = open_model(training.store.path(training.progress.step), device)
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    tokens = min(tokens, training.config.model.max_position_embeddings - len(ids))
+    if tokens < 1:
+        return f"(none: finish.sample_prompt fills the {len(ids) + tokens} tokens of the model's context)"
     choices = tokenizer.generated_ids
     (new_ids,) = generate(model, [ids], tokens, tokenizer.eos_id, temperature=0.7, top_k=50, choices=choices)
     return prompt + tokenizer.decode(new_ids)

@@ -14,7 +14,7 @@ from moe_lm.config import written
 from moe_lm.data.loader import validate_batch_sizes
 from moe_lm.data.streams import check_world_size
 from moe_lm.errors import InputError
-from moe_lm.model.accounting import count_parameters
+from moe_lm.model.accounting import activation_bytes, count_parameters
 from moe_lm.parallel.config import PlacementPolicy
 from moe_lm.parallel.layout import Layout, Machine, choose_layout
 from moe_lm.parallel.placement import Cluster, Placement, contiguous, read_placement
@@ -88,15 +88,15 @@ def share(
 
 def _choose_layout(config: RunConfig, runtime: Runtime, start: Start) -> tuple[Layout, str]:
     """The layout of a run and why it was chosen."""
-    world = runtime.world_size
-    validate_batch_sizes(config.trainer.global_batch_size, config.trainer.micro_batch_size, world)
+    world, trainer = runtime.world_size, config.trainer
+    validate_batch_sizes(trainer.global_batch_size, trainer.micro_batch_size, world)
     if config.data.streaming:
         check_world_size(config.data.num_streams, world)
     node_size, memory = _node_size(world), total_memory(runtime.device)
     if runtime.device.type == "cpu":
         memory //= node_size
     moments = 1 if config.optimizer.name is OptimizerName.muon else 2
-    dtype = compute_dtype(config.trainer.precision, runtime.device)
+    dtype = compute_dtype(trainer.precision, runtime.device)
     whole, copied = start.state_bytes(moments, dtype.itemsize)
     if runtime.device.type == "cpu" and config.checkpoint.background:
         whole += copied
@@ -108,6 +108,14 @@ def _choose_layout(config: RunConfig, runtime: Runtime, start: Start) -> tuple[L
             f"model: {count / 1e9:.1f} B parameters{among} need {whole / layout.dp_shard / 2**30:,.0f} GiB for "
             f"weights, gradients, moments and the copy for saving alone, and this {device} has {memory / 2**30:,.0f} "
             "GiB for each process; choose a smaller model, or share it among more processes (parallel=fsdp_ep)."
+        )
+    rows, length, recompute = trainer.micro_batch_size, config.data.sequence_length, trainer.activation_checkpointing
+    kept = activation_bytes(config.model, rows * length, recompute, dtype.itemsize)
+    if whole // layout.dp_shard + kept > memory:
+        raise InputError(
+            f"trainer.micro_batch_size={rows}: so many rows of {length} tokens need {kept / 2**30:,.0f} GiB for "
+            f"activations alone, beside {whole / layout.dp_shard / 2**30:,.0f} of the model's, and this "
+            f"{runtime.device.type} has {memory / 2**30:,.0f} GiB for each process; give fewer."
         )
     return layout, why
 

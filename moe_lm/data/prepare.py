@@ -97,6 +97,7 @@ def prepare(
         check_sources([*sources, *as_source(validation)], directory / "data", config.streaming)
         open_set(directory)
         return True
+    _check_outside(directory, config)
     directory.mkdir(parents=True, exist_ok=True)
     kept = made_tokenizer(directory) if keep_tokenizer and (directory / "tokenizer").is_dir() else None
     if kept is not None and template is not None:
@@ -107,6 +108,22 @@ def prepare(
         form = ChatFormat(template, config.sequence_length, config.too_long, config.chat_template)
     job = _Job(config, tokenizer_config, directory, settings, sources, validation, kept, form)
     return _make(job, part, report, progress)
+
+
+def _check_outside(directory: Path, config: DataConfig) -> None:
+    """Refuse to write among the text: the next reading would take what is made for text.
+
+    Raises:
+        InputError: The directory lies in one of the configuration's.
+    """
+    options = {config.option(name, "paths"): source.paths for name, source in config.resolved_sources().items()}
+    for option, paths in {**options, "data.validation_paths": config.validation_paths}.items():
+        for path in paths:
+            if os.path.isdir(path) and directory.resolve().is_relative_to(Path(path).expanduser().resolve()):
+                raise InputError(
+                    f"{option}: {path} holds {directory}, where this command writes, and that would be read as text; "
+                    "write outside of it, or give the directories of the text alone."
+                )
 
 
 @dataclass(frozen=True)

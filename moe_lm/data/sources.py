@@ -263,6 +263,7 @@ def expand(patterns: list[str], option: str, kind: DataSource, bad: BadRows) -> 
         if path.is_file():
             matches = [path]
         elif path.is_dir():
+            _check_readable(path, option)
             every = _files(str(Path(glob.escape(str(path))) / "**" / "*"))
             matches = [match for match in every if match.name.endswith(ENDINGS[kind])]
             if not matches:
@@ -278,6 +279,23 @@ def expand(patterns: list[str], option: str, kind: DataSource, bad: BadRows) -> 
         for match in matches:
             found.setdefault(match.resolve(), Path(os.path.abspath(match)))
     return sorted(found.values())
+
+
+def _check_readable(root: Path, option: str) -> None:
+    """Refuse a directory of which something can not be listed: a glob would pass over it without a word.
+
+    Raises:
+        InputError: There is one, and it is not hidden.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise InputError(
+            f"{option}: {error.filename} can not be listed ({error.strerror}); make it readable, or give what is "
+            "beside it alone."
+        ) from error
+
+    for _, subdirectories, _ in os.walk(root, onerror=refuse):
+        subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
 
 
 def _files(pattern: str) -> list[Path]:

@@ -36,7 +36,7 @@ def check_output(directory: Path, remedy: str = "give another output=") -> None:
     """
     try:
         present = {p.name: p for p in directory.iterdir()} if directory.exists() else {}
-        parent = next(p for p in directory.absolute().parents if p.exists())
+        parent = next((p for p in directory.absolute().parents if p.exists()), directory)
     except OSError as error:
         raise InputError(f"{directory}: can not be an output directory ({error.strerror}); {remedy}.") from error
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):

@@ -78,21 +78,27 @@ def _load(compiler: list[str], sources: Sequence[Path], flags: Sequence[str], li
     made_of = "\n".join((*texts, version, *compiler, *flags, *link_flags, processor, platform.machine()))
     name = f"{sources[0].stem}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     with tempfile.TemporaryDirectory() as directory:
-        built = Path(directory) / name
+        library: ctypes.CDLL | None = None
         try:
             cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe-lm" / name
-            if not is_ours_and_whole(cached):
-                cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                content = _compile(compiler, sources[0], flags, link_flags, built).read_bytes()
-                write_atomically(cached, content + _digest(content))  # other processes may be doing the same
-                cached.chmod(0o600)  # whatever the umask: what a group may write is not loaded
             if is_ours_and_whole(cached):
                 return ctypes.CDLL(str(cached))
+            cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            built = _compile(compiler, sources[0], flags, link_flags, Path(directory) / name)
+            library = _loaded(built)  # before it is kept: one that does not load is of no use to the next start
+            content = built.read_bytes()
+            write_atomically(cached, content + _digest(content))  # other processes may be doing the same
+            cached.chmod(0o600)  # whatever the umask: what a group may write is not loaded
         except (OSError, RuntimeError) as error:  # no home, or one that can not be written
             warnings.warn(f"compiled kernels can not be kept, and are compiled at every start: {error}", stacklevel=4)
-        if not built.exists():
-            _compile(compiler, sources[0], flags, link_flags, built)
+        return library or _loaded(_compile(compiler, sources[0], flags, link_flags, Path(directory) / name))
+
+
+def _loaded(built: Path) -> ctypes.CDLL:
+    try:
         return ctypes.CDLL(str(built))
+    except OSError as error:
+        raise ValueError(f"what it makes does not load: {error}") from error
 
 
 def _compile(compiler: list[str], source: Path, flags: Sequence[str], link_flags: Sequence[str], built: Path) -> Path:

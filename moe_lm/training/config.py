@@ -228,7 +228,7 @@ class FinishConfig:
     sample_prompt: str | None = None
     """Continue this text with the trained model and print it; null prints no sample."""
     sample_tokens: int = 120
-    """Length of that sample."""
+    """Most tokens of that sample; it ends with the model's context."""
     compare_compressors: bool = False
     """Print what `gzip -9` and `xz -9` make of the validation bytes, beside the model's bits per byte."""
 

@@ -262,6 +262,13 @@ def test_values_out_of_range_are_named(complain, given, words):
     assert words in said and re.match(r"[a-z0-9_.]+='?.*'?: ", said), "a field with its value comes first"
 
 
+def test_rows_that_memory_can_not_hold_are_named(complain):
+    """Catches a run that is killed in its first step, when all of its text is prepared."""
+    rows = 10**9
+    said = complain("pretrain", *TEXT, f"trainer.micro_batch_size={rows}", f"trainer.global_batch_size={rows}")
+    assert said.startswith(f"trainer.micro_batch_size={rows}: so many rows of ") and "GiB for each process" in said
+
+
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize(
     "field", ["optimizer.learning_rate", "optimizer.max_grad_norm", "model.rope_theta", "model.router_z_loss_coef"]
@@ -416,7 +423,7 @@ WEIGHTS = ["data.sources.a.weight=1", "data.sources.b.weight=100000"]
         (["data.num_streams=0"], ["data.num_streams=0: must be between 1 and 1024"]),
         (["data.workers=-1"], ["data.workers=-1: must be between 0"]),
         (
-            ["data.sequence_length=60000", "model.max_position_embeddings=60000"],
+            ["data.sequence_length=60000", "model.max_position_embeddings=60000", "trainer.micro_batch_size=1"],
             ["data.sequence_length=60000", "do not fill one row"],
         ),
     ],

@@ -1,5 +1,7 @@
 """The command line: help that is complete and quick, and commands that are found or suggested."""
 
+import os
+import re
 import subprocess
 import sys
 import typing
@@ -131,6 +133,40 @@ def test_the_process_exits_with_the_codes_of_the_contract():
     assert run("--help").returncode == 0
     wrong = run("pretrian")
     assert wrong.returncode == 2 and wrong.stderr.startswith("moe-lm: ") and "Traceback" not in wrong.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_output_that_can_not_be_encoded_ends_nothing(encoding):
+    """Catches a run that trains, and then ends at a character that the terminal has no code for."""
+    run = [sys.executable, "-m", "moe_lm", "pretrain", "--help"]
+    done = subprocess.run(run, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert done.returncode == 0 and not done.stderr and len(done.stdout) > 10_000
+
+
+def test_an_option_that_is_not_utf8_is_a_sentence(capsys):
+    """Catches a prompt whose bytes are only refused when the model is there to continue it."""
+    for command in ("generate", "pretrain"):
+        assert cli.main([command, "checkpoint=x" if command == "generate" else "data=stdlib", "prompt=\udce9"]) == 2
+        assert (
+            capsys.readouterr().err == "moe-lm: prompt=\\udce9: is not UTF-8; write it anew, or rename what it names.\n"
+        )
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory:\n 9")]
+)
+def test_memory_that_runs_out_is_a_sentence(error, capsys, monkeypatch):
+    """Catches a traceback of the allocator's, and one of a bug that is taken for that."""
+
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setattr(cli, "_run", fail)
+    assert cli.main(["pretrain"]) == 1
+    assert re.fullmatch(r"moe-lm: memory ran out \(.+\); take less at once .+\.\n", capsys.readouterr().err)
+    error = RuntimeError("something else")
+    with pytest.raises(RuntimeError, match="something else"):
+        cli.main(["pretrain"])
 
 
 def test_warnings_of_this_package_are_sentences(capsys):

@@ -215,6 +215,14 @@ def test_a_file_in_two_sources_is_refused(config: DataConfig, tmp_path: Path) ->
         prepare(config, TOKENIZER, tmp_path / "set")
 
 
+def test_output_among_the_text_is_refused(config: DataConfig, tmp_path: Path) -> None:
+    """Catches shards that the next preparation reads as text."""
+    for output in (tmp_path / "text/one", tmp_path / "text/two/deep/set"):
+        with pytest.raises(InputError, match=r"data.sources.(one|two).paths: .*/text/(one|two) holds .*, where "):
+            prepare(config, TOKENIZER, output)
+    assert not (tmp_path / "text/two/deep").exists() and len(list((tmp_path / "text/one").iterdir())) == 5
+
+
 def test_a_second_call_does_nothing(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches work that is done again, and files that are touched."""
     prepare(config, TOKENIZER, tmp_path / "set")

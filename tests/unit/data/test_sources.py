@@ -1,10 +1,13 @@
 """Catches: documents that are lost, changed, read twice or out of order; a position that another reading cannot use."""
 
+import errno
 import glob
 import gzip
 import json
+import os
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow
@@ -154,6 +157,26 @@ def test_files_directories_and_globs_name_each_file_once(tmp_path: Path) -> None
     documents = [document for document, _ in source.read()]
     assert [document.name for document in documents] == ["a.txt", "b.txt", "sub/c.md"]
     assert documents[0] == Document("a.txt", "a.txt\r\nsecond line\n", "text")
+
+
+def test_a_directory_that_can_not_be_listed_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches text that is passed over without a word; what is hidden would not be read anyway."""
+    for name in ("text/open", "text/closed", "text/.closed"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.txt").write_text("some text")
+    original = os.scandir
+
+    def scandir(path: str) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)  # as root nothing is forbidden
+    config = DataConfig(source=DataSource.text, paths=[str(tmp_path / "text")])
+    with pytest.raises(InputError, match=r"data.paths: .*/text/closed can not be listed \(Permission denied\)"):
+        open_sources(config)
+    config.paths = [str(tmp_path / "text/open")]
+    assert len(open_sources(config)[0].files) == 1
 
 
 def test_a_link_keeps_the_ending_that_says_its_format(tmp_path: Path) -> None:

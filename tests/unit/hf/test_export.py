@@ -266,6 +266,8 @@ def test_new_and_empty_directories_are_accepted(tmp_path):
     """Catches a check that asks for a directory to exist, or makes one."""
     (tmp_path / "empty").mkdir()
     check_output(tmp_path / "empty")
+    with pytest.raises(InputError, match="holds something that is not an export"):
+        check_output(Path("/"))
     check_output(tmp_path / "new/with/parents")
     assert _names(tmp_path) == {"empty"}
 

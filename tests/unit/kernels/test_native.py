@@ -136,6 +136,18 @@ def test_a_cache_that_can_not_be_written(place: str, environment: pytest.MonkeyP
 
 @LINUX
 @COMPILER
+def test_a_library_that_does_not_load_is_not_kept(environment: pytest.MonkeyPatch, cache: Path) -> None:
+    """Catches a compiler of C, whose library lacks C++'s own: a start that blames the cache, and leaves it there."""
+    broken = cache.parent / "broken.cpp"
+    environment.setattr(native, "SOURCES", [broken])
+    broken.write_text('extern "C" void no_such_function(); extern "C" void call() { no_such_function(); }')
+    with pytest.warns(UserWarning, match="no native kernels.*does not load: .*undefined symbol") as caught:
+        assert load() is None
+    assert len(caught) == 1 and not [file for file in cache.rglob("*") if file.is_file()]
+
+
+@LINUX
+@COMPILER
 def test_a_umask_that_lets_the_group_write_does_not_compile_each_time(cache: Path) -> None:
     """Catches a library that is written to the cache and never taken from it, where 002 is the default umask."""
     before = os.umask(0o002)

@@ -111,11 +111,14 @@ def _choose_layout(config: RunConfig, runtime: Runtime, start: Start) -> tuple[L
         )
     rows, length, recompute = trainer.micro_batch_size, config.data.sequence_length, trainer.activation_checkpointing
     kept = activation_bytes(config.model, rows * length, recompute, dtype.itemsize)
+    if config.data.mask_documents and runtime.device.type == "cpu":
+        kept += rows * length**2  # who sees whom, in bytes
     if whole // layout.dp_shard + kept > memory:
         raise InputError(
             f"trainer.micro_batch_size={rows}: so many rows of {length} tokens need {kept / 2**30:,.0f} GiB for "
             f"activations alone, beside {whole / layout.dp_shard / 2**30:,.0f} of the model's, and this "
-            f"{runtime.device.type} has {memory / 2**30:,.0f} GiB for each process; give fewer."
+            f"{runtime.device.type} has {memory / 2**30:,.0f} GiB for each process; give fewer, or a smaller "
+            "data.sequence_length."
         )
     return layout, why
 

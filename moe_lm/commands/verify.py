@@ -2,6 +2,7 @@
 transformers? Is an export still the model that it was made from?
 """
 
+import os
 import time
 from pathlib import Path
 
@@ -43,6 +44,8 @@ def run(config: VerifyConfig) -> int:
         raise InputError(f"output={output}: lies in checkpoint={path}, which is left as it is; give another place.")
     if output is not None and not output.absolute().parent.is_dir():
         raise InputError(f"output={output}: there is no directory {output.parent}; make it, or give another one.")
+    if output is not None and not os.access(output.absolute().parent, os.W_OK):
+        raise InputError(f"output={output}: {output.parent} can not be written in; give another place.")
     try:
         receipt = _of_directory(path, config) if is_foreign(path) else _of_checkpoints(path, config)
     except VerificationError as error:

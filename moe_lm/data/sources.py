@@ -275,7 +275,8 @@ def expand(patterns: list[str], option: str, kind: DataSource, bad: BadRows) -> 
             if not matches:
                 bad.found("no_match", f"'{pattern}'", "matches no file", "give another")
         else:
-            raise InputError(f"{option}: '{pattern}' does not exist (looked from {Path.cwd()}).")
+            wrong = "is neither a file nor a directory" if path.exists() else "does not exist"
+            raise InputError(f"{option}: '{pattern}' {wrong} (looked from {Path.cwd()}).")
         for match in matches:
             found.setdefault(match.resolve(), Path(os.path.abspath(match)))
     return sorted(found.values())

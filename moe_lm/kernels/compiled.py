@@ -76,11 +76,12 @@ def _load(compiler: list[str], sources: Sequence[Path], flags: Sequence[str], li
     processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")  # x86's name, and Arm's
     texts = (source.read_text() for source in sources)
     made_of = "\n".join((*texts, version, *compiler, *flags, *link_flags, processor, platform.machine()))
+    place = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     name = f"{sources[0].stem}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     with tempfile.TemporaryDirectory() as directory:
         library: ctypes.CDLL | None = None
         try:
-            cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe-lm" / name
+            cached = Path(place).expanduser() / "moe-lm" / name
             if is_ours_and_whole(cached):
                 return ctypes.CDLL(str(cached))
             cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -90,7 +91,11 @@ def _load(compiler: list[str], sources: Sequence[Path], flags: Sequence[str], li
             write_atomically(cached, content + _digest(content))  # other processes may be doing the same
             cached.chmod(0o600)  # whatever the umask: what a group may write is not loaded
         except (OSError, RuntimeError) as error:  # no home, or one that can not be written
-            warnings.warn(f"compiled kernels can not be kept, and are compiled at every start: {error}", stacklevel=4)
+            reason = getattr(error, "strerror", None) or error
+            # The same of each library, and of this line whoever calls: so Python says it once.
+            warnings.warn(
+                f"compiled kernels can not be kept in {place}, and are compiled at every start: {reason}", stacklevel=1
+            )
         return library or _loaded(_compile(compiler, sources[0], flags, link_flags, Path(directory) / name))
 
 

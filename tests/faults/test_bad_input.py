@@ -269,6 +269,15 @@ def test_rows_that_memory_can_not_hold_are_named(complain):
     assert said.startswith(f"trainer.micro_batch_size={rows}: so many rows of ") and "GiB for each process" in said
 
 
+def test_rows_too_long_for_their_mask_are_named(complain):
+    """Catches a table of who sees whom, the square of a row's length, that nobody has reckoned with."""
+    length = 2_000_000
+    long = [f"model.max_position_embeddings={length}", f"data.sequence_length={length}"]
+    said = complain("pretrain", *TEXT, *long, "trainer.micro_batch_size=1", "trainer.global_batch_size=1")
+    named = re.match(rf"trainer.micro_batch_size=1: so many rows of {length} tokens need ([\d,]+) GiB", said)
+    assert named and int(named[1].replace(",", "")) > length**2 / 2**30 and "a smaller data.sequence_length" in said
+
+
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize(
     "field", ["optimizer.learning_rate", "optimizer.max_grad_norm", "model.rope_theta", "model.router_z_loss_coef"]

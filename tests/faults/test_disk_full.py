@@ -173,5 +173,7 @@ def test_checkpoints_alone_on_a_read_only_disk_are_refused_before_the_first_step
         assert done.returncode == 2 and "runs/x/checkpoints can not be written" in done.stderr
         assert "Read-only" in done.stderr
         assert "step 1/" not in done.stderr
+        done = moe_lm("verify", "checkpoint=runs", "output=elsewhere/x.json", cwd=corpus, check=False)
+        assert done.returncode == 2 and "elsewhere can not be written in" in done.stderr, "before hours of checks"
     finally:
         subprocess.run(["umount", "-l", elsewhere], check=True)

@@ -1,5 +1,6 @@
 """The command line: help that is complete and quick, and commands that are found or suggested."""
 
+import errno
 import os
 import re
 import subprocess
@@ -167,6 +168,18 @@ def test_memory_that_runs_out_is_a_sentence(error, capsys, monkeypatch):
     error = RuntimeError("something else")
     with pytest.raises(RuntimeError, match="something else"):
         cli.main(["pretrain"])
+
+
+def test_what_may_not_be_read_is_a_sentence(capsys, monkeypatch):
+    """Catches a system's "Permission denied" that says nothing of what to do."""
+
+    def fail(arguments):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "runs/x/checkpoints")
+
+    monkeypatch.setattr(cli, "_run", fail)  # as root nothing is forbidden
+    assert cli.main(["verify"]) == 1
+    said = "moe-lm: runs/x/checkpoints: Permission denied; let yourself read and write it, or give another.\n"
+    assert capsys.readouterr().err == said
 
 
 def test_warnings_of_this_package_are_sentences(capsys):

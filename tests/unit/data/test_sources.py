@@ -159,6 +159,13 @@ def test_files_directories_and_globs_name_each_file_once(tmp_path: Path) -> None
     assert documents[0] == Document("a.txt", "a.txt\r\nsecond line\n", "text")
 
 
+def test_what_is_neither_file_nor_directory_is_said(tmp_path: Path) -> None:
+    """Catches "does not exist" of a pipe that stands there."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match=r"data.paths: '.*/pipe' is neither a file nor a directory"):
+        open_sources(DataConfig(source=DataSource.text, paths=[str(tmp_path / "pipe")]))
+
+
 def test_a_directory_that_can_not_be_listed_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches text that is passed over without a word; what is hidden would not be read anyway."""
     for name in ("text/open", "text/closed", "text/.closed"):

@@ -5,6 +5,7 @@ Without a compiler there is none, and callers do without. CXX names another comp
 """
 
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -91,12 +92,14 @@ def _load(compiler: list[str], sources: Sequence[Path], flags: Sequence[str], li
             write_atomically(cached, content + _digest(content))  # other processes may be doing the same
             cached.chmod(0o600)  # whatever the umask: what a group may write is not loaded
         except (OSError, RuntimeError) as error:  # no home, or one that can not be written
-            reason = getattr(error, "strerror", None) or error
-            # The same of each library, and of this line whoever calls: so Python says it once.
-            warnings.warn(
-                f"compiled kernels can not be kept in {place}, and are compiled at every start: {reason}", stacklevel=1
-            )
+            _say_not_kept(place, getattr(error, "strerror", None) or str(error))
         return library or _loaded(_compile(compiler, sources[0], flags, link_flags, Path(directory) / name))
+
+
+@functools.cache  # said once, though there are several libraries
+def _say_not_kept(place: str, reason: str) -> None:
+    said = f"compiled kernels can not be kept in {place}, and are compiled at every start: {reason}"
+    warnings.warn(said, stacklevel=1)
 
 
 def _loaded(built: Path) -> ctypes.CDLL:

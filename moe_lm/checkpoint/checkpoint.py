@@ -139,13 +139,6 @@ class Checkpoint:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise CheckpointError(f"{self.path}: {'; '.join(wrong[:3])}{more}")
 
-    @torch.no_grad()
-    def fill(self, prefix: str, targets: Mapping[str, Tensor]) -> None:
-        """Copy the tensors named `prefix` + name into `targets`, in place, once names, types and shapes all fit."""
-        self.expect({prefix + name: TensorKind.of(target) for name, target in targets.items()}, prefix)
-        for name, target in targets.items():
-            target.copy_(self.tensor(prefix + name))
-
 
 def completion_mark(path: Path) -> bytes:
     """What COMPLETE holds: the hash of manifest.json."""

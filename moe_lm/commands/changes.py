@@ -5,6 +5,7 @@ from typing import Any
 
 from moe_lm.config import nearest, written
 from moe_lm.errors import InputError
+from moe_lm.model.config import LoadSource
 from moe_lm.training.config import RunConfig, to_plain
 
 FREE_TO_CHANGE = (
@@ -25,7 +26,8 @@ FREE_TO_CHANGE = (
     "tracker",
     "finish",
 )
-"""Fields (or sections) of a run that may differ when it is resumed: they change what is learned by rounding at most."""
+"""Fields (or sections) of a run that may differ when it is resumed: they change what is learned by rounding at most.
+(The micro-batch's size where no loss and no capacity depends on it.)"""
 
 NEVER_TO_CHANGE = (
     "data.streaming",
@@ -57,7 +59,9 @@ def differences(old: RunConfig, new: RunConfig) -> dict[str, str]:
     """
     before, after = flatten(to_plain(old)), flatten(to_plain(new))
     follows = ["tokenizer.path"] if before.get("base") != after.get("base") else []
-    free = [f"{name}." for name in (*FREE_TO_CHANGE, *follows, *new.resume.allow_change)]
+    by_micro_batch = new.model.capacity_factor is not None or new.model.load_balancing_source is LoadSource.micro_batch
+    fixed = {"trainer.micro_batch_size"} if by_micro_batch else set()
+    free = [f"{name}." for name in (*sorted({*FREE_TO_CHANGE} - fixed), *follows, *new.resume.allow_change)]
     return {
         name: f"{written(before.get(name))} → {written(after.get(name))}"
         for name in {**before, **after}

@@ -14,12 +14,18 @@ from moe_lm.training.run import Run
 
 Say = Callable[[str], None]
 
+MOST_COMPRESSED = 100_000_000
+"""Bytes of held-out text that compressors are tried on; they take a minute, and several times that in memory."""
+
 
 def finish(training: Run, validation: Validation, say: Say) -> None:
     """Compare, sample, export, and say where everything is."""
     wanted, directory, data = training.config.finish, training.directory, training.data
     figures = validation._asdict()
-    if wanted.compare_compressors:
+    size = sum(shard.header.num_bytes for shard in data.validation)
+    if wanted.compare_compressors and size > MOST_COMPRESSED:
+        say(f"\nbits per byte: {validation.bits_per_byte:.3f} (gzip and xz would take long over {size / 1e6:,.0f} MB)")
+    elif wanted.compare_compressors:
         content = document_bytes(data.validation, data.tokenizer)
         figures |= {"gzip_9": gzip_bits_per_byte(content), "xz_9": xz_bits_per_byte(content)}
         say(

@@ -22,9 +22,9 @@ def run(config: GenerateConfig) -> int:
     assert config.checkpoint is not None
     if config.device is Device.cuda and not torch.cuda.is_available():
         raise InputError("device=cuda: no CUDA device is visible here; use device=auto or cpu.")
-    prompts = [config.prompt] if config.prompts is None else read_prompts(Path(config.prompts))
+    prompts = [config.prompt] if config.prompts is None else read_prompts(Path(config.prompts).expanduser())
     device: torch.device = Runtime(config.device.value).device
-    model, tokenizer = open_model(Path(config.checkpoint), device, compute_dtype(config.precision, device))
+    model, tokenizer = open_model(Path(config.checkpoint).expanduser(), device, compute_dtype(config.precision, device))
     encoded = [_encode(number, prompt, tokenizer, config, model.config) for number, prompt in enumerate(prompts, 1)]
     # Prompts of like lengths together, so that little is padding; printed is in the file's order.
     order = sorted(range(len(prompts)), key=lambda number: len(encoded[number]))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from moe_lm.checkpoint.checkpoint import Checkpoint
 from moe_lm.checkpoint.saver import said
-from moe_lm.checkpoint.store import most_kept
+from moe_lm.checkpoint.store import most_kept, step_of
 from moe_lm.checkpoint.tensor_file import CheckpointError
 from moe_lm.commands.closing import finish
 from moe_lm.commands.output import lasting_output, output_to_file
@@ -38,7 +38,7 @@ from moe_lm.model.accounting import count_parameters
 from moe_lm.parallel.peers import BEAT
 from moe_lm.parallel.placement import write_placement
 from moe_lm.parallel.runtime import Runtime
-from moe_lm.training.config import RunConfig
+from moe_lm.training.config import RunConfig, SpikePolicy
 from moe_lm.training.loop import train
 from moe_lm.training.run import Run
 from moe_lm.training.start import Start
@@ -46,6 +46,9 @@ from moe_lm.training.state import expected_tensors
 from moe_lm.training.watchdog import Watchdog
 
 Say = Callable[[str], None]
+
+OF_THE_TEXT = ("paths", "source", "validation", "text_field", "domain", "split", "subset")
+"""What the names of options in `data` begin with that say which text there is."""
 
 
 def run_job(config: RunConfig, make_start: Callable[[Runtime], Start]) -> int:
@@ -61,7 +64,7 @@ def run_job(config: RunConfig, make_start: Callable[[Runtime], Start]) -> int:
 
 def _run(config: RunConfig, make_start: Callable[[Runtime], Start]) -> int:
     began = time.monotonic()
-    directory = Path(config.output_dir) / config.run_name
+    directory = Path(config.output_dir).expanduser() / config.run_name
     runtime = Runtime(config.trainer.device.value)
 
     def say(text: str) -> None:
@@ -224,7 +227,9 @@ def _train(training: Run) -> Validation:
 
 def _open_store(training: Run) -> None:
     """Refuse a run whose checkpoints can not be written, or fit on the disk with its export, before its first step."""
-    config = training.config
+    config, paths = training.config, training.store.paths()
+    if paths and step_of(paths[-1]) >= config.trainer.max_steps and is_finished(training.directory, step_of(paths[-1])):
+        return
     try:
         training.store.open()
     except OSError as error:
@@ -235,8 +240,10 @@ def _open_store(training: Run) -> None:
     kinds = expected_tensors(config.model, training.optimizer, trained=True)
     size = sum(kind.num_bytes for kind in kinds.values())
     kept = most_kept(config.trainer.max_steps, config.trainer.eval_interval, config.checkpoint)
+    if config.guards.spike_policy is SpikePolicy.rewind:
+        kept += 1  # the one to go back to
     export = 4 * count_parameters(config.model).total if config.finish.export else 0
-    there = sum(file.stat().st_size for path in training.store.paths() for file in path.iterdir())
+    there = sum(file.stat().st_size for path in paths for file in path.iterdir())
     # One more while it is written, since nothing is deleted before the new one is verified.
     needed, free = (kept + 1) * size + export - there, shutil.disk_usage(training.store.directory).free
     if needed > free:
@@ -265,9 +272,9 @@ def _check_same_data(training: Run, checkpoint: Checkpoint, has_data: bool) -> N
     """Refuse data that was deleted and prepared again from other text: resuming would be another run."""
     data = training.data
     now = {"corpus_fingerprint": data.corpus_fingerprint, "tokenizer_fingerprint": data.tokenizer.fingerprint}
-    allowed = training.config.resume.allow_change
+    allowed, of_the_text = training.config.resume.allow_change, tuple(f"data.{name}" for name in OF_THE_TEXT)
     may_differ = {
-        "corpus_fingerprint": any(n in ("data", "data.paths", "data.source") or "data.sources" in n for n in allowed),
+        "corpus_fingerprint": any(n == "data" or n.startswith(of_the_text) for n in allowed),
         "tokenizer_fingerprint": any(n.startswith("tokenizer") for n in allowed),
     }
     if changed := [n for n, value in now.items() if checkpoint.state[n] != value and not may_differ[n]]:

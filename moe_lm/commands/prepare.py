@@ -17,7 +17,7 @@ from moe_lm.errors import InputError
 def run(config: PrepareConfig) -> int:
     """Make the set, or say that it is there."""
     assert config.output is not None
-    directory = Path(config.output)
+    directory = Path(config.output).expanduser()
     complete = (directory / "data" / "manifest.json").exists()
     part = Part(*config.slice)
     try:

@@ -6,7 +6,6 @@ Letters: B rows, P pieces of them (`rows.py`), N segments (runs of one document 
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,20 +40,21 @@ class Batch:
     """Number of each token's domain; 0 in padding."""
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on another device, but for `document_ids`, whose ends attention has to know on the host."""
+        """The same batch on another device, but for `document_ids`, whose ends attention has to know on the host, and
+        `domain_ids`, which are counted there.
+        """
         device = torch.device(device)
-        moved = self._map(lambda tensor: copied_to(tensor, device))
-        return replace(moved, document_ids=self.document_ids)
+        return self._map(lambda tensor: copied_to(tensor, device), but=("document_ids", "domain_ids"))
 
     def split(self, size: int) -> list["Batch"]:
         """The same rows as batches of `size` rows; the last may be smaller."""
         starts = range(0, len(self.input_ids), size)
         return [self._map(operator.itemgetter(slice(start, start + size))) for start in starts]
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        values = (getattr(self, field.name) for field in fields(self))
-        changed: list[Any] = [None if value is None else change(value) for value in values]
-        return Batch(*changed)
+    def _map(self, change: Callable[[Tensor], Tensor], but: Sequence[str] = ()) -> "Batch":
+        """Every field changed, but those that are null or named."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in but}
+        return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
 
 
 @dataclass

@@ -21,11 +21,6 @@ def epoch_key(seed: int, source: str, epoch: int, block: int | None = None) -> i
     return int.from_bytes(digest[:8], "little")
 
 
-def permute(index: int, length: int, key: int) -> int:
-    """Where a permutation of 0 … length-1 takes one index; see `permute_array`."""
-    return int(permute_array(np.array([index]), length, key)[0])
-
-
 def permute_array(indices: NDArray[np.int64], length: int, key: int) -> NDArray[np.int64]:
     """Where a permutation of 0 … length-1 takes each index.
 

@@ -119,7 +119,8 @@ def _check_outside(directory: Path, config: DataConfig) -> None:
     options = {config.option(name, "paths"): source.paths for name, source in config.resolved_sources().items()}
     for option, paths in {**options, "data.validation_paths": config.validation_paths}.items():
         for path in paths:
-            if os.path.isdir(path) and directory.resolve().is_relative_to(Path(path).expanduser().resolve()):
+            among = Path(path).expanduser()
+            if among.is_dir() and directory.resolve().is_relative_to(among.resolve()):
                 raise InputError(
                     f"{option}: {path} holds {directory}, where this command writes, and that would be read as text; "
                     "write outside of it, or give the directories of the text alone."

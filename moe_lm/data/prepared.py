@@ -38,8 +38,6 @@ class PreparedData:
     """How the validation text was chosen, in words."""
     domains: list[str]
     """Names of all domains; their places are the domain ids of batches."""
-    skipped: dict[str, int]
-    """Rows left out when the shards were made, by kind."""
     splits: dict[str, Split] = field(default_factory=dict)
     """How each stream is split."""
 
@@ -116,10 +114,8 @@ def _join(opened: list[PreparedData], config: DataConfig, directory: Path) -> Pr
     train = {name: shards for one in opened for name, shards in sorted(one.train.items())}
     validation = [shard for one in opened for shard in one.validation]
     counts: Counter[str] = Counter()
-    skipped: Counter[str] = Counter()
     for one in opened:
         counts.update(one.counts)
-        skipped.update(one.skipped)
     for name, shards in train.items():
         tokens = sum(shard.num_tokens for shard in shards)
         if not config.streaming and tokens < config.sequence_length + 1:
@@ -149,7 +145,6 @@ def _join(opened: list[PreparedData], config: DataConfig, directory: Path) -> Pr
         counts=dict(counts),
         split="; ".join(dict.fromkeys(one.split for one in opened)),
         domains=sorted(names),
-        skipped=dict(skipped),
         splits={name: split for one in opened for name, split in one.splits.items()},
     )
 
@@ -191,7 +186,6 @@ def open_set(directory: Path) -> PreparedData:
         counts=manifest["counts"],
         split=manifest["split"],
         domains=[],
-        skipped=manifest["skipped"],
         splits={name: Split(SplitWay[way], fraction) for name, way in manifest["splits"].items()},
     )
 

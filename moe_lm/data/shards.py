@@ -83,7 +83,6 @@ class ShardHeader:
     domain_names: list[str]
     domain_tokens: list[int]
     """Tokens of each domain, in the order of the names."""
-    tokens_sha256: str
     block_sha256: list[str]
     """Of each MiB of the tokens."""
     starts_sha256: str
@@ -177,7 +176,7 @@ class ShardWriter:
         self._domains: list[NDArray[np.uint16]] = []
         self._spans: list[NDArray[np.int64]] = []
         self._names: dict[str, int] = {}
-        self._whole, self._block, self._block_filled = hashlib.sha256(), hashlib.sha256(), 0
+        self._block, self._block_filled = hashlib.sha256(), 0
         self._blocks: list[str] = []
         self.num_tokens = self.num_bytes = 0
         self._closed = False
@@ -209,7 +208,6 @@ class ShardWriter:
         self.num_bytes += num_bytes
         content = memoryview(encoded.tokens.view(np.uint8))  # type: ignore[arg-type]
         self._file.write(content)
-        self._whole.update(content)
         while content.nbytes:
             piece, content = content[: BLOCK_BYTES - self._block_filled], content[BLOCK_BYTES - self._block_filled :]
             self._block.update(piece)
@@ -246,7 +244,6 @@ class ShardWriter:
             num_bytes=self.num_bytes,
             domain_names=list(self._names),
             domain_tokens=tokens,
-            tokens_sha256=self._whole.hexdigest(),
             block_sha256=self._blocks,
             starts_sha256=hashes["starts"],
             domains_sha256=hashes["domains"],

@@ -79,21 +79,26 @@ def _load(compiler: list[str], sources: Sequence[Path], flags: Sequence[str], li
     made_of = "\n".join((*texts, version, *compiler, *flags, *link_flags, processor, platform.machine()))
     place = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     name = f"{sources[0].stem}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
-    with tempfile.TemporaryDirectory() as directory:
-        library: ctypes.CDLL | None = None
-        try:
-            cached = Path(place).expanduser() / "moe-lm" / name
-            if is_ours_and_whole(cached):
-                return ctypes.CDLL(str(cached))
-            cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    library: ctypes.CDLL | None = None
+    try:
+        cached = Path(place).expanduser() / "moe-lm" / name
+        if is_ours_and_whole(cached):
+            return ctypes.CDLL(str(cached))
+        cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=cached.parent) as directory:  # /tmp need not be a place to run code from
             built = _compile(compiler, sources[0], flags, link_flags, Path(directory) / name)
             library = _loaded(built)  # before it is kept: one that does not load is of no use to the next start
             content = built.read_bytes()
-            write_atomically(cached, content + _digest(content))  # other processes may be doing the same
-            cached.chmod(0o600)  # whatever the umask: what a group may write is not loaded
-        except (OSError, RuntimeError) as error:  # no home, or one that can not be written
-            _say_not_kept(place, getattr(error, "strerror", None) or str(error))
-        return library or _loaded(_compile(compiler, sources[0], flags, link_flags, Path(directory) / name))
+        write_atomically(cached, content + _digest(content))  # other processes may be doing the same
+        cached.chmod(0o600)  # whatever the umask: what a group may write is not loaded
+    except (OSError, RuntimeError) as error:  # no home, or one that can not be written
+        _say_not_kept(place, getattr(error, "strerror", None) or str(error))
+    except ValueError:  # it does not load: perhaps nothing in that place may be run
+        pass
+    if library is None:
+        with tempfile.TemporaryDirectory() as directory:
+            library = _loaded(_compile(compiler, sources[0], flags, link_flags, Path(directory) / name))
+    return library
 
 
 @functools.cache  # said once, though there are several libraries

@@ -42,10 +42,10 @@ class Runtime:
         # Said outright, because Accelerate guesses otherwise: under torchrun on a CPU every rank takes itself for the
         # main one. Its own mixed precision stays off, whatever the launcher's environment says.
         patience = InitProcessGroupKwargs(timeout=PATIENCE)
-        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[patience])
-        self.device: torch.device = self.accelerator.device
-        self.rank: int = self.accelerator.process_index
-        self.world_size: int = self.accelerator.num_processes
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[patience])
+        self.device: torch.device = accelerator.device
+        self.rank: int = accelerator.process_index
+        self.world_size: int = accelerator.num_processes
         self.all_failed = False
         """Whether every process knows of the failure that ends it, and so may still wait for its peers."""
         self.peers = PeerWatch(

@@ -230,7 +230,8 @@ class FinishConfig:
     sample_tokens: int = 120
     """Most tokens of that sample; it ends with the model's context."""
     compare_compressors: bool = False
-    """Print what `gzip -9` and `xz -9` make of the validation bytes, beside the model's bits per byte."""
+    """Print what `gzip -9` and `xz -9` make of the validation bytes, beside the model's bits per byte; of more than
+    100 MB they would take long, and are left out."""
 
     def __post_init__(self) -> None:
         _require(self, "finish", "sample_tokens", self.sample_tokens >= 1, "must be at least 1")

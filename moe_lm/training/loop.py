@@ -46,7 +46,7 @@ def _train_until_rewind(run: Run, telemetry: Telemetry, pulse: Pulse) -> Validat
     config, progress, policy = run.config, run.progress, run.config.guards.spike_policy
     with run.open_feed() as feed:
         telemetry.begin(feed)
-        if run.start.has_learned and progress.step == 0:
+        if run.start.has_learned and progress.step == 0 and progress.start_loss is None:
             _validate_start(run, telemetry, pulse)
         while _between_steps(run, feed, telemetry, pulse) and (batch := _next(run, feed, pulse)) is not None:
             data_step, run.data_state = progress.data_step, batch.state

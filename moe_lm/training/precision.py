@@ -35,6 +35,7 @@ class ComputeModel:
         self.parallel = parallel
         self.module = master = parallel.module
         self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._frozen: list[tuple[Tensor, Tensor]] = []
         if parallel.layout.sharded or all(parameter.dtype is dtype for parameter in master.parameters()):
             return
         # The gate stays the master's own parameter: rounding its weights would change which experts are chosen. So
@@ -48,17 +49,23 @@ class ComputeModel:
             if theirs is mine:
                 continue
             theirs.data = theirs.data.to(dtype)
-            if mine.requires_grad:  # what is frozen was copied for good
+            if mine.requires_grad:
                 if stay and takes_low_gradients(mine.device):
                     mine.grad_dtype = None  # any
                 theirs.register_post_accumulate_grad_hook(lambda low, high=mine: _accumulate(high, low))
                 self._pairs.append((mine, theirs))
+            else:
+                self._frozen.append((mine, theirs))
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Copy the master weights into the twin; call once after every update."""
-        if self._pairs:
-            masters, twins = zip(*self._pairs)
+    def refresh(self, also_frozen: bool = False) -> None:
+        """Copy the master weights into the twin; call once after every update.
+
+        Args:
+            also_frozen: Also those that no update changes; call so where the master was loaded.
+        """
+        if pairs := [*self._pairs, *(self._frozen if also_frozen else ())]:
+            masters, twins = zip(*pairs)
             torch._foreach_copy_(twins, masters)
 
 

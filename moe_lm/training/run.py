@@ -258,7 +258,7 @@ class Run:
         progress = progress_of(checkpoint)
         checkpoint.expect(expected_tensors(self.config.model, self.optimizer, progress.updates > 0))
         load_tensors(checkpoint, self.optimizer, self.load_LE, trained=progress.updates > 0)
-        self.compute.refresh()
+        self.compute.refresh(also_frozen=True)
         self.progress = progress
         self.spikes = SpikeDetector(self.config.guards, checkpoint.state["losses"])
         self.data_state = checkpoint.state["data"]
@@ -291,7 +291,7 @@ class Run:
     def _begin_anew(self) -> None:
         """Take the state of a run that has not made a step."""
         self._initialize()
-        self.compute.refresh()
+        self.compute.refresh(also_frozen=True)
         self.optimizer.restore_state(None)
         self.load_LE.copy_(initial_load(self.config.model))
         self.progress, self.spikes = Progress(), SpikeDetector(self.config.guards)

@@ -28,7 +28,7 @@ class Telemetry:
         self._log_interval = config.trainer.log_interval
         self._metrics: MetricsFile | None = None
         runtime.on_main(self._open_metrics)
-        self._tracker = Tracker(runtime.accelerator, config.tracker, run.directory, config.run_name, to_plain(config))
+        self._tracker = Tracker(runtime.is_main, config.tracker, run.directory, config.run_name, to_plain(config))
         self._display = Display(runtime.is_main)
         rate = matmul_rate(runtime.device, run.compute.dtype) * runtime.world_size
         self._utilization_per_token = training_flops_per_token(config.model, config.data.sequence_length) / rate

@@ -20,8 +20,6 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from accelerate import Accelerator
-
 from moe_lm.training.config import TrackerConfig, TrackerMode, TrackerName
 
 PROGRAM = Path(__file__).with_name("tracker_process.py")
@@ -36,10 +34,8 @@ CLOSE_SECONDS = 15.0
 class Tracker:
     """Accelerate's tracker, out of training's way."""
 
-    def __init__(
-        self, accelerator: Accelerator, config: TrackerConfig, directory: Path, name: str, run: dict[str, Any]
-    ):
-        self._on = config.name is not TrackerName.none and accelerator.is_main_process
+    def __init__(self, is_main: bool, config: TrackerConfig, directory: Path, name: str, run: dict[str, Any]):
+        self._on = config.name is not TrackerName.none and is_main
         if not self._on:
             return
         self._directory = directory

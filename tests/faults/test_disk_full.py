@@ -152,6 +152,15 @@ def test_checkpoints_that_can_not_fit_are_refused_before_the_first_step(small_di
     assert "step 1/" not in done.stderr
 
 
+def test_a_finished_run_on_a_full_disk_says_so(small_disk):
+    """Catches room that is asked for where nothing more is to be written."""
+    options = [*OPTIONS, "trainer.max_steps=2"]
+    moe_lm(*options, cwd=small_disk)
+    free = os.statvfs(small_disk / "runs").f_bavail * os.statvfs(small_disk / "runs").f_bsize
+    (small_disk / "runs/filler").write_bytes(bytes(free - 2**16))
+    assert "is finished (2 steps)" in moe_lm(*options, cwd=small_disk).stdout
+
+
 def test_a_read_only_disk_is_refused_before_the_first_step(small_disk):
     """Catches a run that is lost at its first save."""
     subprocess.run(["mount", "-o", "remount,ro", small_disk / "runs"], check=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -142,6 +143,37 @@ def test_a_finished_run_is_made_longer_by_insisting(finished):
     whole = metrics(directory / "runs/whole", "validation_bits_per_byte")
     assert sorted(metrics(directory / "runs/longer")) == list(range(1, 10)) and 5 in whole
     assert "is finished (9 steps)" in moe_lm(*longer, cwd=directory).stdout
+
+
+def test_a_micro_batch_that_the_loss_depends_on_is_fixed(finished):
+    """Catches a run that goes on with another gradient because it was cut up otherwise, without a word."""
+    directory, options, _ = finished
+    short = [*options, "run_name=cut", "finish.export=false", "model.capacity_factor=1.0"]
+    moe_lm(*short, "trainer.max_steps=2", cwd=directory)
+    done = moe_lm(*short, "trainer.max_steps=2", "trainer.micro_batch_size=6", cwd=directory, check=False)
+    assert done.returncode == 2 and "trainer.micro_batch_size=12 → 6" in done.stderr, done.stderr
+
+
+def test_other_held_out_text_by_insisting(finished):
+    """Catches a change that is proposed, and refused however it is insisted on; and `~` taken for a directory."""
+    directory, options, _ = finished
+    kernels = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    at_home = {"cwd": directory, "launcher": ["env", f"HOME={directory}", f"XDG_CACHE_HOME={kernels}", sys.executable]}
+    short = [*options, "run_name=held", "finish.export=false", "trainer.max_steps=2", "output_dir=~/runs"]
+    moe_lm(*short, **at_home)
+    write_corpus(directory / "others")
+    unquoted = moe_lm(*short, "data.validation_paths=[~/others]", **at_home, check=False)
+    assert """quote its entries, as in 'data.validation_paths=["~/others"]'.""" in unquoted.stderr
+    other = [*short, 'data.validation_paths=["~/others"]']
+    refused = moe_lm(*other, **at_home, check=False)
+    assert refused.returncode == 2 and "resume.allow_change=[data.validation_paths]" in refused.stderr, refused.stderr
+    shutil.rmtree(directory / "runs/held/data")
+    insisting = [*other, "trainer.max_steps=3", "resume.allow_change=[data.validation_paths,trainer.max_steps]"]
+    done = moe_lm(*insisting, **at_home)
+    assert "resumed runs/held" in done.stdout.replace(f"{directory}/", "")
+    into = ["prepare", "data=text", 'data.paths=["~/others"]', "output=~/others/x"]
+    among = moe_lm(*into, **at_home, check=False)
+    assert among.returncode == 2 and "would be read as text" in among.stderr, among.stderr
 
 
 def test_a_model_larger_than_its_tokenizer(finished):

@@ -78,7 +78,6 @@ def test_header_is_that_of_the_files_however_they_were_written(tmp_path: Path, b
     content = (tmp_path / "s.tokens.bin").read_bytes()
     blocks = [content[start : start + BLOCK_BYTES] for start in range(0, len(content), BLOCK_BYTES)]
     assert header.block_sha256 == [hashlib.sha256(block).hexdigest() for block in blocks]
-    assert header.tokens_sha256 == hashlib.sha256(content).hexdigest()
     assert header.num_tokens == sum(lengths) == len(content) // 2
     shard = TokenShard(tmp_path, "s", header, 3)
     assert np.diff(np.append(shard.starts, shard.num_tokens)).tolist() == lengths
@@ -232,7 +231,6 @@ def test_a_large_shard_is_not_read_into_memory(tmp_path: Path) -> None:
         num_bytes=size,
         domain_names=["text"],
         domain_tokens=[size // 2],
-        tokens_sha256="",
         block_sha256=[zeros] * (size // BLOCK_BYTES),
         **{f"{kind}_sha256": hashlib.sha256((tmp_path / f"s.{kind}.npy").read_bytes()).hexdigest() for kind in indices},
     )

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -135,6 +136,27 @@ def test_a_cache_that_can_not_be_written(place: str, environment: pytest.MonkeyP
         assert load() is not None and load() is not None
     [said] = caught  # once, though there are several libraries
     assert f"can not be kept in {place}, and are compiled at every start: " in str(said.message)
+
+
+@LINUX
+@COMPILER
+@pytest.mark.parametrize("place", ["TMPDIR", "XDG_CACHE_HOME"])
+def test_a_place_from_which_nothing_runs(place: str, environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Catches kernels that are lost where /tmp, or the home, is mounted so."""
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "noexec", "none", closed], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        environment.setenv("XDG_CACHE_HOME", str(tmp_path))
+        environment.setenv(place, str(closed))
+        environment.setattr(tempfile, "tempdir", None)  # where it was found before
+        environment.setattr(native, "_FLAGS", [flag for flag in native._FLAGS if flag != "-O3"])  # compiles faster
+        assert load() is not None
+    finally:
+        environment.undo()
+        tempfile.tempdir = None
+        subprocess.run(["umount", "-l", closed], check=True)
 
 
 @LINUX

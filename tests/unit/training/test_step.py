@@ -182,6 +182,23 @@ def test_gradients_stay_in_bf16_only_where_nothing_is_added(processes, micro_bat
             assert parameter.grad.dtype is (torch.bfloat16 if stays else torch.float32), name
 
 
+def test_frozen_weights_that_are_loaded_are_those_that_are_computed_with():
+    """Catches a twin that keeps what a base had when the run was started again, beside what its checkpoint holds."""
+    model = CausalLM(_config())
+    initialize(model, 0)
+    model.model.embed_tokens.requires_grad_(False)
+    compute = ComputeModel(ParallelModel(model, whole_shards(model), Layout()), torch.bfloat16)
+    twin = compute.module.model.embed_tokens.weight
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    compute.refresh()
+    assert not torch.equal(twin, model.model.embed_tokens.weight.bfloat16()), "no update changes it"
+    compute.refresh(also_frozen=True)
+    for mine, theirs in zip(model.parameters(), compute.module.parameters(), strict=True):
+        assert torch.equal(mine.to(theirs.dtype), theirs)
+
+
 @pytest.mark.parametrize("rule", OptimizerName)
 def test_a_step_with_bf16_gradients_is_one_with_the_same_in_fp32(rule):
     """Catches a gradient in bf16 that a rule misreads, or clips in another way than its wide twin."""

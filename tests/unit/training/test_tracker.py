@@ -7,7 +7,6 @@ test says.
 import json
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -18,7 +17,6 @@ from moe_lm.training.sinks import MetricsFile
 from moe_lm.training.tracker import Tracker
 
 WANDB = TrackerConfig(name=TrackerName.wandb, mode=TrackerMode.offline)
-MAIN = SimpleNamespace(is_main_process=True)
 
 FAKE = """
 import json, os, pathlib, signal, sys, time
@@ -68,7 +66,7 @@ def broken(tmp_path, monkeypatch):
 
     def make(place: str, deed: str) -> Tracker:
         (tmp_path / "breaks").write_text(json.dumps([place, deed]))
-        return Tracker(MAIN, WANDB, tmp_path, "run", {"seed": 1})
+        return Tracker(True, WANDB, tmp_path, "run", {"seed": 1})
 
     return make
 
@@ -153,7 +151,7 @@ def test_lines_that_do_not_fit_the_queue_are_counted(broken, tmp_path, capsys, m
 @pytest.mark.parametrize("config, main", [(TrackerConfig(), True), (WANDB, False)])
 def test_no_tracker_is_asked_for(tmp_path, config, main):
     """Catches a tracker that is started, or leaves files, although `tracker=none` or on another rank."""
-    tracker = Tracker(SimpleNamespace(is_main_process=main), config, tmp_path, "run", {})
+    tracker = Tracker(main, config, tmp_path, "run", {})
     tracker.log({"loss": 1.0}, 1)
     tracker.close()
     assert not list(tmp_path.iterdir())
@@ -174,7 +172,7 @@ def test_closing_leaves_the_processes_connected(broken, tmp_path):
 def test_a_damaged_tracker_id_does_not_stop_the_run(tmp_path, capsys):
     """Catches a file of the tracker, outside of the tracker, that ends training."""
     (tmp_path / "tracker.json").write_text('{"id"')
-    tracker = Tracker(MAIN, WANDB, tmp_path, "run", {})
+    tracker = Tracker(True, WANDB, tmp_path, "run", {})
     tracker.log({"loss": 1.0}, 1)
     tracker.close()
     assert capsys.readouterr().err.startswith("tracker switched off, metrics.jsonl goes on: ")
@@ -190,7 +188,7 @@ def test_wandb_keeps_its_id_over_a_resume(tmp_path, monkeypatch, capsys):
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     for step in (1, 2):
-        tracker = Tracker(MAIN, WANDB, tmp_path, "some-run", {"seed": 1})
+        tracker = Tracker(True, WANDB, tmp_path, "some-run", {"seed": 1})
         tracker.log({"loss": 1.0 / step}, step)
         tracker.close()
     assert capsys.readouterr().err == ""
@@ -207,7 +205,7 @@ def test_a_tracker_without_a_login_never_asks(tmp_path, monkeypatch, capsys):
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     online = TrackerConfig(name=TrackerName.wandb, mode=TrackerMode.online)
-    tracker = Tracker(MAIN, online, tmp_path, "run", {})
+    tracker = Tracker(True, online, tmp_path, "run", {})
     tracker.log({"loss": 1.0}, 1)
     tracker.close()
     said = capsys.readouterr().err

@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -116,6 +116,7 @@ def new_directory(output: Path, check: Callable[[], None]) -> Iterator[Path]:
     """
     output = output.resolve()
     temporary, replaced = output.with_name(f".tmp-{output.name}"), output.with_name(f".old-{output.name}")
+    new_parents = [parent for parent in output.parents if not parent.exists()]
     with ExitStack() as held:
         try:
             check()
@@ -135,6 +136,9 @@ def new_directory(output: Path, check: Callable[[], None]) -> Iterator[Path]:
             _rename_over(temporary, output, replaced)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
+            with suppress(OSError):  # somebody has put something there meanwhile
+                for parent in new_parents:
+                    parent.rmdir()
             raise
         shutil.rmtree(replaced, ignore_errors=True)
         sync_directory(output.parent)

@@ -85,7 +85,7 @@ def main() -> None:
             grace=given.grace,
             directives="\n".join(f"#SBATCH {directive}" for directive in given.sbatch),
             setup=given.setup,
-            directory=shlex.quote(str(Path(values.get("output_dir", "runs")) / name)),
+            directory=shlex.quote(str(Path(values.get("output_dir", "runs")).expanduser() / name)),
             processes=processes,
             port=given.port,
             options=shlex.join(given.options),

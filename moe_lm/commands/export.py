@@ -78,8 +78,9 @@ def base_of_adapter(source: MergedSource) -> str:
     base = source.base
     if not isinstance(base, NativeSource):
         return str(base.path.absolute())
-    imported = base.checkpoint.state.get("origin", {}).get("checkpoint")
-    for place in (base.run_directory / "hf", *([Path(imported)] if isinstance(imported, str) else [])):
+    origin = base.checkpoint.state.get("origin", {})
+    imported = [Path(origin["checkpoint"])] if origin.get("command") == "import" else []
+    for place in (base.run_directory / "hf", *imported):
         with contextlib.suppress(InputError, OSError):
             if is_foreign(place) and fingerprint(open_source(place)) == source.base_fingerprint:
                 return str(place.absolute())

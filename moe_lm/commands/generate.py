@@ -22,7 +22,9 @@ def run(config: GenerateConfig) -> int:
     assert config.checkpoint is not None
     if config.device is Device.cuda and not torch.cuda.is_available():
         raise InputError("device=cuda: no CUDA device is visible here; use device=auto or cpu.")
-    prompts = [config.prompt] if config.prompts is None else read_prompts(Path(config.prompts).expanduser())
+    prompts = (
+        [config.prompt] if config.prompts is None else read_prompts(Path(config.prompts).expanduser(), config.chat)
+    )
     device: torch.device = Runtime(config.device.value).device
     model, tokenizer = open_model(Path(config.checkpoint).expanduser(), device, compute_dtype(config.precision, device))
     encoded = [_encode(number, prompt, tokenizer, config, model.config) for number, prompt in enumerate(prompts, 1)]
@@ -50,11 +52,11 @@ def run(config: GenerateConfig) -> int:
     return 0
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file; blank lines are passed over.
+def read_prompts(path: Path, chat: bool = False) -> list[str]:
+    """The prompts of a file, in a chat the user's messages; blank lines are passed over.
 
     Raises:
-        InputError: It can not be read, a line is no JSON string, or there is none.
+        InputError: It can not be read, a line is no JSON string or an empty message, or there is none.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -69,10 +71,12 @@ def read_prompts(path: Path) -> list[str]:
             continue
         try:
             prompt = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             prompt = None
         if not isinstance(prompt, str) or any("\ud800" <= character <= "\udfff" for character in prompt):
             raise InputError(f'prompts={path}: line {number} is no JSON string, such as "import os".')
+        if chat and not prompt.strip():
+            raise InputError(f"prompts={path}: line {number} is an empty message; with chat=true give the user's.")
         prompts.append(prompt)
     if not prompts:
         raise InputError(f"prompts={path}: holds no prompt; give a file of JSON strings, one per line.")

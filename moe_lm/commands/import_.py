@@ -26,7 +26,7 @@ def run(config: ImportConfig) -> int:
     check_outside(output, source)
     with new_model_directory(output) as directory:
         copy_tokenizer(source.tokenizer_directory, directory, source.config)
-        origin = {"command": "import", "checkpoint": str(path), "layout": source.layout.value}
+        origin = {"command": "import", "checkpoint": str(path.absolute()), "layout": source.layout.value}
         written = save_parameters(directory, source.config, source.parameters(), origin)
         write_json(directory / RECEIPT, _receipt(source, origin, written))
     _report(source, written, output)

@@ -176,7 +176,12 @@ def _open_base(checkpoint: Checkpoint, given: Path | None) -> ModelSource:
     places = [recorded, recorded.parent.parent / "hf"] if given is None else [given]
     present = [place for place in places if place.is_dir()]
     for place in present:
-        base = open_source(place, "base")
+        try:
+            base = open_source(place, "base")
+        except InputError:
+            if place == present[-1]:
+                raise
+            continue  # damaged: perhaps its export is not
         if fingerprint(base) == start.get("base_fingerprint"):
             return base
     if given is not None:

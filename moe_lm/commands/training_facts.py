@@ -85,4 +85,5 @@ def _without_places(value: Any) -> Any:
         return {name: _without_places(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [_without_places(inner) for inner in value]
-    return f"…/{Path(value).name}" if isinstance(value, str) and value.startswith("/") else value
+    is_place = isinstance(value, str) and value.startswith(("/", "~", "./", "../"))
+    return f"…/{Path(value).name}" if is_place else value

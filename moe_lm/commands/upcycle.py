@@ -28,11 +28,12 @@ def run(config: UpcycleConfig) -> int:
     assert config.checkpoint is not None and config.output is not None
     output = Path(config.output).expanduser()
     plan = UpcyclePlan(config.num_experts, config.num_experts_per_tok, config.noise, config.reinitialize, config.seed)
-    model = UpcycledModel(open_source(Path(config.checkpoint).expanduser()), plan)
+    checkpoint = Path(config.checkpoint).expanduser().absolute()
+    model = UpcycledModel(open_source(checkpoint), plan)
     check_outside(output, model.base)
     with new_model_directory(output) as directory:
         copy_tokenizer(model.tokenizer_directory, directory, model.config)
-        origin = {"command": "upcycle", "checkpoint": config.checkpoint}
+        origin = {"command": "upcycle", "checkpoint": str(checkpoint)}
         written = save_parameters(directory, model.config, model.parameters(), origin)
         receipt = _receipt(model, origin, written, _compare(model, directory))
         write_json(directory / RECEIPT, receipt)

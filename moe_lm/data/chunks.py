@@ -295,11 +295,18 @@ def _files_of(source: Source, unit: Unit) -> list[tuple[str, Path]]:
 
 
 def list_files(source: Source, unit: Unit) -> list[list[Any]]:
-    """What is recorded of a unit's files."""
+    """What is recorded of a unit's files.
+
+    Raises:
+        InputError: One can not be read.
+    """
     listed = []
     for name, path in _files_of(source, unit):
-        status = path.stat()
-        listed.append([name, status.st_size, status.st_mtime_ns, sha256(path)])
+        try:
+            status = path.stat()
+            listed.append([name, status.st_size, status.st_mtime_ns, sha256(path)])
+        except OSError as error:
+            raise InputError(f"{source.option}: {path} cannot be read ({error.strerror}).") from error
     return listed
 
 

@@ -250,8 +250,9 @@ class DataConfig:
 
     @property
     def has_chat(self) -> bool:
-        """Whether any source holds conversations that are still to be rendered."""
-        return any(source.source is DataSource.chat for source in self.resolved_sources().values())
+        """Whether any source, or the validation's, holds conversations that are still to be rendered."""
+        kinds = {source.source for source in self.resolved_sources().values()}
+        return DataSource.chat in kinds or (bool(self.validation_paths) and self.source is DataSource.chat)
 
     def resolved_sources(self) -> dict[str, SourceConfig]:
         """The sources by name, each with its kind, fields and domain filled in; a single source is named by its

@@ -141,13 +141,15 @@ class Encoder:
         """Notices a worker that died, also while no result is wanted of it.
 
         Raises:
-            RunError: One did.
+            RunError: One did, or another can not be started.
         """
         if self._pool is not None and (self._probe is None or self._probe.done()):
             try:
                 self._probe = self._pool.submit(_nothing)
             except BrokenProcessPool as error:
                 raise _worker_died() from error
+            except OSError as error:
+                raise _not_started(error) from error
 
     def close(self) -> None:
         """Ends the workers without waiting for work that nobody needs any more."""

@@ -10,6 +10,7 @@ Whatever is made is a function of text and settings alone: interrupted or not, b
 or, each taking a part of the units, on several that join their chunks in one directory.
 """
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -34,7 +35,7 @@ from moe_lm.data.work import Progress, all_work, as_source, fingerprints_of, joi
 from moe_lm.errors import InputError
 from moe_lm.files import write_json
 
-STALE_SECONDS = 3600
+STALE_SECONDS = 24 * 3600
 """Age at which a temporary file belongs to nobody any more."""
 
 Report = Callable[[str], None]
@@ -214,10 +215,11 @@ def _check_both_sides(job: _Job, counts: Counter[str], skipped: dict[str, int]) 
 
 
 def _sweep(data: Path) -> None:
-    """Removes what killed preparations have left half-written; what is still being written has changed just now."""
+    """Removes what killed preparations have left half-written; what is still being written has changed within a day."""
     for path in data.rglob(".*.tmp"):
-        if time.time() - path.stat().st_mtime > STALE_SECONDS:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another part has just given it its name
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink()
 
 
 def _choose_splits(sources: Iterable[Source], validation: Source | None, config: DataConfig) -> dict[str, Split]:
@@ -231,8 +233,8 @@ def _choose_splits(sources: Iterable[Source], validation: Source | None, config:
         if source.is_chat and splits[source.name].way is SplitWay.tail:
             left_out = f" (left out: {said_skipped(source.bad.skipped)})" if source.bad.skipped else ""
             raise InputError(
-                f"{source.option}: holds too few conversations to hold some of them out{left_out}; give at least "
-                f"{MIN_DOCUMENTS_FOR_HASH_SPLIT}, or data.validation_paths."
+                f"{source.option}: holds too few conversations to hold some of them out{left_out}; give more (at "
+                f"least {MIN_DOCUMENTS_FOR_HASH_SPLIT}), a larger data.validation_fraction, or data.validation_paths."
             )
     return splits
 

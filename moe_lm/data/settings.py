@@ -20,7 +20,6 @@ DATA_ONLY_CUT = (
     "epochs",
     "num_streams",
     "workers",
-    "domains",
 )
 """Fields that say how rows are cut, ordered and read, not what is in the shards."""
 
@@ -30,6 +29,8 @@ def settings_of(config: DataConfig, tokenizer_config: TokenizerConfig, template:
     values = asdict(config)
     for name in DATA_ONLY_CUT if template is None else set(DATA_ONLY_CUT) - {"sequence_length"}:
         del values[name]
+    if not values["domains"]:
+        del values["domains"]  # any may come
     if template is None:
         del values["chat_template"], values["too_long"]
     else:

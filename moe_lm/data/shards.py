@@ -3,7 +3,7 @@
 A shard NAME is three files: `NAME.tokens.bin` (ids, little-endian uint16 or uint32), `NAME.starts.npy` (int64 position
 of each document's first token) and `NAME.domains.npy` (uint16 number of each document's domain). One of conversations
 has `NAME.spans.npy` as well (int64 [n, 2]: tokens [begin, end) that are targets, which are the assistant's). Sizes,
-checksums and the domains' names are in its header, which is kept by whoever wrote the shard (`prepare.py`). No sequence
+checksums and the domains' names are in its header, which is kept by whoever wrote the shard (`chunks.py`). No sequence
 length is in it: rows are cut when batches are made (`rows.py`).
 
 Tokens are verified as they are used: the header has a SHA-256 of every MiB, and a block is compared with its own before

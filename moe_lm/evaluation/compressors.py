@@ -22,10 +22,12 @@ def xz_bits_per_byte(content: bytes) -> float:
 
 
 def document_bytes(shards: Sequence[TokenShard], tokenizer: Tokenizer) -> bytes:
-    """The documents of shards (of conversations, what the assistant says) end to end, decoded; exactly the bytes that
-    bits per byte are counted over.
+    """The documents of shards (of conversations, what the assistant says) end to end, decoded: the bytes that bits per
+    byte are counted over.
 
-    (Exactly, unless a text holds U+2581, which the tokenizer's format gives back as a space.)
+    Exactly those of a text under a tokenizer of this package's own, unless it holds U+2581, which the format gives back
+    as a space. Of conversations, with what the template puts into an answer; of tokenizers that normalise or do not
+    know a character, as they give it back.
     """
     texts = []
     for shard in shards:

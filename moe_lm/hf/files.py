@@ -1,6 +1,7 @@
 """The files of a model directory that somebody else wrote: JSON and safetensors, checked before anything is read.
 
-Nothing else is opened. There is no pickle, and no Python of the directory's own (`auto_map`) is ever run.
+Nothing else of weights and configuration is opened. There is no pickle, and no Python of the directory's own
+(`auto_map`) is ever run.
 """
 
 import json

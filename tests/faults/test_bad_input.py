@@ -352,12 +352,15 @@ def test_text_is_taken_as_it_stands(value):
         (b'["a"]', "line 1 is no JSON string"),
         (b'"\\ud800"', "line 1 is no JSON string"),
         (b"\xff", "can not be read"),
+        (b"[" * 100_000, "line 1 is no JSON string"),
+        (b'"good"\n" "\n', "line 2 is an empty message"),
     ],
 )
 def test_files_of_prompts_are_read_before_the_model(complain, tmp_path, content, words):
     """Catches a traceback, or minutes of work before a bad line is found."""
     (tmp_path / "prompts.jsonl").write_bytes(content)
-    said = complain("generate", "checkpoint=nothing", f"prompts={tmp_path / 'prompts.jsonl'}")
+    chat = f"chat={'message' in words}".lower()
+    said = complain("generate", "checkpoint=nothing", f"prompts={tmp_path / 'prompts.jsonl'}", chat)
     assert said.startswith("prompts=") and words in said
     both = complain("generate", "checkpoint=nothing", "prompt=x", f"prompts={tmp_path / 'prompts.jsonl'}")
     assert both.startswith("prompt='x': leave it out")

@@ -96,6 +96,13 @@ def test_a_renaming_that_fails_changes_nothing(output, monkeypatch, number):
     assert _tree(output.parent) == before
 
 
+def test_directories_that_were_made_on_the_way_go_again(output):
+    """Catches a refusal that says nothing was written, and leaves the parents of what it would have been."""
+    with pytest.raises(ValueError, match="fails"), new_directory(output.parent / "a/b/c", lambda: None):
+        raise ValueError("fails")
+    assert _tree(output.parent) == {"output": None, "output/old": b"old"}
+
+
 def test_what_a_killed_process_put_aside_comes_back(output):
     """Catches a process that was killed between the renamings, and a next one that fails: both would be gone."""
     output.rename(output.parent / ".old-output")

@@ -275,7 +275,22 @@ def test_other_settings_are_named(config: DataConfig, tmp_path: Path) -> None:
         prepare(other, TOKENIZER, tmp_path / "set")
     with pytest.raises(InputError, match=r"tokenizer.vocab_size=500 \(there: 400\)"):
         prepare(config, TokenizerConfig(vocab_size=500), tmp_path / "set")
+    with pytest.raises(InputError, match=r"data.domains=\['en'\]"):
+        prepare(dataclasses.replace(config, domains=["en"]), TOKENIZER, tmp_path / "set")
     prepare(dataclasses.replace(config, sequence_length=99, epochs=3, workers=1), TOKENIZER, tmp_path / "set")
+
+
+def test_a_file_that_can_not_be_read_is_not_blamed_on_the_output(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches "make room" where a file of text is somebody else's."""
+
+    def refuse(path: Path) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(chunks, "sha256", refuse)  # as root nothing is forbidden
+    with pytest.raises(InputError, match=r" cannot be read \(Permission denied\)\.$"):
+        prepare(config, TOKENIZER, tmp_path / "set")
 
 
 def test_the_kind_of_tokenizer_is_a_setting(config: DataConfig, tmp_path: Path) -> None:

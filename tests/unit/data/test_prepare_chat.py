@@ -120,6 +120,19 @@ def test_a_set_of_conversations_is_the_same_however_made(
     assert content(tmp_path / "two") == made
 
 
+def test_held_out_conversations_beside_texts_are_rendered(
+    config: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path
+) -> None:
+    """Catches a validation set whose conversations are taken for text, with their braces and quotes."""
+    (tmp_path / "text.txt").write_text("Some text to go on with. " * 500)
+    texts = {"a": SourceConfig(DataSource.text, [str(tmp_path / "text.txt")])}
+    mixed = dataclasses.replace(config, sources=texts, paths=[], validation_paths=config.paths)
+    prepare(mixed, tokenizer_config, tmp_path / "set")
+    data = load(mixed, tokenizer_config, tmp_path / "set")
+    assert all(shard.spans is not None for shard in data.validation)
+    assert "role" not in "".join(said(data.validation, data.tokenizer.decode))
+
+
 def test_what_can_not_be_trained_on_is_a_sentence(
     config: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path
 ) -> None:
@@ -134,7 +147,10 @@ def test_what_can_not_be_trained_on_is_a_sentence(
     refused(r"^data.paths: .*a.jsonl, line \d+: the conversation has \d+ tokens, .*at least \d+,", sequence_length=20)
     refused(r"^tokenizer.path=null: conversations are too little text", tokenizer=TokenizerConfig())
     few = write(tmp_path / "few.jsonl", ROWS[:19])
-    refused(r"^data.paths: holds too few conversations .*at least 20, or data.validation_paths\.$", paths=[few])
+    refused(
+        r"^data.paths: holds too few conversations .*\(at least 20\), a larger .*, or data.validation_paths\.$",
+        paths=[few],
+    )
     (tmp_path / "fails.jinja").write_text("{{ raise_exception('no') }}")
     fails = str(tmp_path / "fails.jinja")
     what = r"^data.chat_template=.*fails.jinja: .*a.jsonl, line \d+: the chat template fails \(no\)"
@@ -147,7 +163,7 @@ def test_what_can_not_be_trained_on_is_a_sentence(
     refused(r"^data.chat_template=.*: the chat template writes nothing as the assistant's; mend", chat_template=fails)
     three = [write(tmp_path / "three.jsonl", [{"messages": []}] * 3)]
     refused(
-        r"^data.paths: holds too few conversations .* \(left out: 3 × no messages\); give at least 20",
+        r"^data.paths: holds too few conversations .* \(left out: 3 × no messages\); give more \(at least 20\)",
         paths=three,
         on_bad_row=OnBadRow.skip,
     )

@@ -79,7 +79,6 @@ class Chunk:
     tokenizer_fingerprint: str
     settings_fingerprint: str
     """Hash of the settings and of the way the source is split: parts that differ in them are not joined."""
-    pad_id: int
     documents_sha256: str
     """Over side, name and text of every document: a fingerprint of the text, whatever the tokenizer."""
     skipped: dict[str, int]
@@ -105,7 +104,7 @@ class Chunk:
 
     def open_shard(self, directory: Path, name: str, side: str) -> TokenShard:
         """One of its shards."""
-        return TokenShard(directory, f"{name}.{side}", self.shards[side], self.pad_id)
+        return TokenShard(directory, f"{name}.{side}", self.shards[side])
 
 
 def chunk_name(unit: Unit, number: int) -> str:
@@ -190,7 +189,6 @@ def make_unit(
             files=files,
             tokenizer_fingerprint=encoder.fingerprint,
             settings_fingerprint=settings_fingerprint,
-            pad_id=encoder.pad_id,
             documents_sha256=digest.hexdigest(),
             skipped=dict(skipped),
             shards=shards,

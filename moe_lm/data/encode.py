@@ -104,7 +104,7 @@ class Encoder:
             pool: What `start_workers` gave; it is closed with this.
         """
         self._tokenizer = tokenizer
-        self.fingerprint, self.vocab_size, self.pad_id = tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.pad_id
+        self.fingerprint, self.vocab_size = tokenizer.fingerprint, tokenizer.vocab_size
         self._path = str(path)
         self._pool = pool if pool is not None else start_workers(workers)
         self._probe: Future[None] | None = None

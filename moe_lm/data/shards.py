@@ -40,7 +40,6 @@ class TokenArray:
     domains: NDArray[np.integer]
     """Number of each document's domain in `domain_names`."""
     domain_names: list[str]
-    pad_id: int
     spans: NDArray[np.int64] | None = None
     """[n, 2] in order: tokens [begin, end) are targets. Null means all but each document's begin mark."""
 
@@ -96,7 +95,7 @@ class ShardHeader:
 class TokenShard(TokenArray):
     """A shard on disk; tokens are read where they lie, and verified before they are."""
 
-    def __init__(self, directory: Path, name: str, header: ShardHeader, pad_id: int) -> None:
+    def __init__(self, directory: Path, name: str, header: ShardHeader) -> None:
         """Opens a shard.
 
         Raises:
@@ -120,7 +119,7 @@ class TokenShard(TokenArray):
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{directory / name}: this token shard cannot be read ({error}); {REMEDY}") from None
-        super().__init__(tokens, starts, domains, header.domain_names, pad_id, spans)
+        super().__init__(tokens, starts, domains, header.domain_names, spans)
         self._raw = tokens.view(np.uint8)
         self._tokens_per_block = BLOCK_BYTES // tokens.itemsize
         self._verified = np.zeros(len(header.block_sha256), dtype=bool)

@@ -140,7 +140,7 @@ class SourceStreams:
         names = sorted(set(block.domains))
         number = {name: index for index, name in enumerate(names)}
         domains = np.array([number[domain] for domain in block.domains])
-        array = TokenArray(encoded.tokens, starts, domains, names, self._run.pad_id)
+        array = TokenArray(encoded.tokens, starts, domains, names)
         return array, cut(array, self._run.sequence_length, self._run.packing)
 
     def _deal(self, block: "tuple[int, int, Position | None, list[Document]] | None") -> bool:

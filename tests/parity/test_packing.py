@@ -25,7 +25,7 @@ def array() -> TokenArray:
     texts = ["word " * count for count in (1, 7, 3, 30, 12, 2, 19, 5, 1, 18)] + ["", "x" * (LENGTH - 1)]
     encoded = encode(ByteTokenizer(), texts)
     starts = np.cumsum(encoded.lengths) - encoded.lengths
-    return TokenArray(encoded.tokens, starts, np.zeros(len(starts), dtype=np.uint16), ["all"], ByteTokenizer.pad_id)
+    return TokenArray(encoded.tokens, starts, np.zeros(len(starts), dtype=np.uint16), ["all"])
 
 
 @pytest.mark.parametrize("family", list(ModelFamily))

@@ -63,7 +63,7 @@ def make_shard(tmp_path: Path) -> Callable[..., TokenShard]:
         writer = ShardWriter(directory, name, tokenizer.vocab_size)
         num_bytes = sum(len(text.encode()) for text in texts)
         writer.add(encode(tokenizer, texts), list(domains or ["text"] * len(texts)), num_bytes)  # type: ignore[arg-type]
-        return TokenShard(directory, name, writer.finish(), tokenizer.pad_id)
+        return TokenShard(directory, name, writer.finish())
 
     return make
 
@@ -77,7 +77,7 @@ def make_array() -> Callable[..., TokenArray]:
         tokens, lengths = encode(tokenizer, texts)[:2]  # type: ignore[arg-type]
         names = sorted(set(domains or ["text"]))
         numbers = np.array([names.index(domain) for domain in domains or ["text"] * len(texts)], dtype=np.uint16)
-        return TokenArray(tokens, np.cumsum(lengths) - lengths, numbers, names, tokenizer.pad_id)
+        return TokenArray(tokens, np.cumsum(lengths) - lengths, numbers, names)
 
     return make
 

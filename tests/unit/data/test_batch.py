@@ -209,7 +209,7 @@ def test_a_million_empty_documents_in_one_batch(packing: Packing) -> None:
     """Catches counts that overflow or go wrong where every second token begins a document."""
     count, length = 1_000_000, 1000
     starts = np.arange(0, 2 * count, 2)
-    array = TokenArray(np.tile(np.array([BOS, EOS], np.uint16), count), starts, np.zeros(count, np.uint16), ["x"], PAD)
+    array = TokenArray(np.tile(np.array([BOS, EOS], np.uint16), count), starts, np.zeros(count, np.uint16), ["x"])
     batch = batch_of([array], None, length, packing)
     assert int((batch.labels != IGNORED).sum()) == array.num_targets == count
     if packing is Packing.sequential:

@@ -188,7 +188,7 @@ def test_a_run_of_few_frames_has_the_shares_of_the_line(num_rows: int) -> None:
 
 
 def array_of(num_tokens: int) -> TokenArray:
-    return TokenArray(np.ones(num_tokens, np.uint16), np.zeros(1, np.int64), np.zeros(1, np.uint16), ["text"], 0)
+    return TokenArray(np.ones(num_tokens, np.uint16), np.zeros(1, np.int64), np.zeros(1, np.uint16), ["text"])
 
 
 def config_of(**sources: tuple[float | None, float | None]) -> DataConfig:

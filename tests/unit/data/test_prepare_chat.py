@@ -257,7 +257,7 @@ def array_of(documents: list[list[int]]) -> TokenArray:
             place += length
     spans_N2 = np.array(spans, dtype=np.int64).reshape(-1, 2)
     zeros = np.zeros(len(starts), np.uint16)
-    return TokenArray(np.arange(place, dtype=np.uint16), np.array(starts, dtype=np.int64), zeros, ["text"], 0, spans_N2)
+    return TokenArray(np.arange(place, dtype=np.uint16), np.array(starts, dtype=np.int64), zeros, ["text"], spans_N2)
 
 
 def targets_of(batches: list[Batch]) -> list[int]:

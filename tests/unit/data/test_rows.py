@@ -23,7 +23,7 @@ def array_of(lengths: list[int]) -> TokenArray:
     tokens = [token for length in lengths for token in (BOS, *range(3, 3 + length), EOS)]
     marked = np.array(lengths, dtype=np.int64) + 2
     starts = np.cumsum(marked) - marked
-    return TokenArray(np.array(tokens, dtype=np.uint16), starts, np.zeros(len(lengths), np.uint16), ["text"], 0)
+    return TokenArray(np.array(tokens, dtype=np.uint16), starts, np.zeros(len(lengths), np.uint16), ["text"])
 
 
 def all_pieces(rows: Rows) -> list[tuple[int, int, int, int]]:

@@ -79,7 +79,7 @@ def test_header_is_that_of_the_files_however_they_were_written(tmp_path: Path, b
     blocks = [content[start : start + BLOCK_BYTES] for start in range(0, len(content), BLOCK_BYTES)]
     assert header.block_sha256 == [hashlib.sha256(block).hexdigest() for block in blocks]
     assert header.num_tokens == sum(lengths) == len(content) // 2
-    shard = TokenShard(tmp_path, "s", header, 3)
+    shard = TokenShard(tmp_path, "s", header)
     assert np.diff(np.append(shard.starts, shard.num_tokens)).tolist() == lengths
     shard.verify()
 
@@ -87,12 +87,12 @@ def test_header_is_that_of_the_files_however_they_were_written(tmp_path: Path, b
 def test_a_shard_that_ends_with_a_block_has_no_checksum_too_many(tmp_path: Path) -> None:
     header = write(tmp_path, [2 * PER_BLOCK])
     assert len(header.block_sha256) == 2
-    assert len(read_row(TokenShard(tmp_path, "s", header, 3), 0, 2 * PER_BLOCK - 1)) == 2 * PER_BLOCK - 1
+    assert len(read_row(TokenShard(tmp_path, "s", header), 0, 2 * PER_BLOCK - 1)) == 2 * PER_BLOCK - 1
 
 
 def test_an_empty_shard_opens(tmp_path: Path) -> None:
     """Catches a side of a chunk to which no document fell: an empty file can not be mapped."""
-    shard = TokenShard(tmp_path, "s", ShardWriter(tmp_path, "s", 300).finish(), 3)
+    shard = TokenShard(tmp_path, "s", ShardWriter(tmp_path, "s", 300).finish())
     assert (shard.num_tokens, shard.num_documents, shard.num_targets) == (0, 0, 0)
     shard.verify()
     for packing in Packing:
@@ -121,7 +121,7 @@ def test_damaged_files_are_refused_at_open(make_shard: MakeShard) -> None:
     directory, name = shard.path.parent, shard.path.name.removesuffix(".tokens.bin")
 
     def reopen() -> TokenShard:
-        return TokenShard(directory, name, shard.header, 3)
+        return TokenShard(directory, name, shard.header)
 
     content = shard.path.read_bytes()
     for wrong in (content[:-2], content[:-1], content + b"\0\0", b""):
@@ -156,7 +156,7 @@ def test_a_flipped_byte_is_found_before_its_block_is_used(tmp_path: Path, block:
     path = tmp_path / "s.tokens.bin"
     whole = np.fromfile(path, dtype="<u2")
     flip(path, block * BLOCK_BYTES + 7777)
-    shard = TokenShard(tmp_path, "s", header, 3)
+    shard = TokenShard(tmp_path, "s", header)
     length = 1000
     refused = []
     for row in range(RowSet([shard], length, Packing.sequential).num_rows):
@@ -173,14 +173,14 @@ def test_a_flipped_byte_is_found_before_its_block_is_used(tmp_path: Path, block:
     with pytest.raises(InputError, match="not what was written"):
         shard.verify()
     with pytest.raises(InputError, match="not what was written"):  # a row that spans more than two blocks
-        read_row(TokenShard(tmp_path, "s", header, 3), 0, len(whole) - 1)
+        read_row(TokenShard(tmp_path, "s", header), 0, len(whole) - 1)
 
 
 def test_a_row_longer_than_a_block_checks_what_lies_within(tmp_path: Path) -> None:
     """Catches a check of a long row's first and last block alone, when these are verified already."""
     header = write(tmp_path, [3 * PER_BLOCK])
     flip(tmp_path / "s.tokens.bin", BLOCK_BYTES + 5)
-    shard = TokenShard(tmp_path, "s", header, 3)
+    shard = TokenShard(tmp_path, "s", header)
     for row in (0, 3 * PER_BLOCK // 100 - 1):
         read_row(shard, row, 100)
     with pytest.raises(InputError, match=f"bytes {BLOCK_BYTES} to"):
@@ -191,7 +191,7 @@ def test_a_label_in_a_damaged_block_is_checked(tmp_path: Path) -> None:
     """Catches a check of the inputs alone: the last label is the first token of the next block."""
     header = write(tmp_path, [2 * PER_BLOCK])
     flip(tmp_path / "s.tokens.bin", BLOCK_BYTES)
-    shard = TokenShard(tmp_path, "s", header, 3)
+    shard = TokenShard(tmp_path, "s", header)
     with pytest.raises(InputError, match=f"bytes {BLOCK_BYTES} to {2 * BLOCK_BYTES - 1} are not"):
         read_row(shard, 0, PER_BLOCK)
     read_row(shard, 0, PER_BLOCK - 1)
@@ -199,7 +199,7 @@ def test_a_label_in_a_damaged_block_is_checked(tmp_path: Path) -> None:
 
 def test_a_block_is_verified_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a MiB hashed for every row."""
-    shard = TokenShard(tmp_path, "s", write(tmp_path, [3 * PER_BLOCK]), 3)
+    shard = TokenShard(tmp_path, "s", write(tmp_path, [3 * PER_BLOCK]))
     verified: list[int] = []
     original = TokenShard._verify_block
     monkeypatch.setattr(
@@ -235,7 +235,7 @@ def test_a_large_shard_is_not_read_into_memory(tmp_path: Path) -> None:
         **{f"{kind}_sha256": hashlib.sha256((tmp_path / f"s.{kind}.npy").read_bytes()).hexdigest() for kind in indices},
     )
     before = resident_bytes()
-    shard = TokenShard(tmp_path, "s", header, 3)
+    shard = TokenShard(tmp_path, "s", header)
     rows = RowSet([shard], 1024, Packing.sequential)
     for row in (0, 1, rows.num_rows // 3, rows.num_rows // 2, rows.num_rows - 1):
         batch = make_batch(rows.pieces(np.array([row]), np.array([0])), 1, 1024)
@@ -255,7 +255,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, "s", 100_000)
     encoded = encode(LargeTokenizer(), ["abc", "d" * (BLOCK_BYTES // 4)])  # type: ignore[arg-type]
     writer.add(encoded, ["text", "text"], 0)
-    shard = TokenShard(tmp_path, "s", writer.finish(), 3)
+    shard = TokenShard(tmp_path, "s", writer.finish())
     assert shard.tokens.dtype == np.uint32
     assert shard.tokens[:5].tolist() == [1, 99_999, 99_999, 99_999, 2]
     assert len(shard.header.block_sha256) == 2

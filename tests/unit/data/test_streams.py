@@ -87,7 +87,7 @@ def arrays_of(seed: int) -> TokenArray:
     """The documents as a token array in memory."""
     encoded = encode(ByteTokenizer(), make_texts(seed))
     starts = np.cumsum(encoded.lengths) - encoded.lengths
-    return TokenArray(encoded.tokens, starts, np.zeros(len(starts), dtype=np.uint16), ["all"], ByteTokenizer.pad_id)
+    return TokenArray(encoded.tokens, starts, np.zeros(len(starts), dtype=np.uint16), ["all"])
 
 
 def open_loader(

@@ -37,7 +37,7 @@ def held_out(tmp_path_factory):
     for name, text in zip("ab", texts, strict=True):
         writer = ShardWriter(directory, name, tokenizer.vocab_size)
         writer.add(encode(tokenizer, [text]), ["text"], len(text.encode()))
-        shards.append(TokenShard(directory, name, writer.finish(), tokenizer.pad_id))
+        shards.append(TokenShard(directory, name, writer.finish()))
     config = ModelConfig(
         vocab_size=400,
         hidden_size=32,
@@ -146,7 +146,7 @@ def test_conversations_are_scored_on_what_the_assistant_says(held_out, tmp_path)
     assert encoded.num_bytes is not None and encoded.num_bytes.tolist() == [7] * 7 and encoded.spans is not None
     writer = ShardWriter(tmp_path, "chat", tokenizer.vocab_size)
     writer.add(encoded, ["chat"] * 7, int(encoded.num_bytes.sum()))
-    shards = [TokenShard(tmp_path, "chat", writer.finish(), tokenizer.pad_id)]
+    shards = [TokenShard(tmp_path, "chat", writer.finish())]
     nats, targets = 0.0, 0
     ends = encoded.lengths.cumsum()
     for end, length, (first, last) in zip(ends, encoded.lengths, encoded.spans):

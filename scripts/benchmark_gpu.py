@@ -3,9 +3,10 @@
     python scripts/benchmark_gpu.py [--device cuda] [--only NAME …] [--minutes 10] [--output DIRECTORY]
 
 8 experts, 2 per token, sequences of 4,096 tokens, natural routing on text, AdamW after every 4 micro-batches. One side
-after the other has the GPU to itself, this trainer before and after the others, so that a GPU that has become warm and
-slow is seen; all compute in bf16: this trainer with fp32 master weights, transformers with autocast, and with the model
-held in bf16 (whose weights then have no fp32 copy). Where a side runs out of memory, its micro-batch is halved, then it
+after the other has the GPU to itself, this trainer before and after the other in bf16, so that a GPU that has become
+warm and slow is seen; all compute in bf16: this trainer with fp32 master weights, transformers with the model held in
+bf16 (whose weights then have no fp32 copy). Last comes transformers under autocast, which leaves its experts in fp32,
+and those are a loop over experts in torch. Where a side runs out of memory, its micro-batch is halved, then it
 recomputes activations; any other failure is its result, and the ladder goes on. The largest rung is the first, and
 nothing is begun that would probably end after the minutes given.
 
@@ -15,6 +16,7 @@ best matrix product measured in the same run. Writes `benchmark-gpu.json`.
 
 import argparse
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -40,7 +42,7 @@ LADDER = {  # hidden size, intermediate size, layers
     "0.3B": (768, 2048, 8),
 }
 OURS = Side(None, "bf16")
-SIDES = [OURS, Side("grouped_mm", "bf16-held"), Side("grouped_mm", "bf16-autocast"), OURS]
+SIDES = [OURS, Side("grouped_mm", "bf16-held"), OURS, Side("grouped_mm", "bf16-autocast")]
 ATTEMPTS = [(8, "none"), (4, "none"), (4, "selective"), (2, "selective"), (1, "full")]
 """Sequences of a micro-batch and activation checkpointing, until a side fits."""
 ACCUMULATION = 4
@@ -48,10 +50,14 @@ ACCUMULATION = 4
 BYTES_OF_STATE = {"bf16-held": 8, "bf16-autocast": 16}
 """Of transformers, for each parameter: weights, gradients and two moments."""
 
-DATA_SHEET = {"H200": 989.4e12, "H100 80GB HBM3": 989.4e12, "B200": 2250e12, "A100": 312e12}
-"""NVIDIA's FLOP/s of dense bf16 products, by what the GPU's name contains."""
+DATA_SHEET = {
+    **{"H200 NVL": 835.5e12, "H200": 989.4e12, "H100 NVL": 835.5e12, "H100 PCIe": 756e12, "H100 80GB HBM3": 989.4e12},
+    **{"B200": 2250e12, "A100": 312e12},
+}
+"""NVIDIA's FLOP/s of dense bf16 products, by what the GPU's name contains; the first that it does counts."""
 
-WARM, STEPS = 1, 4
+WARM, STEPS = 2, 4
+"""Steps before the measured ones: moments are made at the end of the first, so the second is the first at the peak."""
 
 
 def main() -> None:
@@ -66,11 +72,14 @@ def main() -> None:
     began, device = time.monotonic(), torch.device(given.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA device is visible here")
+    # Activations and moments of many sizes: without it, holes between them decide what fits.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     given.output.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"machine": machine(device), "sides": []}
     print("\n".join(f"{key}: {value}" for key, value in report["machine"].items()), flush=True)
     longest = 0.0
     for name in given.only:
+        longest /= 2  # the rung before had twice as many parameters, or more
         for side in SIDES:
             begin = time.monotonic()
             if begin + longest > began + 60 * given.minutes:
@@ -92,7 +101,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": name,
         "memory, GB": round(total_memory(device) / 1e9, 1),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
-        f"transformers {transformers.__version__}",
+        f"cuDNN {torch.backends.cudnn.version()}, transformers {transformers.__version__}",
         "kernels": native.described(device, torch.bfloat16),
         "best bf16 matrix product, FLOP/s": matmul_rate(device, torch.bfloat16),
         "bf16 by the data sheet, FLOP/s": next((rate for part, rate in DATA_SHEET.items() if part in name), None),
@@ -135,12 +144,11 @@ def measure(name: str, side: Side, host: dict[str, Any], given: argparse.Namespa
 
 
 def needed_bytes(model: ModelConfig, side: Side, tokens: int, recompute: str) -> int:
-    """The least that a side needs: its state, and of ours what the layers keep, for each gradient is made only when
-    some of that has been dropped. (What transformers keeps has no formula here.)
+    """The least that a side needs: its state, and of ours what the layers keep; gradients are there as well from the
+    second micro-batch of a step on. (What transformers keeps has no formula here.)
     """
     if side.experts is None:
-        gradients = 4 * count_parameters(model).total
-        return training_state_bytes(model, 2, 2) - gradients + activation_bytes(model, tokens, Recompute(recompute), 2)
+        return training_state_bytes(model, 2, 2) + activation_bytes(model, tokens, Recompute(recompute), 2)
     return BYTES_OF_STATE[side.precision] * count_parameters(model).total
 
 

@@ -3,7 +3,8 @@
 One layer's exchange, forward: each process sorts its rows by owner and expert, tells every owner how many rows of each
 expert it will send, reads all these numbers at once (the layer's only wait for the device), sends the rows and their
 weights, and groups what it received by its experts. The weighted results go the same way back and are summed where the
-tokens are. Backward exchanges gradients with the same numbers reversed, and waits for nothing.
+tokens are. Backward exchanges gradients with the same numbers reversed, and waits for nothing. (Activation
+checkpointing runs the forward a second time, with its exchanges and its wait.)
 
 Every process must take part in every exchange, forward and backward, whatever it has to send: a backward that is missed
 on one process is answered by the next collective of its peers, which ends in an abort. So the exchange is an autograd

@@ -200,6 +200,8 @@ def _meet_again(backend: str) -> None:
     is_master = environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == 0
     address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     store = dist.TCPStore(address, port, world_size, is_master=is_master)  # type: ignore[attr-defined]
+    if backend == "nccl":
+        torch.cuda.set_device(int(environment["LOCAL_RANK"]))
     name = f"attempt-{environment['TORCHELASTIC_RESTART_COUNT']}"
     attempt = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=PATIENCE)

@@ -142,8 +142,10 @@ class Feed:
         self._runtime.agree(failure)
         assert step is not None
         num_domains = len(step.domain_tokens)
+        # Alone there is nobody to ask: the device need not be waited for.
+        device = self._runtime.device if self._runtime.world_size > 1 else torch.device("cpu")
         counts = torch.tensor(
-            [step.num_targets, *step.domain_tokens.tolist(), *step.live_sources.tolist()], device=self._runtime.device
+            [step.num_targets, *step.domain_tokens.tolist(), *step.live_sources.tolist()], device=device
         )
         self._runtime.sum([counts])
         num_targets, *rest = counts.tolist()

@@ -98,7 +98,7 @@ def ladder(scripts, monkeypatch):
 def test_the_script_for_gpus_runs_on_a_cpu(ladder, tmp_path, monkeypatch, capsys):
     """Catches a script that fails on the first machine with a GPU for reasons that a CPU would have shown, and a side
     that fails while it is built taking the others' results with it, or called one that does not fit."""
-    ours, _, theirs, _ = ladder.SIDES
+    ours, _, _, theirs = ladder.SIDES
     broken = dataclasses.replace(theirs, precision="fp8", experts="none")
     monkeypatch.setitem(ladder.BYTES_OF_STATE, "fp8", 4)
     monkeypatch.setattr(ladder, "SIDES", [ours, broken, theirs])
@@ -157,9 +157,9 @@ def test_what_can_not_fit_is_not_tried(scripts):
     """Catches minutes of a lent GPU spent on running out of memory: 5 B parameters in 80 GB, and with room in 150."""
     _, benchmark_gpu = scripts
     model = benchmark_gpu.load("pretrain", benchmark_gpu.rung("5B", 8, 4096)).model
-    ours, held, autocast, _ = benchmark_gpu.SIDES
+    ours, held, _, autocast = benchmark_gpu.SIDES
     needed = [benchmark_gpu.needed_bytes(model, side, 8 * 4096, "none") / 1e9 for side in (ours, held, autocast)]
-    assert 110 < needed[0] < 140 and 35 < needed[1] < 45 and 75 < needed[2] < 90
+    assert 130 < needed[0] < 140 and 35 < needed[1] < 45 and 75 < needed[2] < 90
     assert benchmark_gpu.needed_bytes(model, ours, 4096, "full") < benchmark_gpu.needed_bytes(model, ours, 4096, "none")
 
 

@@ -213,13 +213,10 @@ def _parse_value(argument: str) -> Any:
     except HydraException as error:
         key, _, value = argument.partition("=")
         quoted = value.replace('"', '\\"')
-        if is_list := value.startswith("[") and value.endswith("]"):
-            quoted = ",".join(f'"{entry.strip()}"' for entry in value[1:-1].replace('"', "").split(","))
-        remedy = (
-            f"quote its entries, as in '{key}=[{quoted}]'"
-            if is_list
-            else f"quote the value, as in '{key}=\"{quoted}\"'"
-        )
+        remedy = f"quote the value, as in '{key}=\"{quoted}\"'"
+        if value.startswith("[") and value.endswith("]"):
+            entries = ",".join(f'"{entry.strip()}"' for entry in value[1:-1].replace('"', "").split(","))
+            remedy = f"quote its entries, as in '{key}=[{entries}]'"
         raise InputError(f"{argument}: can not be parsed; {remedy}.") from error
     if override.is_sweep_override():
         raise InputError(f"{argument}: a command runs one configuration; start one process for each value.")

@@ -281,12 +281,12 @@ def retained(
     return kept
 
 
-def most_kept(max_steps: int, eval_interval: int, config: CheckpointConfig) -> int:
-    """The most checkpoints that a run of so many steps keeps at a time."""
+def most_kept(max_steps: int, eval_interval: int, config: CheckpointConfig, rewinds: bool = False) -> int:
+    """The most checkpoints that a run of so many steps keeps at a time; one of them to go back to if it rewinds."""
     saves = max_steps // config.interval + 1 if config.interval else 1
     milestones = max_steps // config.keep_every if config.keep_every else 0
     best = int(config.keep_best and eval_interval > 0)
-    return min(config.keep_last + milestones + best, saves)
+    return min(config.keep_last + milestones + best + rewinds, saves)
 
 
 def step_of(path: Path) -> int:

@@ -60,8 +60,8 @@ def differences(old: RunConfig, new: RunConfig) -> dict[str, str]:
     before, after = flatten(to_plain(old)), flatten(to_plain(new))
     follows = ["tokenizer.path"] if before.get("base") != after.get("base") else []
     by_micro_batch = new.model.capacity_factor is not None or new.model.load_balancing_source is LoadSource.micro_batch
-    fixed = {"trainer.micro_batch_size"} if by_micro_batch else set()
-    free = [f"{name}." for name in (*sorted({*FREE_TO_CHANGE} - fixed), *follows, *new.resume.allow_change)]
+    free_here = [name for name in FREE_TO_CHANGE if not (by_micro_batch and name == "trainer.micro_batch_size")]
+    free = [f"{name}." for name in (*free_here, *follows, *new.resume.allow_change)]
     return {
         name: f"{written(before.get(name))} → {written(after.get(name))}"
         for name in {**before, **after}

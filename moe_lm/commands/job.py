@@ -47,8 +47,11 @@ from moe_lm.training.watchdog import Watchdog
 
 Say = Callable[[str], None]
 
-OF_THE_TEXT = ("paths", "source", "validation", "text_field", "domain", "split", "subset")
-"""What the names of options in `data` begin with that say which text there is."""
+OF_THE_TEXT = (
+    *("data.paths", "data.source", "data.validation", "data.text_field", "data.domain"),
+    *("data.split", "data.subset"),
+)
+"""What the names of options begin with that say which text there is."""
 
 
 def run_job(config: RunConfig, make_start: Callable[[Runtime], Start]) -> int:
@@ -239,9 +242,8 @@ def _open_store(training: Run) -> None:
         ) from error
     kinds = expected_tensors(config.model, training.optimizer, trained=True)
     size = sum(kind.num_bytes for kind in kinds.values())
-    kept = most_kept(config.trainer.max_steps, config.trainer.eval_interval, config.checkpoint)
-    if config.guards.spike_policy is SpikePolicy.rewind:
-        kept += 1  # the one to go back to
+    rewinds = config.guards.spike_policy is SpikePolicy.rewind
+    kept = most_kept(config.trainer.max_steps, config.trainer.eval_interval, config.checkpoint, rewinds)
     export = 4 * count_parameters(config.model).total if config.finish.export else 0
     there = sum(file.stat().st_size for path in paths for file in path.iterdir())
     # One more while it is written, since nothing is deleted before the new one is verified.
@@ -272,9 +274,9 @@ def _check_same_data(training: Run, checkpoint: Checkpoint, has_data: bool) -> N
     """Refuse data that was deleted and prepared again from other text: resuming would be another run."""
     data = training.data
     now = {"corpus_fingerprint": data.corpus_fingerprint, "tokenizer_fingerprint": data.tokenizer.fingerprint}
-    allowed, of_the_text = training.config.resume.allow_change, tuple(f"data.{name}" for name in OF_THE_TEXT)
+    allowed = training.config.resume.allow_change
     may_differ = {
-        "corpus_fingerprint": any(n == "data" or n.startswith(of_the_text) for n in allowed),
+        "corpus_fingerprint": any(n == "data" or n.startswith(OF_THE_TEXT) for n in allowed),
         "tokenizer_fingerprint": any(n.startswith("tokenizer") for n in allowed),
     }
     if changed := [n for n, value in now.items() if checkpoint.state[n] != value and not may_differ[n]]:

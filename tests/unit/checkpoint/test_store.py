@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import moe_lm.checkpoint.store as store_module
 from moe_lm.checkpoint.checkpoint import Checkpoint
 from moe_lm.checkpoint.config import CheckpointConfig
-from moe_lm.checkpoint.store import CheckpointStore, TensorSlice, retained
+from moe_lm.checkpoint.store import CheckpointStore, TensorSlice, most_kept, retained
 from moe_lm.checkpoint.tensor_file import CheckpointError, TensorKind
 from tests.unit.checkpoint.sealing import hash_of, seal
 
@@ -575,6 +575,22 @@ def test_a_rewind_finds_a_checkpoint_that_is_old_enough():
     assert retained([10, 20, 28], {}, config, behind=8) == {20, 28}
     assert retained([26, 27, 28], {}, config, behind=8) == {27, 28}
     assert retained([10, 20, 28], {}, config, behind=0) == {20, 28}
+
+
+@pytest.mark.parametrize("behind", [None, 5, 35])
+@pytest.mark.parametrize("keep_best", [False, True])
+@pytest.mark.parametrize("keep_every", [0, 20])
+@pytest.mark.parametrize("keep_last", [1, 2, 20])
+def test_a_run_keeps_as_many_as_its_disk_was_asked_for(keep_last, keep_every, keep_best, behind):
+    """Catches a run that was let begin, and fills the disk with what it keeps besides."""
+    config = CheckpointConfig(interval=10, keep_last=keep_last, keep_every=keep_every, keep_best=keep_best)
+    kept: set[int] = set()
+    most = 0
+    for step in range(10, 101, 10):
+        kept = retained({*kept, step}, {10: 1.0}, config, behind)  # the first stays the best
+        most = max(most, len(kept))
+    promised = most_kept(100, 10, config, rewinds=behind is not None)
+    assert most <= promised <= most + 3
 
 
 def test_what_can_not_be_deleted_is_no_failed_save(store, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 
 from moe_lm.data.batch import Batch
 from moe_lm.kernels.updates import takes_low_gradients
-from moe_lm.model.config import LoadBalancing, ModelConfig, ModelFamily
+from moe_lm.model.config import LoadBalancing, LoadSource, ModelConfig, ModelFamily
 from moe_lm.model.decoder import CausalLM
 from moe_lm.model.initialization import initialize
 from moe_lm.parallel.layout import Layout
@@ -108,38 +108,60 @@ def test_cross_entropy_is_the_mean_over_targets():
     assert trained.step(_global_batch(rows, 2)).cross_entropy == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("formula", [LoadBalancing.per_layer, LoadBalancing.pooled])
-def test_auxiliary_losses_reach_the_gradient(formula):
-    """Catches an auxiliary loss that is silently off, wrongly weighted, or fed with a load that never changes:
-    gradients against the losses written out with the router's full probabilities, balanced by the load of the step
-    before."""
+@pytest.mark.parametrize("source", LoadSource)
+@pytest.mark.parametrize("formula", LoadBalancing)
+def test_auxiliary_losses_reach_the_gradient(formula, source):
+    """Catches an auxiliary loss that is silently off, on where it is switched off, wrongly weighted, or fed with
+    another load than that of the step before, or of the micro-batch: gradients against the losses written out with the
+    router's full probabilities."""
     rows = _rows(4)
-    trained, batch = _Trained(_config(load_balancing=formula)), _join(rows)
+    options = {"load_balancing": formula, "load_balancing_source": source, "router_drift_coef": 0.2}
+    trained, batch = _Trained(_config(**options)), _join(rows)
+    starting = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(7))
+    for module in (trained.model, trained.compute.module):
+        for layer, weight in zip(module.model.layers, starting, strict=True):
+            layer.mlp.gate.starting_weight.copy_(weight)
     trained.step(_global_batch(rows, 4))
     model, load, mask = trained.model, trained.load.clone(), batch.routing_mask.flatten()
     assert not torch.allclose(load, torch.full_like(load, 1 / 8)) and torch.allclose(load.sum(-1), torch.ones(2))
-    logits: list[torch.Tensor] = []
-    hooks = [
-        layer.mlp.gate.register_forward_hook(lambda gate, x, _: logits.append(x[0].float() @ gate.weight.T))
-        for layer in model.model.layers
-    ]
+    seen: list[torch.Tensor] = []
+    hooks = [layer.mlp.gate.register_forward_hook(lambda gate, x, _: seen.append(x[0])) for layer in model.model.layers]
     hidden = model(batch.input_ids, batch.position_ids, batch.document_ids, batch.routing_mask).hidden_BSD
     for hook in hooks:
         hook.remove()
-    probability = torch.stack([of_layer.softmax(-1)[mask].mean(0) for of_layer in logits])
-    if formula is LoadBalancing.per_layer:
-        balancing = sum(8 * (f * p).sum() for f, p in zip(load, probability, strict=True)) / 2
-    else:
-        balancing = 2 * 8 * (load.mean(0) * probability.mean(0)).sum()
+    logits = [x @ layer.mlp.gate.weight.T for x, layer in zip(seen, model.model.layers, strict=True)]
+    probability_LTE = torch.stack([of_layer.softmax(-1) for of_layer in logits])
+    # The step below has two micro-batches, of two rows each.
+    pieces = [(slice(None), load)]
+    if source is LoadSource.micro_batch:
+        halves = slice(None, len(mask) // 2), slice(len(mask) // 2, None)
+        chosen = torch.stack([torch.zeros_like(p).scatter(1, p.topk(2).indices, 1.0) for p in probability_LTE])
+        pieces = [(half, chosen[:, half][:, mask[half]].sum(1)) for half in halves]
+        pieces = [(half, count / count.sum(-1, keepdim=True)) for half, count in pieces]
+    balancing = torch.zeros(())
+    for half, fraction in pieces:
+        probability = probability_LTE[:, half][:, mask[half]].sum(1) / mask.sum()
+        if formula is LoadBalancing.per_layer:
+            balancing = balancing + 8 * (fraction * probability).sum(-1).mean()
+        elif formula is LoadBalancing.pooled:
+            balancing = balancing + 2 * 8 * (fraction.mean(0) * probability.mean(0)).sum()
     z = torch.stack([of_layer.logsumexp(-1)[mask].square().mean() for of_layer in logits]).mean()
+    drift = torch.zeros(())
+    for x, weight, of_layer in zip(seen, starting, logits, strict=True):
+        target = (x.detach() @ weight.T).softmax(-1)
+        drift = drift + torch.nn.functional.kl_div(
+            of_layer.log_softmax(-1)[mask], target[mask], reduction="batchmean"
+        ) / len(logits)
     cross_entropy = torch.nn.functional.cross_entropy(model.logits(hidden).flatten(0, 1), batch.labels.flatten())
     model.zero_grad()
-    (cross_entropy + 0.1 * balancing + 0.01 * z).backward()
+    (cross_entropy + 0.1 * balancing + 0.01 * z + 0.2 * drift).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     trained.optimizer.step = lambda norm, factor: None  # keep the gradients of the very same weights
     result = trained.step(_global_batch(rows, 2))
+    assert (balancing > 0.5) == (formula is not LoadBalancing.none)
     assert result.load_balancing == pytest.approx(balancing.item(), rel=1e-5)
     assert result.router_z == pytest.approx(z.item(), rel=1e-5)
+    assert result.router_drift == pytest.approx(drift.item(), rel=1e-5) and drift > 0.1
     for name, parameter in model.named_parameters():
         if expected[name].norm() > 0:
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)

@@ -4,21 +4,24 @@
 
 Every side is a process of its own (`benchmark_sides.py`) that waits while another one trains; sides take turns, so
 that a machine that slows down slows all of them. Ratios are taken within a round. Prints a table, and writes
-`benchmark-MODEL.json` and `.svg`. Five sides of the reference model, 5 rounds of 2 steps, took 3 minutes on 2 cores in
-fp32; all fourteen take longer, the more so where bf16 is emulated.
+`benchmark-MODEL.json` and `.svg` (with `--only`, `benchmark-MODEL-some`). Five sides of the reference model, 5 rounds
+of 2 steps, took 3 minutes on 2 cores in fp32; all fourteen take longer, the more so where bf16 is emulated.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import platform
+import select
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,7 +61,13 @@ _TINY = [
 MODELS = {"reference": _REFERENCE, "wide": [*_REFERENCE, *_WIDE], "default": [], "tiny": _TINY}
 """Options on top of the default experiment; `tiny` is for trying the script."""
 
-SAME_WORK = ["data.mask_documents=false", "model.load_balancing=pooled"]
+SAME_WORK = [
+    "data.mask_documents=false",
+    "model.load_balancing=pooled",
+    "model.load_balancing_source=micro_batch",
+    "model.router_z_loss_coef=0",
+]
+"""What transformers' Mixtral has: one balancing loss over all layers, by the batch's own load, and no z-loss."""
 
 BATCHES = 8
 """Different batches; sides go round them."""
@@ -110,12 +119,14 @@ class OutOfMemoryError(RuntimeError):
 
 
 class Process:
-    """A side's process. Every method, the constructor too, raises RuntimeError where it has ended."""
+    """A side's process. Every method, the constructor too, raises RuntimeError where it has ended, or where it has not
+    answered by the deadline (of `time.monotonic`) and is therefore ended.
+    """
 
-    def __init__(self, side: Side, options: list[str], batches: Path, balanced: bool):
+    def __init__(self, side: Side, options: list[str], batches: Path, balanced: bool, deadline: float = math.inf):
         told = {**dataclasses.asdict(side), "options": options, "batches": str(batches), "balanced": balanced}
         script = Path(__file__).parent / "benchmark_sides.py"
-        self._name = side.name
+        self._name, self._deadline = side.name, deadline
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 -- needed as long as the process
         self._process = subprocess.Popen(
             [sys.executable, str(script), json.dumps(told)],
@@ -138,12 +149,18 @@ class Process:
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
+        left = None if self._deadline == math.inf else max(0.0, self._deadline - time.monotonic())
+        # One line answers one request, so that none lies in the stream's buffer, where select does not look.
+        if not select.select([self._process.stdout], [], [], left)[0]:
+            self.end()
+            raise RuntimeError(f"{self._name} was ended: no time left")
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
             self._errors.seek(0)
             last = "".join(self._errors.readlines()[-LAST_LINES:]).rstrip()
-            memory = code == -signal.SIGKILL or "out of memory" in last  # Linux kills who takes the last of it
+            # Linux kills who takes the last of it; cuBLAS and cuDNN say ALLOC_FAILED.
+            memory = code == -signal.SIGKILL or "out of memory" in last or "ALLOC_FAILED" in last
             raise (OutOfMemoryError if memory else RuntimeError)(f"{self._name} ended with exit code {code}:\n{last}")
         answer: dict[str, Any] = json.loads(line)
         return answer
@@ -174,7 +191,8 @@ def main() -> None:
         rounds = measure(wanted, options, batches, given)
     report = describe(options, rounds, given)
     print(table(report))
-    name = f"benchmark-{given.model}{'-balanced' if given.balanced else ''}"
+    # Some sides alone do not take the place of a report of all.
+    name = f"benchmark-{given.model}{'-balanced' * given.balanced}{'-some' * (len(wanted) < len(SIDES))}"
     (given.output / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
     draw(report, given.output / f"{name}.svg")
 
@@ -216,9 +234,14 @@ def measure(sides: list[Side], options: list[str], batches: Path, given: argpars
         losses = {side.name: process.steps(1)["loss"] for side, process in running.items()}
         print("loss of the first step: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if loss))
         for number in range(given.rounds):
-            peaks = {kind: matmul_rate(torch.device("cpu"), getattr(torch, kind)) for kind in ("bfloat16", "float32")}
             answers = {}
+            peaks = dict.fromkeys(("bfloat16", "float32"), 0.0)
             for side, process in running.items():
+                # Before each turn: one look now and then misses the minutes in which the machine is fast.
+                peaks = {
+                    kind: max(peak, matmul_rate(torch.device("cpu"), getattr(torch, kind)))
+                    for kind, peak in peaks.items()
+                }
                 process.steps(1)  # memory that was given back has to be faulted in again
                 answers[side.name] = process.steps(given.steps)
             speeds = {name: tokens / answer["seconds"] for name, answer in answers.items()}
@@ -229,12 +252,14 @@ def measure(sides: list[Side], options: list[str], batches: Path, given: argpars
 
 
 @contextlib.contextmanager
-def processes(sides: list[Side], options: list[str], batches: Path, balanced: bool) -> Iterator[dict[Side, Process]]:
-    """All sides, ready to train."""
+def processes(
+    sides: list[Side], options: list[str], batches: Path, balanced: bool, deadline: float = math.inf
+) -> Iterator[dict[Side, Process]]:
+    """All sides, ready to train; see `Process`."""
     running: dict[Side, Process] = {}
     try:
         for side in sides:
-            running[side] = Process(side, options, batches, balanced)
+            running[side] = Process(side, options, batches, balanced, deadline)
         yield running
     finally:
         for process in running.values():

@@ -55,7 +55,7 @@ def main() -> int:
         ours = CausalLM(config)
         initialize(ours, seed=0)
         ours.to(dtype)
-        theirs = [their_model(config, name, torch.device("cpu")).eval().to(dtype) for name in IMPLEMENTATIONS]
+        theirs = [their_model(config, name, torch.device("cpu"), dtype).eval() for name in IMPLEMENTATIONS]
         titles = [f"prompts, {precision}", *IMPLEMENTATIONS, "same texts", "same texts of transformers' own"]
         print("| " + " | ".join(titles) + " |\n" + "| --- " * len(titles) + "|")
         for prompt_BS in prompts:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from moe_lm.kernels.attention import attention, attention_mask
 from moe_lm.kernels.combine import gather_rows, sum_rows
@@ -117,7 +118,10 @@ def parts(sizes: Sizes, device: str) -> Iterator[Part]:
         return Part(name, inputs, {way: functools.partial(run, *inputs, b) for way, b in backends.items()})
 
     T, D, eps = sizes.B * sizes.S, sizes.D, 1e-5
-    yield in_ways("norm", lambda x, weight, b: rms_norm(x, weight, eps, b), [_draw(T, D), _draw(D)], "reference")
+    norm = in_ways("norm", lambda x, weight, b: rms_norm(x, weight, eps, b), [_draw(T, D), _draw(D)], "reference")
+    x, weight = norm.inputs
+    norm.ways["F.rms_norm"] = functools.partial(functional.rms_norm, x, (D,), weight, eps)
+    yield norm
     cos, sin = (_draw(sizes.B, sizes.S, sizes.H).detach() for _ in range(2))
     heads = [_draw(sizes.B, sizes.S, sizes.N, sizes.H)]
     yield in_ways("rotation", lambda x, b: apply_rotary(x, cos, sin, b), heads, "reference")

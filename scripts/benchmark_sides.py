@@ -1,10 +1,12 @@
 """One side of `benchmark.py`: a process that trains steps when it is told to, and says what they took.
 
 Standard input has one number of steps per line; standard output gets a JSON object for each, and one at the beginning.
-Every side trains the same weights on the same batches with the same rule (AdamW, its fused kernel, clipped to 1).
+Every side trains the same weights on the same batches, in their order, with the same loss (that of transformers, the
+balancing loss with it) and the same rule (AdamW, its fused kernel, no decay of norms, clipped to 1).
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -94,7 +96,7 @@ def ours(
         result = train_step(
             compute, optimizer, runtime, GlobalBatch(parts, targets, input_BS.numel(), [], {}), load_LE, 1.0
         )
-        loss = result.cross_entropy
+        loss = result.cross_entropy + model.router_aux_loss_coef * result.load_balancing
 
 
 def _our_batch(input_BS: Tensor) -> Batch:
@@ -116,9 +118,9 @@ def theirs(
     between: Between,
 ) -> None:
     """Transformers' Mixtral under its own Trainer, or under the loop that one writes by hand."""
-    module = their_model(model, experts, device)
-    if precision == "bf16-held":
-        module.to(torch.bfloat16)
+    module = their_model(model, experts, device, torch.bfloat16 if precision == "bf16-held" else torch.float32)
+    if precision == "bf16-autocast":  # its experts are left in fp32: who takes autocast, takes TF32 where there is any
+        torch.set_float32_matmul_precision("high")
     if recompute is not Recompute.none:
         module.gradient_checkpointing_enable()
     if trainer:
@@ -127,8 +129,10 @@ def theirs(
         _bare_loop(module, batches, precision, accumulation, between)
 
 
-def their_model(config: ModelConfig, experts: str, device: torch.device) -> Any:
-    """Transformers' Mixtral with the weights that our side begins with."""
+def their_model(config: ModelConfig, experts: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
+    """Transformers' Mixtral with the weights that our side begins with, made in its type as `from_pretrained` does:
+    a cast of the whole afterwards would round the rotations' frequencies.
+    """
     from transformers import AutoModelForCausalLM, MixtralConfig
 
     from moe_lm.hf.layout import to_hf_config
@@ -136,19 +140,15 @@ def their_model(config: ModelConfig, experts: str, device: torch.device) -> Any:
     hf_config = MixtralConfig(**to_hf_config(config), output_router_logits=True, use_cache=False)
     hf_config._experts_implementation = experts
     with device:
-        module = AutoModelForCausalLM.from_config(hf_config, experts_implementation=experts)
+        module = AutoModelForCausalLM.from_config(hf_config, experts_implementation=experts, dtype=dtype)
     initialize_alike(module, config)
     return module.train()
 
 
 def _bare_loop(module: Any, batches: list[Tensor], precision: str, accumulation: int, between: Between) -> None:
-    rule = torch.optim.AdamW(
-        module.parameters(),
-        lr=RULE.learning_rate,
-        betas=(RULE.beta1, RULE.beta2),
-        weight_decay=RULE.weight_decay,
-        fused=True,
-    )
+    matrices, norms = ([p for p in module.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "weight_decay": RULE.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    rule = torch.optim.AdamW(groups, lr=RULE.learning_rate, betas=(RULE.beta1, RULE.beta2), fused=True)
     loss: float | None = None
     for input_BS in _forever(batches):
         between(loss)
@@ -157,7 +157,7 @@ def _bare_loop(module: Any, batches: list[Tensor], precision: str, accumulation:
             with torch.autocast(module.device.type, torch.bfloat16, enabled=precision == "bf16-autocast"):
                 output = module(input_ids=part_BS, labels=part_BS)
             (output.loss / accumulation).backward()
-            losses.append((output.loss - module.config.router_aux_loss_coef * output.aux_loss).detach())
+            losses.append(output.loss.detach())
         torch.nn.utils.clip_grad_norm_(module.parameters(), RULE.max_grad_norm)
         rule.step()
         rule.zero_grad()
@@ -169,9 +169,17 @@ def _their_trainer(module: Any, batches: list[Tensor], precision: str, between: 
 
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
+    losses: list[Tensor] = []
+
+    class Watched(Trainer):  # type: ignore[misc]
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            losses.append(loss.detach())
+            return loss
+
     class Steps(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            between(None)
+            between(float(losses.pop()) if losses else None)
 
     rows = [{"input_ids": row, "labels": row} for batch in batches for row in batch]
     with tempfile.TemporaryDirectory() as directory:
@@ -186,10 +194,11 @@ def _their_trainer(module: Any, batches: list[Tensor], precision: str, between: 
             bf16=precision == "bf16-autocast",
             use_cpu=module.device.type == "cpu",
             save_strategy="no",
+            train_sampling_strategy="sequential",
             report_to=[],
             disable_tqdm=True,
         )
-        Trainer(module, arguments, train_dataset=rows, callbacks=[Steps()]).train()
+        Watched(module, arguments, train_dataset=rows, callbacks=[Steps()]).train()
 
 
 def _forever(batches: list[Tensor]) -> Iterator[Tensor]:
@@ -223,7 +232,8 @@ if __name__ == "__main__":
     import torch._dynamo  # counted as import, for every side: any optimizer of torch's imports it
     import transformers  # noqa: F401 -- likewise
 
-    OUTPUT, sys.stdout = sys.stdout, sys.stderr  # what libraries print is not ours
+    OUTPUT = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print, those in C as well, is not ours
     side: dict[str, Any] = json.loads(sys.argv[1])
     if side["trainer"]:
         from transformers import Trainer  # noqa: F401 -- likewise

@@ -17,6 +17,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers for every test, whichever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def outside_data() -> Path:
     """The directory of real texts named by MOE_LM_TEST_DATA; tests that want it are skipped where it is not set."""

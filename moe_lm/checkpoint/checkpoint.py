@@ -38,8 +38,8 @@ LIMITS = {"COMPLETE": 100, "manifest.json": 4 * MIB, "state.json": 16 * MIB, "in
 INDEX_OF_FILE = MIB // 2
 """What index.json may have besides for each file of tensors: many processes cut a model into many slices."""
 
-SLICES = 4096
-"""Most slices of one tensor: more processes than that do not share one."""
+SLICES = 2**16
+"""Most slices of one tensor: experts in no order, cut among thousands of processes, do not take more."""
 
 _DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 

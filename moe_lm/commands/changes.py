@@ -5,7 +5,6 @@ from typing import Any
 
 from moe_lm.config import nearest, written
 from moe_lm.errors import InputError
-from moe_lm.model.config import LoadSource
 from moe_lm.training.config import RunConfig, to_plain
 
 FREE_TO_CHANGE = (
@@ -27,11 +26,14 @@ FREE_TO_CHANGE = (
     "finish",
 )
 """Fields (or sections) of a run that may differ when it is resumed: they change what is learned by rounding at most.
-(The micro-batch's size where no loss and no capacity depends on it.)"""
+(Where the loss or a capacity depends on the micro-batch, `job` compares that with the checkpoint's.)"""
 
 NEVER_TO_CHANGE = (
     "data.streaming",
     "data.num_streams",
+    "data.sequence_length",
+    "data.packing",
+    "trainer.global_batch_size",
     "model.family",
     "model.vocab_size",
     "model.hidden_size",
@@ -59,15 +61,25 @@ def differences(old: RunConfig, new: RunConfig) -> dict[str, str]:
     """
     before, after = flatten(to_plain(old)), flatten(to_plain(new))
     follows = ["tokenizer.path"] if before.get("base") != after.get("base") else []
-    by_micro_batch = new.model.capacity_factor is not None or new.model.load_balancing_source is LoadSource.micro_batch
-    free_here = [name for name in FREE_TO_CHANGE if not (by_micro_batch and name == "trainer.micro_batch_size")]
-    free = [f"{name}." for name in (*free_here, *follows, *new.resume.allow_change)]
+    free = [f"{name}." for name in (*FREE_TO_CHANGE, *follows, *new.resume.allow_change)]
     return {
         name: f"{written(before.get(name))} → {written(after.get(name))}"
         for name in {**before, **after}
         if before.get(name) != after.get(name)
-        and (name in NEVER_TO_CHANGE or not any(f"{name}.".startswith(prefix) for prefix in free))
+        and (is_fixed(name, old) or not any(f"{name}.".startswith(prefix) for prefix in free))
     }
+
+
+def is_fixed(name: str, begun: RunConfig) -> bool:
+    """Whether not even `resume.allow_change` can change a field of a run that has begun."""
+    if name in NEVER_TO_CHANGE:
+        return True
+    if begun.data.streaming:
+        return False
+    # Which row of which source comes next is a formula of all weights, and where they move, of the run's length.
+    weighed = re.fullmatch(r"data\.sources\.[^.]+\.(weight|final_weight)", name) is not None
+    moves = any(source.final_weight is not None for source in begun.data.sources.values())
+    return weighed or (moves and name == "trainer.max_steps")
 
 
 def check_allowed(config: RunConfig) -> None:

@@ -2,6 +2,7 @@
 everything is. `pretrain` and `finetune` differ in what it starts from.
 """
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from moe_lm.commands.run_directory import (
     warn,
     write_state,
 )
-from moe_lm.commands.sharing import PLACEMENT_FILE, check_alike, share
+from moe_lm.commands.sharing import PLACEMENT_FILE, check_alike, check_shared, share
 from moe_lm.data.chunks import ChangedSourceError
 from moe_lm.data.config import DataSource
 from moe_lm.data.loader import make_mixture
@@ -35,6 +36,7 @@ from moe_lm.errors import InputError
 from moe_lm.evaluation.bits_per_byte import Validation
 from moe_lm.interrupts import STOPPED, interrupts
 from moe_lm.model.accounting import count_parameters
+from moe_lm.model.config import LoadSource
 from moe_lm.parallel.peers import BEAT
 from moe_lm.parallel.placement import write_placement
 from moe_lm.parallel.runtime import Runtime
@@ -81,6 +83,7 @@ def _run(config: RunConfig, make_start: Callable[[Runtime], Start]) -> int:
             layout, placement, said_of_sharing = share(config, runtime, directory, start)
             start.check_layout(layout, placement)
             runtime.on_main(lambda: open_directory(config, directory, held, beginning))
+            check_shared(config, directory, runtime)
             held.enter_context(output_to_file(directory / "output", runtime.rank))
             has_data = (directory / "data").exists()
             data = _prepare(config, directory, runtime, say)
@@ -182,12 +185,13 @@ def _resume(training: Run, has_data: bool, say: Say) -> bool:
     max_steps = training.config.trainer.max_steps
     step = checkpoint.state["progress"]["step"]
     longer = max_steps > checkpoint.state["config"]["trainer"]["max_steps"]
-    if is_finished(training.directory, step) and not longer:
+    if training.runtime.decide(lambda: is_finished(training.directory, step)) and not longer:
         name, done = training.config.run_name, f"({step} steps)"
         say(f"run {name} is finished {done}: see {training.directory}; another run_name= starts a new one")
         return False
     if step > max_steps:
         raise InputError(f"trainer.max_steps={max_steps}: must be at least {step}, the step that the run stands at.")
+    training.runtime.on_main(lambda: _check_same_micro_batches(training, checkpoint))
     training.runtime.on_main(lambda: _check_same_start(training, checkpoint))
     training.runtime.on_main(lambda: _check_same_data(training, checkpoint, has_data))
     try:
@@ -254,6 +258,28 @@ def _open_store(training: Run) -> None:
             f"and the export need {needed / 1e6:,.0f} MB, and the disk has {free / 1e6:,.0f} MB free; free some, keep "
             "fewer (checkpoint.keep_last, keep_every, keep_best), or give another output_dir."
         )
+
+
+def _check_same_micro_batches(training: Run, checkpoint: Checkpoint) -> None:
+    """Refuse other micro-batches where what is learned depends on them: on each process's own where experts have a
+    capacity, on those of all together where the load is balanced in each.
+    """
+    model, size, processes = (
+        training.config.model,
+        training.config.trainer.micro_batch_size,
+        training.runtime.world_size,
+    )
+    before = checkpoint.state["config"]["trainer"]["micro_batch_size"], checkpoint.state["environment"]["processes"]
+    if model.capacity_factor is not None and before != (size, processes):
+        why = f"model.capacity_factor={model.capacity_factor}"
+    elif model.load_balancing_source is LoadSource.micro_batch and math.prod(before) != size * processes:
+        why = "model.load_balancing_source=micro_batch"
+    else:
+        return
+    raise InputError(
+        f"trainer.micro_batch_size={size} on {processes} process{'es' * (processes > 1)}: with {why} the loss depends "
+        f"on them, and {checkpoint.path} was trained with {before[0]} on {before[1]}; go on with those."
+    )
 
 
 def _check_same_start(training: Run, checkpoint: Checkpoint) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lm.checkpoint.store import CheckpointStore
-from moe_lm.commands.changes import NEVER_TO_CHANGE, check_allowed, differences
+from moe_lm.commands.changes import check_allowed, differences, is_fixed
 from moe_lm.config import load_saved, save
 from moe_lm.errors import InputError, RunError, Stopped
 from moe_lm.files import locked, write_json
@@ -151,13 +151,14 @@ def _check_same_run(config: RunConfig, directory: Path) -> None:
                 f"run_name={config.run_name}: {directory} holds a model that `moe-lm {command}` wrote, and no run; "
                 "give another run_name=."
             )
-    if changed := differences(load_saved(type(config), directory / CONFIG_FILE), config):
+    begun = load_saved(type(config), directory / CONFIG_FILE)
+    if changed := differences(begun, config):
         fields = "; ".join(f"{name}={change}" for name, change in changed.items())
         insist = f"[{','.join(changed)}]" if len(changed) <= 4 else "[…], with the name of each"
         insist = f", or insist with resume.allow_change={insist}"
         if "base" in changed:
             insist += " if the base is a copy with the same weights"
-        if fixed := [name for name in changed if name in NEVER_TO_CHANGE]:
+        if fixed := [name for name in changed if is_fixed(name, begun)]:
             insist = f" ({', '.join(fixed)} can not change)"
         raise InputError(
             f"{directory} was started with another configuration: {fields}. Give the old values to go on with it, or "

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from moe_lm.config import written
 from moe_lm.data.loader import validate_batch_sizes
 from moe_lm.data.streams import check_world_size
 from moe_lm.errors import InputError
+from moe_lm.kernels.newton_schulz import iteration_dtype
 from moe_lm.model.accounting import activation_bytes, count_parameters
 from moe_lm.parallel.config import PlacementPolicy
 from moe_lm.parallel.layout import Layout, Machine, choose_layout
@@ -34,10 +36,19 @@ TRACE_STEPS = 50
 
 
 def check_alike(config: RunConfig, runtime: Runtime) -> None:
-    """Refuse processes that were started with different options, or run different code."""
+    """Refuse processes that were started with different options, run different code, or compute in different types."""
     if runtime.world_size == 1:
         return
+    muon = config.optimizer.name is OptimizerName.muon
+    types = {
+        "device": runtime.device.type,
+        f"type of trainer.precision={config.trainer.precision.name}": str(
+            compute_dtype(config.trainer.precision, runtime.device)
+        ),
+        **({"type of Muon's iteration": str(iteration_dtype(runtime.device))} if muon else {}),
+    }
     mine = {
+        **types,
         **{name: written(value) for name, value in flatten(to_plain(config)).items()},
         "python": platform.python_version(),
         **{f"version of {name}": version(name) for name in ("torch", "transformers", "accelerate")},
@@ -50,10 +61,29 @@ def check_alike(config: RunConfig, runtime: Runtime) -> None:
             for name in {**everyone[0], **theirs}:
                 ours, other = everyone[0].get(name), theirs.get(name)
                 if ours != other:
+                    remedy = "on machines of one kind" if name in types else "with the same options and the same code"
                     raise InputError(
-                        f"{name}: is {ours} on process 0 and {other} on process {rank}; start all processes with the "
-                        "same options and the same code."
+                        f"{name}: is {ours} on process 0 and {other} on process {rank}; start all processes {remedy}."
                     )
+
+    runtime.on_main(compare)
+
+
+def check_shared(config: RunConfig, directory: Path, runtime: Runtime) -> None:
+    """Refuse processes that do not see the run's directory of the main one: they could not save or resume with it."""
+    if runtime.world_size == 1:
+        return
+    mark = directory / runtime.decide(lambda: f".seen-{secrets.token_hex(8)}")  # a name that nobody has looked for yet
+    runtime.on_main(mark.touch)
+    seen = runtime.gather("seen" if mark.exists() else "")
+
+    def compare() -> None:
+        mark.unlink()
+        if "" in seen:
+            raise InputError(
+                f"output_dir={config.output_dir}: process {seen.index('')} does not see what process 0 writes to "
+                f"{directory}; give a directory that all machines share."
+            )
 
     runtime.on_main(compare)
 

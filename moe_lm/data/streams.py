@@ -161,13 +161,18 @@ class SourceStreams:
         return True
 
     def _read_blocks(self) -> Iterator[tuple[int, int, Position | None, list[Document]]]:
-        """Blocks of training documents, from the earliest that any stream stands in, epoch after epoch."""
+        """Blocks of training documents, from the earliest that any stream stands in, epoch after epoch.
+
+        Raises:
+            InputError: An epoch has fewer documents than there are streams. Some would get none of it, and so go ahead
+                to later epochs: all would give the same rows of the same text at once.
+        """
         first = min(self._cursors.values(), key=lambda cursor: (cursor.epoch, cursor.block))
         epoch, number, position = first.epoch, first.block, first.position
         while self._run.epochs is None or epoch < self._run.epochs:
             documents: list[Document] = []
             characters = 0
-            begin, any_documents = position, number > 0
+            begin, dealt = position, 0 if number == 0 else self.num_streams  # of an epoch that is read from its begin
             for document, behind in self._source.read(position):
                 part = self._split.sides(document)[0]
                 if part is None:
@@ -176,11 +181,19 @@ class SourceStreams:
                 characters += len(part.text)
                 if characters >= self._block_characters:
                     yield epoch, number, begin, documents
-                    documents, characters, begin, number, any_documents = [], 0, behind, number + 1, True
+                    dealt += len(documents)
+                    documents, characters, begin, number = [], 0, behind, number + 1
+            dealt += len(documents)
+            if not dealt:
+                raise InputError(f"{self._source.option}: there is no text to train on in it; give files with text.")
+            if dealt < self.num_streams:
+                raise InputError(
+                    f"data.num_streams={self.num_streams}: {self._source.option} has {dealt} "
+                    f"document{'s' * (dealt > 1)} to train on, and each stream needs its own; give at most "
+                    f"{dealt}, or prepare the text instead (data.streaming=false)."
+                )
             if documents:
                 yield epoch, number, begin, documents
-            elif not any_documents:
-                raise InputError(f"{self._source.option}: there is no text to train on in it; give files with text.")
             epoch, number, position = epoch + 1, 0, None
 
 

@@ -81,7 +81,7 @@ def _grouped(x_TD: Tensor, grouping: Grouping, gate_up_proj: Tensor, down_proj: 
     # whatever lies there out of y and of the gradient of x, without asking the device where the end is.
     token_P, weight_P, end_E = grouping
     inside_P1 = (torch.arange(len(token_P), device=x_TD.device) < end_E[-1]).unsqueeze(1)
-    x_PD = torch.where(inside_P1, gather_rows(x_TD, token_P), 0)
+    x_PD = torch.where(inside_P1, gather_rows(x_TD, token_P, "reference"), 0)
     gate, up = F.grouped_mm(x_PD, gate_up_proj.transpose(1, 2), offs=end_E).chunk(2, dim=-1)
     y_PD = F.grouped_mm(F.silu(gate) * up, down_proj.transpose(1, 2), offs=end_E)
-    return sum_rows(torch.where(inside_P1, y_PD, 0) * weight_P[:, None], token_P, len(x_TD))
+    return sum_rows(torch.where(inside_P1, y_PD, 0) * weight_P[:, None], token_P, len(x_TD), "reference")

@@ -152,7 +152,7 @@ class Feed:
         if 0 in rest[num_domains:]:
             return None
         domain_tokens = rest[:num_domains]
-        # A step of padding alone, when the streams that it falls to have ended, is divided by one instead of none.
+        # A step without targets, of the prompts of conversations say, is divided by one instead of none.
         return GlobalBatch(
             step.micro_batches, max(1, num_targets), max(1, sum(domain_tokens)), domain_tokens, step.state
         )

@@ -198,8 +198,8 @@ class Run:
     def raise_failed_save(self) -> None:
         """End the run because its last checkpoint can not be written."""
         failure = self.saver.failure
-        if failure is not None and not isinstance(failure, (OSError, CheckpointError)):
-            raise failure
+        is_disk = isinstance(failure, (OSError, CheckpointError))
+        self.runtime.agree(None if is_disk else failure)  # a bug of one process is no orderly stop of the others
         reason = "" if failure is None else f" ({said(failure)})"
         raise Stopped(
             f"stopped after step {self.progress.step}, because the checkpoint of step {self.saved_step} can not be "

@@ -22,7 +22,7 @@ from moe_lm.checkpoint.store import CheckpointStore, TensorSlice
 from moe_lm.data.batch import IGNORED, Batch
 from moe_lm.finetune.base import FromBase
 from moe_lm.finetune.config import LORA_PARTS, FinetuneConfig, Method
-from moe_lm.kernels.newton_schulz import iteration_dtype
+from moe_lm.kernels import newton_schulz
 from moe_lm.model.config import LoadBalancing, LoadSource, ModelConfig, ModelFamily, Recompute
 from moe_lm.model.initialization import initial_value
 from moe_lm.parallel.cost import Traffic, Work, step_traffic
@@ -31,6 +31,7 @@ from moe_lm.parallel.layout import Layout
 from moe_lm.parallel.parallelize import parallelize
 from moe_lm.parallel.placement import Placement, contiguous
 from moe_lm.parallel.runtime import Runtime
+from moe_lm.training import optimizer
 from moe_lm.training.config import OptimizerConfig, OptimizerName
 from moe_lm.training.feed import GlobalBatch
 from moe_lm.training.optimizer import Optimizer
@@ -121,7 +122,7 @@ class Case:
     def work(self, rows_sent: int, rows_received: int) -> Work:
         size = getattr(torch, self.dtype).itemsize
         micro_batches = ROWS // self.world // self.micro
-        muon_bytes = iteration_dtype(torch.device("cpu")).itemsize if self.optimizer == "muon" else 0
+        muon_bytes = 4 if self.optimizer == "muon" else 0  # as `main` has it
         return Work(
             micro_batches,
             size,
@@ -341,6 +342,8 @@ def result_of(directory: Path) -> Checkpoint:
 
 def main() -> None:
     torch.set_num_threads(1)
+    # In bf16 rounding would hide what is compared: a third of a matrix's whole movement.
+    newton_schulz.iteration_dtype = optimizer.iteration_dtype = lambda device: torch.float32
     runtime = Runtime("cpu")
     jobs, directory = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     for job in jobs:

@@ -205,7 +205,7 @@ def signalled(arguments: list[str], directory: str, phase: str, occurrence: int)
     return pretrain(arguments, directory)
 
 
-def _record_states(path: str) -> None:
+def record_states(path: str) -> None:
     """Write down a hash of everything that a step can change, after each step."""
     original = telemetry.Telemetry.step
 
@@ -260,7 +260,7 @@ def poison(steps: list[int], kind: str, states: str | None) -> None:
 
     loop.train_step = train_step
     if states is not None:
-        _record_states(states)
+        record_states(states)
 
 
 def poisoned(arguments: list[str], directory: str, steps: list[int], kind: str, states: str | None) -> int:
@@ -290,7 +290,7 @@ def spiked(
 
     step_module.loss_shares, loop._between_steps = loss_shares, _between_steps
     if states is not None:
-        _record_states(states)
+        record_states(states)
     return pretrain(arguments, directory)
 
 
@@ -337,6 +337,21 @@ def other_code(arguments: list[str], directory: str) -> int:
     """A run whose second process runs code of another version."""
     if os.environ["RANK"] == "1":
         sharing._code_fingerprint = lambda: "0" * 64
+    return pretrain(arguments, directory)
+
+
+def other_machine(arguments: list[str], directory: str) -> int:
+    """A run whose second process is on a machine that computes in bf16."""
+    if os.environ["RANK"] == "1":
+        sharing.compute_dtype = lambda precision, device: torch.bfloat16
+    return pretrain(arguments, directory)
+
+
+def other_disk(arguments: list[str], directory: str) -> int:
+    """A run whose second process has the output directory on a disk of its own."""
+    if os.environ["RANK"] == "1":
+        directory = f"{directory}/other-disk"
+        os.mkdir(directory)
     return pretrain(arguments, directory)
 
 

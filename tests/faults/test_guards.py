@@ -75,8 +75,9 @@ def test_one_process_with_a_nan_stops_none(place):
     """Catches processes that disagree about a step: a NaN on the second of two, both skip, weights stay equal."""
     script = place / "two.py"
     script.write_text(
-        "import os, sys\nfrom tests.faults.cases import poison\n"
+        "import os, sys\nfrom tests.faults.cases import poison, record_states\n"
         "from moe_lm import cli\n"
+        "record_states('two.states-' + os.environ['RANK'])\n"
         "if os.environ['RANK'] == '1':\n    poison([5], 'nan', None)\n"
         "cli.run_and_exit(['pretrain', *sys.argv[1:]])\n"
     )
@@ -90,6 +91,8 @@ def test_one_process_with_a_nan_stops_none(place):
     applied = {line["step"]: line["applied"] for line in _lines(place / "runs/two") if "applied" in line}
     assert [step for step, is_applied in applied.items() if not is_applied] == [5]
     assert all(tensor.isfinite().all() for tensor in final_tensors(place / "runs/two").values())
+    first, second = ((place / f"two.states-{rank}").read_text() for rank in (0, 1))
+    assert first == second and first.count("\n") == 9
 
 
 SPIKES = {"warn": [45], "skip": [45, 46], "rewind": [45]}

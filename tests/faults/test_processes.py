@@ -41,12 +41,12 @@ def _wait_for_step(job: Job, step: int) -> None:
 )
 def test_a_process_that_dies_ends_all_by_name(start, world, victim, options):
     """Catches processes that wait for one that has gone, die of it with a traceback of gloo's, or do not say which it
-    was: within 15 seconds, without a launcher."""
+    was: without a launcher, and long before a collective of gloo's gives up."""
     job = start(world, f"killed-{world}-{victim}", *options, "trainer.max_steps=2000")
     _wait_for_step(job, 3)
     os.kill(job.pids[victim], signal.SIGKILL)
     others = [rank for rank in range(world) if rank != victim]
-    assert job.seconds_until_gone(*others) < 15
+    assert job.seconds_until_gone(*others) < 60
     assert job.wait(*others) == [1] * len(others)
     sentences = [line for rank in others for line in job.sentences(rank)]
     assert len(sentences) == 1 and f"process {victim} (host" in sentences[0] and "has died" in sentences[0]
@@ -78,8 +78,10 @@ def test_what_one_process_meets_is_said_by_all_and_ends_all(start):
 def test_a_run_that_gives_up_hangs_nowhere(start):
     """Catches a collective at the end of a failed run that one process never reaches."""
     options = ["guards.max_skipped=3", "optimizer.learning_rate=1e30", "schedule.warmup_steps=0"]
-    job = start(2, "hopeless", "parallel=fsdp_ep", *options)
+    job = start(2, "hopeless", "parallel=fsdp_ep", *options, "checkpoint.interval=3")
     assert job.wait() == [1, 1]
+    # That of the step before: begun by all, and completed though the run ends.
+    assert (job.run / "checkpoints/step-00000003/COMPLETE").exists()
     assert any("3 updates in a row were skipped" in line for line in job.sentences(0)), job.said(0)
     assert "Traceback" not in job.said(0) + job.said(1)
 
@@ -159,10 +161,17 @@ def test_streams_that_do_not_fit_the_processes_are_refused_once(start, place):
 
 
 @pytest.mark.parametrize(
-    ("case", "words"), [("other_options", ["seed", "process 1"]), ("other_code", ["code of moe_lm"])]
+    ("case", "words"),
+    [
+        ("other_options", ["seed", "process 1"]),
+        ("other_code", ["code of moe_lm", "the same code"]),
+        ("other_machine", ["trainer.precision=fp32", "torch.float32", "torch.bfloat16", "machines of one kind"]),
+        ("other_disk", ["output_dir=runs: process 1 does not see", "all machines share"]),
+    ],
 )
 def test_processes_that_were_started_otherwise_are_refused(start, case, words):
-    """Catches a job whose processes train different things, or with different code, each without an error."""
+    """Catches a job whose processes train different things, with different code or types, each without an error; and
+    one that trains for hours and can not save, for each process writes to a directory of its own."""
     job = start(2, case, case=case)
     assert job.wait() == [2, 2]
     (sentence,) = job.sentences(0)

@@ -177,18 +177,25 @@ def test_steps_with_and_without_triton_learn_alike(recompute, monkeypatch):
     assert losses[0] == pytest.approx(losses[1], rel=0.01) and losses[0][-1] < losses[0][0]
 
 
-def test_a_training_step_in_bf16_follows_the_cpu():
-    """Catches any CUDA path of the decoder or the loss that computes something else than the CPU in fp32."""
+def test_hidden_states_and_gradients_in_bf16_follow_the_cpu():
+    """Catches any CUDA path of the decoder or the loss that computes something else than the CPU in fp32: a mask that
+    is lost, weights of experts that are not renormalised."""
     model = CausalLM(CONFIG)
     initialize(model, 0)
     tokens = torch.randint(512, (4, 64))
-    losses = []
+    losses, found = [], []
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
         moved = CausalLM(CONFIG).to(device, dtype)
         moved.load_state_dict(model.state_dict())
         hidden = moved(tokens.to(device)).hidden_BSD.flatten(0, 1)
         loss = linear_cross_entropy(hidden, moved.lm_head.weight, tokens.roll(-1, 1).flatten().to(device))
         loss.backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for n, p in moved.named_parameters())
+        gradients = {name: p.grad.float().cpu() for name, p in moved.named_parameters()}
+        found.append((hidden.detach().float().cpu(), gradients))
         losses.append(loss.item())
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    # Rounding sends a few tokens to other experts; of a path that computes something else nothing would be alike.
+    (exact, exact_gradients), (near, near_gradients) = found
+    assert _relative(near, exact) < 0.1
+    for name, gradient in exact_gradients.items():
+        assert _relative(near_gradients[name], gradient) < 0.3, name

@@ -1,5 +1,7 @@
 """Every configuration that ships composes into a valid run, and survives being saved."""
 
+import enum
+
 import pytest
 
 from moe_lm.commands.changes import differences
@@ -46,12 +48,77 @@ def test_command_line_wins_over_groups():
         assert load("pretrain", order).model.hidden_size == 512
 
 
-def test_differences_name_every_field_that_matters():
-    """Catches a field that could change on resume without anyone noticing: all but the listed free ones are
-    compared."""
+def test_differences_say_what_was_and_what_is():
+    """Catches a value that is said as nobody would write it."""
     one, other = load("pretrain", []), load("pretrain", ["seed=9", "trainer.log_interval=3", "model.rope_theta=5"])
     assert differences(one, other) == {"seed": "1 → 9", "model.rope_theta": "10000.0 → 5.0"}
-    assert "seed" in field_types(RunConfig)
+
+
+FREE = {
+    *("run_name", "output_dir", "resume.policy", "resume.allow_change", "data.workers"),
+    *("trainer.device", "trainer.micro_batch_size", "trainer.activation_checkpointing", "trainer.log_interval"),
+    *("trainer.eval_interval", "trainer.eval_sequences", "trainer.step_timeout", "trainer.stop_deadline"),
+    *("checkpoint.interval", "checkpoint.background", "checkpoint.keep_last", "checkpoint.keep_every"),
+    *("checkpoint.keep_best", "checkpoint.on_failure"),
+    *("parallel.mode", "parallel.dp_replicate", "parallel.ep", "parallel.placement", "parallel.placement_file"),
+    *("tracker.name", "tracker.project", "tracker.mode"),
+    *("finish.export", "finish.sample_prompt", "finish.sample_tokens", "finish.compare_compressors"),
+}
+FIXED = {
+    *("data.streaming", "data.num_streams", "data.sequence_length", "data.packing", "trainer.global_batch_size"),
+    *("model.family", "model.vocab_size", "model.hidden_size", "model.intermediate_size", "model.num_hidden_layers"),
+    *("model.num_attention_heads", "model.num_key_value_heads", "model.head_dim", "model.tie_word_embeddings"),
+    *("model.num_experts", "optimizer.name"),
+}
+
+
+def _changed(name: str) -> RunConfig:
+    """The default run with another value of a field, whether or not it makes sense."""
+    config = load("pretrain", [])
+    *sections, field = name.split(".")
+    section = config
+    for part in sections:
+        section = getattr(section, part)
+    value = getattr(section, field)
+    if isinstance(value, enum.Enum):
+        value = next(member for member in type(value) if member is not value)
+    elif isinstance(value, bool):
+        value = not value
+    elif isinstance(value, (int, float)):
+        value += 1
+    else:
+        value = [*value, "x"] if isinstance(value, list) else "x"
+    setattr(section, field, value)
+    return config
+
+
+@pytest.mark.parametrize("name", [name for name in field_types(RunConfig) if ".NAME." not in name])
+def test_every_field_is_compared_when_a_run_goes_on(name):
+    """Catches a field that could change on resume without anyone noticing, and one whose change can be insisted on
+    though the checkpoint, or where it stands in the data, then means nothing."""
+    changed = _changed(name)
+    assert set(differences(load("pretrain", []), changed)) == {name} - FREE
+    changed.resume.allow_change = [name]
+    assert set(differences(load("pretrain", []), changed)) == {name} & FIXED
+
+
+def test_what_the_order_of_rows_is_computed_from_is_fixed():
+    """Catches rows that are skipped and repeated because weights, or the length that they move over, were changed."""
+    sources = ["data.sources.a.paths=[a]", "data.sources.a.weight=1", "data.sources.b.paths=[b]"]
+    sources += ["data=text", "data.sources.b.weight=1"]
+    moving = [*sources, "data.sources.b.final_weight=2", "data.sources.a.final_weight=1"]
+    for begun, change, fixed in (
+        (sources, "data.sources.a.weight=2", True),
+        (sources, "trainer.max_steps=5", False),
+        (moving, "trainer.max_steps=5", True),
+        (moving, "data.sources.b.final_weight=3", True),
+        ([*moving, "data.streaming=true"], "trainer.max_steps=5", False),
+        ([*moving, "data.streaming=true"], "data.sources.b.final_weight=3", False),
+    ):
+        name = change.split("=")[0]
+        new = load("pretrain", [*(o for o in begun if not o.startswith(f"{name}=")), change])
+        new.resume.allow_change = [name]
+        assert bool(differences(load("pretrain", begun), new)) == fixed, (begun, change)
 
 
 @pytest.mark.parametrize("text", ["cost ${x}", "a\\${b", "${seed}", "\\\\${a}", "{x: 1}", "null", "1", "ä\nb", "- x"])

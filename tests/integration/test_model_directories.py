@@ -171,6 +171,29 @@ def test_many_prompts_are_continued_as_each_alone(tmp_path, mixtral, capsys):
         assert [one["prompt"] + one["completion"] for one in made] == alone
 
 
+def test_sampling_follows_its_options(tmp_path, mixtral, capsys):
+    """Catches a seed, a temperature, a top-k or a number of tokens that is read and then not used, prompts of a file
+    that share their random numbers, and a text that goes on past the model's context."""
+
+    def text(*options: str) -> str:
+        capsys.readouterr()
+        _run("generate", f"checkpoint={mixtral}", "prompt=import ", "device=cpu", "max_new_tokens=12", *options)
+        return capsys.readouterr().out
+
+    greedy, one, other = text("temperature=0"), text("temperature=1", "seed=1"), text("temperature=1", "seed=2")
+    assert len({greedy, one, other}) == 3 and text("temperature=1", "seed=1") == one
+    assert text("temperature=1", "top_k=1") == greedy == text("temperature=0.0001")
+    (tmp_path / "prompts.jsonl").write_text('"import "\n' * 3)
+    capsys.readouterr()
+    options = [f"checkpoint={mixtral}", f"prompts={tmp_path / 'prompts.jsonl'}", "max_new_tokens=12", "device=cpu"]
+    _run("generate", *options, "temperature=1", "seed=1")
+    made = [json.loads(line)["completion"] for line in capsys.readouterr().out.removesuffix("\n").split("\n")]
+    assert len(set(made)) == 3 and f"import {made[0]}\n" == one and f"import {made[1]}\n" == other
+    context = SHAPE["max_position_embeddings"]
+    said = _refused(capsys, tmp_path, "generate", f"checkpoint={mixtral}", "prompt=x", f"max_new_tokens={context}")
+    assert f"more than the model's context of {context} tokens" in said
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_tied_model_generates_with_its_own_head(tmp_path, tokenizer, dtype):
     """Catches a head that is no longer the embedding, and so memory that nobody has written; and routers in bf16."""

@@ -148,10 +148,16 @@ def test_a_finished_run_is_made_longer_by_insisting(finished):
 def test_a_micro_batch_that_the_loss_depends_on_is_fixed(finished):
     """Catches a run that goes on with another gradient because it was cut up otherwise, without a word."""
     directory, options, _ = finished
-    short = [*options, "run_name=cut", "finish.export=false", "model.capacity_factor=1.0"]
-    moe_lm(*short, "trainer.max_steps=2", cwd=directory)
-    done = moe_lm(*short, "trainer.max_steps=2", "trainer.micro_batch_size=6", cwd=directory, check=False)
-    assert done.returncode == 2 and "trainer.micro_batch_size=12 → 6" in done.stderr, done.stderr
+    longer = ["trainer.max_steps=4", "resume.allow_change=[trainer.max_steps]", "trainer.micro_batch_size=6"]
+    for run, option in (("cut", "model.capacity_factor=1.0"), ("own", "model.load_balancing_source=micro_batch")):
+        short = [*options, f"run_name={run}", "finish.export=false", option]
+        moe_lm(*short, "trainer.max_steps=2", cwd=directory)
+        done = moe_lm(*short, *longer, cwd=directory, check=False)
+        assert done.returncode == 2 and f"=6 on 1 process: with {option} the loss depends" in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1 and "step-00000002 was trained with 12 on 1; go on" in done.stderr
+    # Of two processes each has half of the balanced micro-batch: the loss is the same.
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    assert "resumed" in moe_lm(*short, *longer, cwd=directory, launcher=torchrun).stdout
 
 
 def test_other_held_out_text_by_insisting(finished):

@@ -3,15 +3,9 @@
 from typing import Any
 
 import pytest
-import torch
 
 from moe_lm.kernels import native
 from tests.kernels import Kernels
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
 
 
 @pytest.fixture(params=["plain", "native", "amx"])

@@ -93,12 +93,14 @@ def errors(model: CausalLM, padding_B: Sequence[int]) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logits(config: str, padding: str, dtype: torch.dtype, kernels: Kernels) -> None:
     """Catches a position, a window or padding that is off by one, an expert's or a text's row in another's place, and
-    what a vectorised loop leaves at its end. In bf16 half of the tokens count: the others may have another expert."""
+    what a vectorised loop leaves at its end. In bf16 half of the tokens count where a token may have another expert."""
     error = errors(model_of(CONFIGS[config], dtype), PADDING[padding])
     if dtype is torch.float32:
         assert error.max() < TOLERANCE[dtype]
     else:
         assert error.median() < 4 * TOLERANCE[dtype]  # three layers of seven products
+        if CONFIGS[config].num_experts_per_tok == CONFIGS[config].num_experts or not CONFIGS[config].is_mixture:
+            assert error.max() < 20 * TOLERANCE[dtype]
     if kernels.path != "plain":
         kernels.assert_ran({"decode"})
 

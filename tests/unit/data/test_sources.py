@@ -272,3 +272,17 @@ def test_wrong_options_of_a_hub_data_set_are_sentences(
 def test_a_missing_split_of_a_saved_data_set_names_those_there(places: dict[str, Path]) -> None:
     with pytest.raises(InputError, match=r"data.split=test: .* has the splits train"):
         list(source_of("saved splits", places["saved splits"], split="test").read())
+
+
+def test_subsets_of_one_data_set_are_sources_of_their_own(tmp_path: Path) -> None:
+    """Catches two languages of one data set that are taken for the same text, and the same text that is not."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+
+    def source(subset: str) -> SourceConfig:
+        return SourceConfig(paths=[str(tmp_path)], subset=subset, weight=1.0)
+
+    config = DataConfig(source=DataSource.huggingface, sources={"en": source("en"), "de": source("de")})
+    assert [opened.name for opened in open_sources(config)] == ["de", "en"]
+    config.sources["de"] = source("en")
+    with pytest.raises(InputError, match=r"data.sources.en.paths: .* is in data.sources.de.paths too"):
+        open_sources(config)

@@ -258,14 +258,26 @@ def test_held_out_documents_are_never_given(corpora: dict[str, list[Source]]) ->
     assert seen and not seen & held_out
 
 
-def test_a_source_of_one_document_reaches_every_stream(tmp_path: Path) -> None:
-    """Catches a run that waits for ever on the stream that never gets the only document."""
-    (tmp_path / "only.txt").write_text("to be or not to be " * 40)
+@pytest.mark.parametrize("epochs", [None, 1, 3])
+def test_fewer_documents_than_streams_are_refused(tmp_path: Path, epochs: int | None) -> None:
+    """Catches streams that all give the same rows of the same few documents at once, each in an epoch of its own, or a
+    run that waits for ever on the stream that never gets one."""
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text(f"to be {number} or not to be {number} " * 40)
     source = open_sources(DataConfig(source=DataSource.text, paths=[str(tmp_path)]))[0]
-    cut = BatchShape(5, 12, 12, 16, ByteTokenizer.pad_id, ["text"])
-    streams = SourceStreams(source, NOTHING_HELD_OUT, Encoder(ByteTokenizer(), Path(), 0), cut, 12)
-    loader = StreamLoader([streams], ["text"], Mixture(np.ones(1)), cut)
-    assert all(loader.step(step).num_targets > 150 for step in range(3))
+    cut = BatchShape(5, 12, 12, 16, ByteTokenizer.pad_id, ["text"], epochs=epochs)
+
+    def loader(num_streams: int) -> StreamLoader:
+        streams = SourceStreams(source, NOTHING_HELD_OUT, Encoder(ByteTokenizer(), Path(), 0), cut, num_streams)
+        return StreamLoader([streams], ["text"], Mixture(np.ones(1)), cut)
+
+    with pytest.raises(InputError, match=r"data.num_streams=4: data.paths has 3 documents .* give at most 3, or"):
+        loader(4).step(0)
+    given = loader(3)
+    for step in range(4):
+        batch = given.step(step)
+        rows = torch.cat([micro_batch.input_ids for micro_batch in batch.micro_batches])
+        assert batch.num_targets > 150 and len(rows.unique(dim=0)) == 12
 
 
 def test_a_source_without_text_is_named(tmp_path: Path) -> None:

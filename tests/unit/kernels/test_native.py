@@ -75,6 +75,9 @@ def test_a_compiler_is_enough(environment: pytest.MonkeyPatch) -> None:
     ).stdout
     if "__AMX_BF16__" in macros:
         assert all(hasattr(library, name) for name in native._ARGUMENTS if name.startswith("amx_"))
+        # Asked here without the library: whether Linux gives this process the tiles (ARCH_REQ_XCOMP_PERM).
+        granted = ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
+        assert native.has_amx() == granted
 
 
 @LINUX

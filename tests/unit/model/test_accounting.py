@@ -6,10 +6,15 @@ import pytest
 import torch
 
 from moe_lm.kernels import native
-from moe_lm.model.accounting import activation_bytes
+from moe_lm.model.accounting import activation_bytes, training_state_bytes
 from moe_lm.model.config import ModelConfig, ModelFamily, Recompute
 from moe_lm.model.decoder import CausalLM
 from moe_lm.model.initialization import initialize
+from moe_lm.parallel.parallelize import ParallelModel
+from moe_lm.parallel.shards import whole_shards
+from moe_lm.training.config import OptimizerConfig, OptimizerName
+from moe_lm.training.optimizer import Optimizer
+from moe_lm.training.precision import ComputeModel
 
 CONFIG = ModelConfig(
     vocab_size=50,
@@ -23,11 +28,17 @@ CONFIG = ModelConfig(
 TOKENS = torch.randint(50, (8, 128), generator=torch.Generator().manual_seed(2))
 
 
-def _kept(config: ModelConfig, dtype: torch.dtype, document_ids: torch.Tensor | None) -> int:
+def _kept(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    document_ids: torch.Tensor | None = None,
+    recompute: Recompute = Recompute.none,
+) -> int:
     """Bytes that the layers of a forward pass keep for its backward pass, each storage once."""
     model = CausalLM(config)
     initialize(model, 0)
     model.to(dtype)
+    model.model.recompute = recompute
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}
 
@@ -66,3 +77,35 @@ def test_recomputation_keeps_less():
     many = dataclasses.replace(CONFIG, num_hidden_layers=32)
     none, selective, full = (activation_bytes(many, 1024, mode, 2, 128) for mode in Recompute)
     assert none > 1.3 * selective and selective > 3 * full
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_is_computed_again_keeps_its_input(dtype):
+    """Catches a formula of `full` that is off: a layer then keeps what comes into it, and nothing else."""
+    two = dataclasses.replace(CONFIG, num_hidden_layers=2)
+    of_layer = _kept(two, dtype, None, Recompute.full) - _kept(CONFIG, dtype, None, Recompute.full)
+    assert of_layer == TOKENS.numel() * CONFIG.hidden_size * dtype.itemsize
+    tokens = 1 << 20  # so many that one layer's own, which are there while it is computed again, can be told from it
+    many, more = (dataclasses.replace(CONFIG, num_hidden_layers=layers) for layers in (32, 33))
+    reckoned = [activation_bytes(config, tokens, Recompute.full, dtype.itemsize) for config in (many, more)]
+    assert reckoned[1] - reckoned[0] == tokens * CONFIG.hidden_size * dtype.itemsize
+
+
+@pytest.mark.parametrize("name", OptimizerName)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_state_of_training_is_what_is_reckoned(dtype, name):
+    """Catches a state that `parallel=auto` and the refusals reckon with, and that training does not have."""
+    model = CausalLM(CONFIG)
+    initialize(model, 0)
+    compute = ComputeModel(ParallelModel(model, whole_shards(model)), dtype)
+    optimizer = Optimizer(compute.parallel.shards, OptimizerConfig(name))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step(float(optimizer.gradient_norm()), 1.0)
+    moments = [tensor for _, _, tensor in optimizer.state_tensors()]
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *compute.module.parameters())}
+    held |= {tensor.data_ptr(): tensor.nbytes for tensor in (*moments, *(p.grad for p in model.parameters()))}
+    reckoned = training_state_bytes(CONFIG, 1 if name is OptimizerName.muon else 2, dtype.itemsize)
+    # Of Muon, the embedding and the head are AdamW's, with two moments (docs/log.md); routers stay in fp32.
+    table = 4 * 2 * CONFIG.vocab_size * CONFIG.hidden_size if name is OptimizerName.muon else 0
+    assert sum(held.values()) == pytest.approx(reckoned + table, rel=0.02)

@@ -41,7 +41,7 @@ def _number_times(x_ND: torch.Tensor, grouping: Grouping) -> torch.Tensor:
 def test_dispatch_and_combine_conserve_assignments(tokens, experts, number, seed, dtype):
     """Catches a row lost, doubled or given to another expert, whatever the alignment: any flat list of assignments."""
     assignments = _assignments(tokens, experts, number, seed, dtype)
-    x_TD = torch.randn(tokens, 4, dtype=dtype)
+    x_TD = torch.randn(tokens, 4, generator=torch.Generator().manual_seed(seed)).to(dtype)
     dispatcher = LocalDispatcher(experts)
     x_ND, grouping, handle = dispatcher.dispatch(x_TD, assignments)
     assert grouping.end_E.dtype == torch.int32 and len(grouping.end_E) == experts
@@ -61,6 +61,12 @@ def test_gradients_reach_tokens_and_weights(number, align, monkeypatch):
     monkeypatch.setattr("moe_lm.model.dispatch.row_alignment", lambda *given: align)
     assignments = _assignments(6, 3, number, 0, torch.float64)
     x_TD = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    x_ND, grouping, handle = LocalDispatcher(3).dispatch(x_TD.detach(), assignments)
+    expected = torch.zeros(6, 4, dtype=torch.float64)
+    for token, expert, weight in zip(*assignments, strict=True):
+        expected[token] += weight * (expert + 1) * x_TD[token].detach()
+    torch.testing.assert_close(LocalDispatcher(3).combine(_number_times(x_ND, grouping), handle), expected)
+    assert grouping.weight_P.count_nonzero() == number  # those of filling rows are exactly 0
     weight_R = assignments.weight_R.requires_grad_()
 
     def forward(x, weight):

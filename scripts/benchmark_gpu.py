@@ -79,15 +79,17 @@ def main() -> None:
     given.output.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"machine": machine(device), "sides": []}
     print("\n".join(f"{key}: {value}" for key, value in report["machine"].items()), flush=True)
-    end, expected = began + 60 * given.minutes, dict.fromkeys((*SIDES, LAST), 0.0)
+    end, took = began + 60 * given.minutes, dict.fromkeys((*SIDES, LAST), ("", 0.0))
     turns = [*((name, side) for name in given.only for side in SIDES), *((name, LAST) for name in given.only)]
     for name, side in turns:
         begin = time.monotonic()
-        if begin + expected[side] > end:
+        before, seconds = took[side]
+        # The next rung has half as many parameters, or fewer.
+        if begin + (seconds if before == name else seconds / 2) > end:
             found = {"rung": name, "side": side.name, "error": f"no time left of {given.minutes:g} minutes"}
         else:
             found = measure(name, side, report["machine"], given, end)
-            expected[side] = (time.monotonic() - begin) / 2  # the next rung has half as many parameters, or fewer
+            took[side] = name, time.monotonic() - begin
         report["sides"].append(found | {"seconds": time.monotonic() - begin})
         print(line(found), flush=True)
         (given.output / "benchmark-gpu.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -36,7 +36,7 @@ from moe_lm.errors import InputError
 from moe_lm.evaluation.bits_per_byte import Validation
 from moe_lm.interrupts import STOPPED, interrupts
 from moe_lm.model.accounting import count_parameters
-from moe_lm.model.config import LoadSource
+from moe_lm.model.config import LoadBalancing, LoadSource
 from moe_lm.parallel.peers import BEAT
 from moe_lm.parallel.placement import write_placement
 from moe_lm.parallel.runtime import Runtime
@@ -261,24 +261,31 @@ def _open_store(training: Run) -> None:
 
 
 def _check_same_micro_batches(training: Run, checkpoint: Checkpoint) -> None:
-    """Refuse other micro-batches where what is learned depends on them: on each process's own where experts have a
-    capacity, on those of all together where the load is balanced in each.
+    """Refuse other micro-batches, unless it is insisted on them, where what is learned depends on them: on each
+    process's own where experts have a capacity, on those of all together where the load is balanced in each.
     """
+    allowed = training.config.resume.allow_change
+    if not training.config.model.is_mixture or any("trainer.micro_batch_size".startswith(name) for name in allowed):
+        return
     model, size, processes = (
         training.config.model,
         training.config.trainer.micro_batch_size,
         training.runtime.world_size,
     )
+    is_balanced = model.load_balancing is not LoadBalancing.none and model.router_aux_loss_coef > 0
     before = checkpoint.state["config"]["trainer"]["micro_batch_size"], checkpoint.state["environment"]["processes"]
     if model.capacity_factor is not None and before != (size, processes):
         why = f"model.capacity_factor={model.capacity_factor}"
-    elif model.load_balancing_source is LoadSource.micro_batch and math.prod(before) != size * processes:
+    elif (
+        is_balanced and model.load_balancing_source is LoadSource.micro_batch and math.prod(before) != size * processes
+    ):
         why = "model.load_balancing_source=micro_batch"
     else:
         return
     raise InputError(
         f"trainer.micro_batch_size={size} on {processes} process{'es' * (processes > 1)}: with {why} the loss depends "
-        f"on them, and {checkpoint.path} was trained with {before[0]} on {before[1]}; go on with those."
+        f"on them, and {checkpoint.path} was trained with {before[0]} on {before[1]}; go on with those, or insist with "
+        "resume.allow_change=[trainer.micro_batch_size]."
     )
 
 

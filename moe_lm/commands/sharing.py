@@ -48,11 +48,11 @@ def check_alike(config: RunConfig, runtime: Runtime) -> None:
         **({"type of Muon's iteration": str(iteration_dtype(runtime.device))} if muon else {}),
     }
     mine = {
-        **types,
         **{name: written(value) for name, value in flatten(to_plain(config)).items()},
         "python": platform.python_version(),
         **{f"version of {name}": version(name) for name in ("torch", "transformers", "accelerate")},
         "code of moe_lm": _code_fingerprint()[:12],
+        **types,  # last: another option is not another machine
     }
     everyone = [json.loads(text) for text in runtime.gather(json.dumps(mine))]
 
@@ -75,7 +75,7 @@ def check_shared(config: RunConfig, directory: Path, runtime: Runtime) -> None:
         return
     mark = directory / runtime.decide(lambda: f".seen-{secrets.token_hex(8)}")  # a name that nobody has looked for yet
     runtime.on_main(mark.touch)
-    seen = runtime.gather("seen" if mark.exists() else "")
+    seen = runtime.gather("seen" if os.path.exists(mark) else "")  # false too where it may not look
 
     def compare() -> None:
         mark.unlink()

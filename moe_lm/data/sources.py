@@ -173,9 +173,7 @@ def open_sources(config: DataConfig, without: "Source | None" = None) -> list[So
         if not opened.files:
             taken = " beside data.validation_paths" if held_out else ""
             raise InputError(f"{opened.option}={list(source.paths)}: there is no text left to read in them{taken}.")
-        # Subsets and splits of one data set are different texts.
-        part = (source.subset, source.split) if source.source is DataSource.huggingface else ()
-        paths = {(*part, file.path.resolve()) for file in opened.files}
+        paths = {(*_part_read(source), file.path.resolve()) for file in opened.files}
         for other, of_other in sources:
             if both := paths & of_other:
                 raise InputError(
@@ -184,6 +182,20 @@ def open_sources(config: DataConfig, without: "Source | None" = None) -> list[So
                 )
         sources.append((opened, paths))
     return [source for source, _ in sources]
+
+
+def _part_read(source: SourceConfig) -> tuple[str | None, ...]:
+    """What of a data set's directory or name a source reads: of `datasets`, its subset and split, as far as
+    `_load_dataset` looks at them.
+    """
+    if source.source is not DataSource.huggingface:
+        return ()
+    path = os.path.expanduser(source.paths[0])
+    if os.path.exists(os.path.join(path, "state.json")):
+        return ()
+    if os.path.exists(os.path.join(path, "dataset_dict.json")):
+        return (source.split,)
+    return source.subset, source.split
 
 
 def open_validation(config: DataConfig) -> Source | None:

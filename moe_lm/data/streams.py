@@ -94,6 +94,8 @@ class SourceStreams:
                 cursor.position = state["positions"][f"{epoch}:{block}"]
         self._waiting: dict[int, deque[_Block]] = {stream: deque() for stream in self._cursors}
         self._rows: dict[int, tuple[TokenArray, Rows]] = {}
+        self._reached: set[int] | None = set() if state is None else None
+        """Of a run's first epoch, the streams that have got a document so far; not of one that goes on."""
         self._blocks = self._read_blocks()
 
     def state(self) -> dict[str, Any]:
@@ -145,14 +147,19 @@ class SourceStreams:
 
     def _deal(self, block: "tuple[int, int, Position | None, list[Document]] | None") -> bool:
         """Gives each stream its documents of a block, unless it has passed that block; false without a block."""
+        if self._reached is not None and (block is None or block[0] > 0):
+            self._check_reached(len(self._reached))
+            self._reached = None
         if block is None:
             return False
         epoch, number, position, documents = block
         key = epoch_key(self._run.seed, self._source.name, epoch, number)
         order = permute_array(np.arange(len(documents)), len(documents), key).tolist()
         hands = _deal_by_length([documents[index] for index in order], self.num_streams)
+        if self._reached is not None:
+            self._reached |= {(hand + epoch + number) % self.num_streams for hand in range(len(hands)) if hands[hand]}
         for stream, cursor in self._cursors.items():
-            # The turn changes with every block, so that a source of few documents reaches every stream in time.
+            # The turn changes with every block, so that blocks of few documents reach every stream in time.
             chosen = hands[(stream - epoch - number) % self.num_streams]
             if chosen and (epoch, number) >= (cursor.epoch, cursor.block):
                 encoded = self._encoder.submit([document.text for document in chosen])
@@ -160,19 +167,25 @@ class SourceStreams:
                 self._waiting[stream].append(_Block(epoch, number, position, domains, encoded))
         return True
 
-    def _read_blocks(self) -> Iterator[tuple[int, int, Position | None, list[Document]]]:
-        """Blocks of training documents, from the earliest that any stream stands in, epoch after epoch.
+    def _check_reached(self, reached: int) -> None:
+        """Refuse a source that gives some streams nothing in an epoch.
 
-        Raises:
-            InputError: An epoch has fewer documents than there are streams. Some would get none of it, and so go ahead
-                to later epochs: all would give the same rows of the same text at once.
+        They would go ahead to later ones, and all give the same rows of the same text at once.
         """
+        if reached < self.num_streams:
+            raise InputError(
+                f"data.num_streams={self.num_streams}: the documents of {self._source.option} reach {reached} of so "
+                "many streams; give that number or fewer, or prepare the text instead (data.streaming=false)."
+            )
+
+    def _read_blocks(self) -> Iterator[tuple[int, int, Position | None, list[Document]]]:
+        """Blocks of training documents, from the earliest that any stream stands in, epoch after epoch."""
         first = min(self._cursors.values(), key=lambda cursor: (cursor.epoch, cursor.block))
         epoch, number, position = first.epoch, first.block, first.position
         while self._run.epochs is None or epoch < self._run.epochs:
             documents: list[Document] = []
             characters = 0
-            begin, dealt = position, 0 if number == 0 else self.num_streams  # of an epoch that is read from its begin
+            begin, any_documents = position, number > 0
             for document, behind in self._source.read(position):
                 part = self._split.sides(document)[0]
                 if part is None:
@@ -181,19 +194,11 @@ class SourceStreams:
                 characters += len(part.text)
                 if characters >= self._block_characters:
                     yield epoch, number, begin, documents
-                    dealt += len(documents)
-                    documents, characters, begin, number = [], 0, behind, number + 1
-            dealt += len(documents)
-            if not dealt:
-                raise InputError(f"{self._source.option}: there is no text to train on in it; give files with text.")
-            if dealt < self.num_streams:
-                raise InputError(
-                    f"data.num_streams={self.num_streams}: {self._source.option} has {dealt} "
-                    f"document{'s' * (dealt > 1)} to train on, and each stream needs its own; give at most "
-                    f"{dealt}, or prepare the text instead (data.streaming=false)."
-                )
+                    documents, characters, begin, number, any_documents = [], 0, behind, number + 1, True
             if documents:
                 yield epoch, number, begin, documents
+            elif not any_documents:
+                raise InputError(f"{self._source.option}: there is no text to train on in it; give files with text.")
             epoch, number, position = epoch + 1, 0, None
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from moe_lm.data.loader import validation_batches
-from moe_lm.errors import InputError, RunError, Stopped
+from moe_lm.errors import RunError, Stopped
 from moe_lm.evaluation.bits_per_byte import Validation, evaluate
 from moe_lm.training.config import SpikePolicy
 from moe_lm.training.feed import Feed, GlobalBatch
@@ -40,8 +40,11 @@ def train(run: Run, pulse: Pulse) -> Validation:
                         f"the loss leapt again after {most} rewinds to step {step}: lower optimizer.learning_rate, or "
                         "look at the data there."
                     )
-        except (InputError, RunError):
+        except Stopped:
+            raise
+        except Exception:  # whatever it was: on the others it is what they were told of it
             if run.runtime.all_failed:  # all are here: a checkpoint that all have written their parts of is not lost
+                run.runtime.all_failed = False
                 run.saver.hurry()
                 with contextlib.suppress(Stopped):
                     run.finish_saving(pulse)
@@ -60,8 +63,10 @@ def _train_until_rewind(run: Run, telemetry: Telemetry, pulse: Pulse) -> Validat
         while _between_steps(run, feed, telemetry, pulse) and (batch := _next(run, feed, pulse)) is not None:
             data_step, run.data_state = progress.data_step, batch.state
             progress.data_step += 1
-            if data_step in progress.skipped_data_steps or not any(batch.domain_tokens):
-                continue  # left out, or padding alone, when the streams that it falls to have ended
+            if data_step in progress.skipped_data_steps:
+                continue
+            if config.data.streaming and not any(batch.domain_tokens):
+                continue  # padding alone: the streams that it falls to have ended
             factor = learning_rate_factor(progress.step, feed.total_steps, config.schedule)
             limit = run.spikes.limit()
             loss_limit = math.inf if policy is SpikePolicy.warn else limit

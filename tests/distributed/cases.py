@@ -122,7 +122,7 @@ class Case:
     def work(self, rows_sent: int, rows_received: int) -> Work:
         size = getattr(torch, self.dtype).itemsize
         micro_batches = ROWS // self.world // self.micro
-        muon_bytes = 4 if self.optimizer == "muon" else 0  # as `main` has it
+        muon_bytes = self.iteration_dtype.itemsize if self.optimizer == "muon" else 0
         return Work(
             micro_batches,
             size,
@@ -133,6 +133,11 @@ class Case:
             rows_received,
             self.micro * LENGTH,
         )
+
+    @property
+    def iteration_dtype(self) -> torch.dtype:
+        """Muon's. In bf16 rounding hides what is compared: a third of a matrix's whole movement."""
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
 
     def placement(self) -> Placement | None:
         if self.ep == 1:
@@ -342,14 +347,13 @@ def result_of(directory: Path) -> Checkpoint:
 
 def main() -> None:
     torch.set_num_threads(1)
-    # In bf16 rounding would hide what is compared: a third of a matrix's whole movement.
-    newton_schulz.iteration_dtype = optimizer.iteration_dtype = lambda device: torch.float32
     runtime = Runtime("cpu")
     jobs, directory = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     for job in jobs:
         job["case"]["model"] = tuple(map(tuple, job["case"]["model"]))
         job["case"]["experts"] = tuple(job["case"]["experts"])
         case = Case(**job["case"])
+        newton_schulz.iteration_dtype = optimizer.iteration_dtype = lambda device, case=case: case.iteration_dtype
         if job["source"]:
             reshard(directory / job["source"], case, runtime, directory / job["output"])
         else:

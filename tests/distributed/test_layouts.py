@@ -71,6 +71,7 @@ CASES = [
     *(Case(4, r, ep, 3, True, "bfloat16") for r, ep in ((1, 4), (2, 2), (1, 1))),
     *(Case(4, r, ep, 3, True, "float32", "muon") for r, ep in ((1, 4), (1, 2), (1, 1), (2, 2))),
     Case(4, 1, 2, 3, True, "float32", "muon", model=(("num_experts", 7),)),
+    Case(4, 1, 2, 3, True, "bfloat16", "muon"),
 ]
 
 ADAPTED = [
@@ -132,7 +133,7 @@ def test_the_layout_changes_nothing(results, case):
     a norm of one part only, a load of one process only, and a checkpoint that mixes up its parts."""
     ours, theirs = result_of(results / case.name), result_of(results / case.alone.name)
     adapted = "adapted " if case.lora and case.dtype == "bfloat16" else ""
-    tolerance = TOLERANCES["muon" if case.optimizer == "muon" else adapted + case.dtype]
+    tolerance = TOLERANCES["muon" if case.optimizer == "muon" and case.dtype == "float32" else adapted + case.dtype]
     assert ours.kinds() == theirs.kinds()
     assert sum(name.startswith("gradient") for name in ours.kinds()) >= 3 * 15
     for name in ours.kinds():

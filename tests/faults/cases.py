@@ -328,6 +328,17 @@ def failing_on_rank_one(arguments: list[str], directory: str) -> int:
     return pretrain(arguments, directory)
 
 
+def failing_save_on_rank_one(arguments: list[str], directory: str) -> int:
+    """A run in which the second process's part of a checkpoint meets a bug."""
+
+    def write_part(*positional, **named):
+        raise ValueError("a bug in a save of this process alone")
+
+    if os.environ["RANK"] == "1":
+        CheckpointStore.write_part = write_part
+    return pretrain(arguments, directory)
+
+
 def other_options(arguments: list[str], directory: str) -> int:
     """A run whose second process is given another seed."""
     return pretrain([*arguments, *(["seed=7"] if os.environ["RANK"] == "1" else [])], directory)

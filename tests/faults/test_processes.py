@@ -75,6 +75,16 @@ def test_what_one_process_meets_is_said_by_all_and_ends_all(start):
     assert "Traceback" not in job.said(0)
 
 
+def test_a_bug_in_one_process_s_save_ends_all(start):
+    """Catches processes that wait for each other in different collectives, and a bug that the others report as an
+    orderly stop, which a script would start again and again."""
+    job = start(2, "bug", "parallel=fsdp_ep", "trainer.max_steps=2000", case="failing_save_on_rank_one")
+    assert job.wait() == [1, 1]
+    assert "ValueError: a bug in a save of this process alone" in job.said(1)
+    assert "Traceback" not in job.said(0) and "stopped after" not in job.said(0)
+    assert json.loads((job.run / "state.json").read_text())["status"] == "failed"
+
+
 def test_a_run_that_gives_up_hangs_nowhere(start):
     """Catches a collective at the end of a failed run that one process never reaches."""
     options = ["guards.max_skipped=3", "optimizer.learning_rate=1e30", "schedule.warmup_steps=0"]

@@ -141,7 +141,7 @@ def test_steps_of_padding_alone_are_left_out(place):
 
 
 def test_waiting_for_data_is_recorded(place):
-    """Catches a figure that is left out, or measured around the wrong thing."""
+    """Catches a figure that is left out (what it measures: tests/unit/training/test_telemetry.py)."""
     moe_lm(*OPTIONS, "trainer.max_steps=8", "run_name=waits", cwd=place)
     waits = metrics(place / "runs/waits", "data_wait")
     assert len(waits) == 8 and all(0 <= share < 1 for share in waits.values())

@@ -156,8 +156,13 @@ def test_a_micro_batch_that_the_loss_depends_on_is_fixed(finished):
         assert done.returncode == 2 and f"=6 on 1 process: with {option} the loss depends" in done.stderr, done.stderr
         assert done.stderr.count("\n") == 1 and "step-00000002 was trained with 12 on 1; go on" in done.stderr
     # Of two processes each has half of the balanced micro-batch: the loss is the same.
+    shutil.copytree(directory / "runs/own", directory / "runs/alone")
+    alone = [option.replace("run_name=own", "run_name=alone") for option in (*short, *longer[:2])]
+    moe_lm(*alone, cwd=directory)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     assert "resumed" in moe_lm(*short, *longer, cwd=directory, launcher=torchrun).stdout
+    theirs = metrics(directory / "runs/alone")
+    assert len(theirs) == 4 and metrics(directory / "runs/own") == pytest.approx(theirs, rel=1e-6)
 
 
 def test_other_held_out_text_by_insisting(finished):

@@ -271,8 +271,13 @@ def test_fewer_documents_than_streams_are_refused(tmp_path: Path, epochs: int | 
         streams = SourceStreams(source, NOTHING_HELD_OUT, Encoder(ByteTokenizer(), Path(), 0), cut, num_streams)
         return StreamLoader([streams], ["text"], Mixture(np.ones(1)), cut)
 
-    with pytest.raises(InputError, match=r"data.num_streams=4: data.paths has 3 documents .* give at most 3, or"):
+    with pytest.raises(InputError, match=r"data.num_streams=4: the documents of data.paths reach 3 of"):
         loader(4).step(0)
+    state = loader(3).step(0).state["text"]
+    state["streams"] = {str(stream): [0, 0, 0] for stream in range(4)}
+    # A run that has begun so can not change its streams: it goes on.
+    begun = SourceStreams(source, NOTHING_HELD_OUT, Encoder(ByteTokenizer(), Path(), 0), cut, 4, state)
+    assert (begun.next_row(3) is None) == (epochs == 1)
     given = loader(3)
     for step in range(4):
         batch = given.step(step)

@@ -167,17 +167,17 @@ def open_sources(config: DataConfig, without: "Source | None" = None) -> list[So
         InputError: A path is missing or matches nothing.
     """
     held_out = {file.path.resolve() for file in without.files} if without is not None else set()
-    sources: list[tuple[Source, set[tuple[Any, ...]]]] = []
+    sources: list[tuple[Source, set[tuple[Path, tuple[str | None, ...]]]]] = []
     for name, source in config.resolved_sources().items():
         opened = _open(name, source, config, config.option(name, "paths"), held_out)
         if not opened.files:
             taken = " beside data.validation_paths" if held_out else ""
             raise InputError(f"{opened.option}={list(source.paths)}: there is no text left to read in them{taken}.")
-        paths = {(*_part_read(source), file.path.resolve()) for file in opened.files}
+        paths = {(file.path.resolve(), _part_read(source)) for file in opened.files}
         for other, of_other in sources:
             if both := paths & of_other:
                 raise InputError(
-                    f"{opened.option}: {min(path for *_, path in both)} is in {other.option} too, and might be held "
+                    f"{opened.option}: {min(path for path, _ in both)} is in {other.option} too, and might be held "
                     "out of one and trained on in the other; give each file to one source, and weigh the sources."
                 )
         sources.append((opened, paths))

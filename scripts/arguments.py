@@ -1,7 +1,21 @@
-"""Types of the scripts' arguments, whose mistakes argparse says in a sentence."""
+"""What scripts take, and how they end: mistakes are said in a sentence, those of arguments by argparse."""
 
 import argparse
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
+
+from moe_lm.errors import InputError
+
+
+def run_and_exit(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script, and exit with what it returns; text that can not be read, say, ends it in its sentence."""
+    try:
+        sys.exit(main())
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.code)
 
 
 def positive(text: str) -> int:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import place, positive
+from arguments import place, positive, run_and_exit
 from safetensors.torch import save_file
 
 from moe_lm.config import load
@@ -355,4 +355,4 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main)

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import transformers
-from arguments import place, positive
+from arguments import place, positive, run_and_exit
 from benchmark import SAME_WORK, OutOfMemoryError, Side, make_batches, processes
 
 from moe_lm.config import load
@@ -208,4 +208,4 @@ def table(sides: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main)

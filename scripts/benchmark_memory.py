@@ -13,7 +13,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from benchmark import MODELS, SAME_WORK, Side, make_batches, positive, processes
+from arguments import positive, run_and_exit
+from benchmark import MODELS, SAME_WORK, Side, make_batches, processes
 
 from moe_lm.config import load
 from moe_lm.kernels import native
@@ -68,4 +69,4 @@ if __name__ == "__main__":
     parser.add_argument("--micro-batch-size", type=positive)
     parser.add_argument("--precision", choices=[precision.value for precision in Precision], default="auto")
     given = parser.parse_args()
-    main(given.model, given.micro_batch_size, Precision(given.precision))
+    run_and_exit(lambda: main(given.model, given.micro_batch_size, Precision(given.precision)))

@@ -22,13 +22,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from arguments import not_negative, place, positive
+from arguments import not_negative, place, positive, run_and_exit
 
 from moe_lm.commands.changes import differences
 from moe_lm.commands.run_directory import CONFIG_FILE, STATE_FILE
 from moe_lm.config import load, load_saved
 from moe_lm.data.prepare import prepare
-from moe_lm.errors import InputError
 from moe_lm.interrupts import STOPPED
 from moe_lm.model.accounting import count_parameters, training_flops_per_token
 from moe_lm.training.config import RunConfig
@@ -234,8 +233,4 @@ def said(values: list[float], digits: int) -> str:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.code)
+    run_and_exit(lambda: main(sys.argv[1:]))

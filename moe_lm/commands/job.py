@@ -264,21 +264,17 @@ def _check_same_micro_batches(training: Run, checkpoint: Checkpoint) -> None:
     """Refuse other micro-batches, unless it is insisted on them, where what is learned depends on them: on each
     process's own where experts have a capacity, on those of all together where the load is balanced in each.
     """
-    allowed = training.config.resume.allow_change
-    if not training.config.model.is_mixture or any("trainer.micro_batch_size".startswith(name) for name in allowed):
+    config, processes = training.config, training.runtime.world_size
+    model, size = config.model, config.trainer.micro_batch_size
+    insisted = any("trainer.micro_batch_size".startswith(name) for name in config.resume.allow_change)
+    if insisted or not model.is_mixture:
         return
-    model, size, processes = (
-        training.config.model,
-        training.config.trainer.micro_batch_size,
-        training.runtime.world_size,
-    )
     is_balanced = model.load_balancing is not LoadBalancing.none and model.router_aux_loss_coef > 0
+    by_micro_batch = is_balanced and model.load_balancing_source is LoadSource.micro_batch
     before = checkpoint.state["config"]["trainer"]["micro_batch_size"], checkpoint.state["environment"]["processes"]
     if model.capacity_factor is not None and before != (size, processes):
         why = f"model.capacity_factor={model.capacity_factor}"
-    elif (
-        is_balanced and model.load_balancing_source is LoadSource.micro_batch and math.prod(before) != size * processes
-    ):
+    elif by_micro_batch and math.prod(before) != size * processes:
         why = "model.load_balancing_source=micro_batch"
     else:
         return

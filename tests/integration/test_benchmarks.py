@@ -41,6 +41,19 @@ def test_help_is_help(script):
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage:")
 
 
+def test_a_text_that_is_missing_ends_in_a_sentence(scripts, tmp_path, monkeypatch, capsys):
+    """Catches a traceback where the text, or a set that was prepared before, can not be read."""
+    benchmark, _ = scripts
+    import arguments
+
+    monkeypatch.setattr(benchmark, "SAME_WORK", [*benchmark.SAME_WORK, "data=text", "data.paths=[nowhere]"])
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "tiny", "--output", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        arguments.run_and_exit(benchmark.main)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("data.paths: 'nowhere' does not exist") and said.count("\n") == 1
+
+
 def test_what_reliability_costs(scripts, tmp_path, monkeypatch, capsys):
     """Catches a script that documents quote, and that the code has left behind."""
     benchmark, _ = scripts

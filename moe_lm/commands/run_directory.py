@@ -11,16 +11,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from moe_lm.checkpoint.store import CheckpointStore
+from moe_lm.checkpoint.saver import said
+from moe_lm.checkpoint.store import CheckpointStore, most_kept, step_of
 from moe_lm.commands.changes import check_allowed, differences, is_fixed
 from moe_lm.config import load_saved, save
 from moe_lm.errors import InputError, RunError, Stopped
 from moe_lm.files import locked, write_json
 from moe_lm.hf.export import check_expressible, check_output
 from moe_lm.interrupts import STOPPED
-from moe_lm.training.config import ResumePolicy, RunConfig
+from moe_lm.model.accounting import count_parameters
+from moe_lm.training.config import ResumePolicy, RunConfig, SpikePolicy
 from moe_lm.training.requests import STOP_FILE
 from moe_lm.training.run import Run
+from moe_lm.training.state import expected_tensors
 
 CONFIG_FILE = "config.yaml"
 """The fully resolved configuration."""
@@ -86,6 +89,34 @@ def is_finished(directory: Path, step: int) -> bool:
     """Whether the run ended, at this step."""
     state = _read_state(directory)
     return state.get("status") == "finished" and state.get("step") == step
+
+
+def open_store(training: Run) -> None:
+    """Refuse a run whose checkpoints can not be written, or fit on the disk with its export, before its first step."""
+    config, paths = training.config, training.store.paths()
+    if paths and step_of(paths[-1]) >= config.trainer.max_steps and is_finished(training.directory, step_of(paths[-1])):
+        return
+    try:
+        training.store.open()
+    except OSError as error:
+        raise InputError(
+            f"output_dir={config.output_dir}: {training.store.directory} can not be written ({said(error)}); give "
+            "another one."
+        ) from error
+    kinds = expected_tensors(config.model, training.optimizer, trained=True)
+    size = sum(kind.num_bytes for kind in kinds.values())
+    rewinds = config.guards.spike_policy is SpikePolicy.rewind
+    kept = most_kept(config.trainer.max_steps, config.trainer.eval_interval, config.checkpoint, rewinds)
+    export = 4 * count_parameters(config.model).total if config.finish.export else 0
+    there = sum(file.stat().st_size for path in paths for file in path.iterdir())
+    # One more while it is written, since nothing is deleted before the new one is verified.
+    needed, free = (kept + 1) * size + export - there, shutil.disk_usage(training.store.directory).free
+    if needed > free:
+        raise InputError(
+            f"output_dir={config.output_dir}: {kept} checkpoints of {size / 1e6:,.0f} MB, one more while it is written "
+            f"and the export need {needed / 1e6:,.0f} MB, and the disk has {free / 1e6:,.0f} MB free; free some, keep "
+            "fewer (checkpoint.keep_last, keep_every, keep_best), or give another output_dir."
+        )
 
 
 def write_state(training: Run, status: str, **details: Any) -> None:

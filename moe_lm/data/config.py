@@ -76,6 +76,8 @@ class SourceConfig:
     """As `data.subset`."""
     split: str | None = None
     """As `data.split`."""
+    revision: str | None = None
+    """As `data.revision`."""
     weight: float | None = None
     """Its share of the rows, relative to the others' weights. Null, for all sources, means in proportion to their
     size, which a stream does not know."""
@@ -114,6 +116,10 @@ class DataConfig:
 
     split: str = "train"
     """Split of a `huggingface` data set to train on."""
+
+    revision: str | None = None
+    """Commit or tag of a `huggingface` data set of the Hub; null is the newest. Give one where a run that streams must
+    go on with the same text: it opens the data set again and again."""
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """A mixture: data.sources.NAME.paths=[…], data.sources.NAME.weight=2, and so on, for each of its sources."""
@@ -259,7 +265,7 @@ class DataConfig:
         kind. For `prepared`, the sources' names and domains are those of the prepared sets.
         """
         whole = SourceConfig(self.source, self.paths, self.text_field, self.domain, self.domain_field)
-        whole.subset, whole.split = self.subset, self.split
+        whole.subset, whole.split, whole.revision = self.subset, self.split, self.revision
         if not self.sources or self.source is DataSource.prepared:
             return {self.source.name: dataclasses.replace(whole, domain=self.domain or self.source.name)}
         filled = {}

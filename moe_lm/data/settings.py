@@ -38,6 +38,9 @@ def settings_of(config: DataConfig, tokenizer_config: TokenizerConfig, template:
         values["chat_template"] = f"SHA-256 {hashlib.sha256(template.encode()).hexdigest()[:16]}"
     for source in values["sources"].values():
         del source["weight"], source["final_weight"]
+    for place in (values, *values["sources"].values()):
+        if place["revision"] is None:
+            del place["revision"]  # as in sets that were made when there was none: their chunks' fingerprints hold
     tokenizer = asdict(tokenizer_config)
     if tokenizer_config.kind is TokenizerKind.bpe:
         del tokenizer["kind"]  # as in sets that were made when there was no other: their chunks' fingerprints hold

@@ -203,7 +203,8 @@ def open_validation(config: DataConfig) -> Source | None:
     if not config.validation_paths:
         return None
     source = SourceConfig(config.source, config.validation_paths, config.text_field, None, None)
-    source.domain, source.subset, source.split = config.domain or config.source.name, config.subset, config.split
+    source.domain = config.domain or config.source.name
+    source.subset, source.split, source.revision = config.subset, config.split, config.revision
     if not config.sources:
         source.domain_field = config.domain_field
     return _open("validation", source, config, "data.validation_paths", set())
@@ -223,6 +224,9 @@ def _open(name: str, source: SourceConfig, config: DataConfig, option: str, held
             raise InputError(f"{option}={list(source.paths)}: give one name or directory of a data set.")
         path = os.path.expanduser(source.paths[0])
         is_local = os.path.isdir(path)
+        if is_local and source.revision is not None:
+            name = f"{option.removesuffix('paths')}revision"
+            raise InputError(f"{name}={source.revision}: {path} is a directory, which has no revisions; leave it out.")
         files = [SourceFile(Path(path), Path(path).resolve().name if is_local else path, 0)]
         files = [file for file in files if file.path.resolve() not in held_out]
         reader = _huggingface_reader(path, source, option)
@@ -374,7 +378,7 @@ def _load_dataset(path: str, source: SourceConfig, option: str) -> Any:
                     raise InputError(f"{split}: {path} has the splits {', '.join(sorted(saved))}; choose one of them.")
                 saved = saved[source.split]
             return saved.to_iterable_dataset()
-        return datasets.load_dataset(path, source.subset, split=source.split, streaming=True)
+        return datasets.load_dataset(path, source.subset, split=source.split, revision=source.revision, streaming=True)
     except InputError:
         raise
     except ValueError as error:

@@ -260,6 +260,7 @@ def test_a_python_without_sources_is_a_sentence(tmp_path: Path) -> None:
         ({"split": "valid"}, r"data.split=valid: .* can not be opened so"),
         ({"text_field": "body"}, r"data.text_field=body: .* has no such column \(its columns: lang, n, text\)"),
         ({"subset": "nope"}, r"data.split=train: .* can not be opened so"),
+        ({"revision": "v1"}, r"data.revision=v1: .* is a directory, which has no revisions; leave it out"),
     ],
 )
 def test_wrong_options_of_a_hub_data_set_are_sentences(
@@ -272,6 +273,23 @@ def test_wrong_options_of_a_hub_data_set_are_sentences(
 def test_a_missing_split_of_a_saved_data_set_names_those_there(places: dict[str, Path]) -> None:
     with pytest.raises(InputError, match=r"data.split=test: .* has the splits train"):
         list(source_of("saved splits", places["saved splits"], split="test").read())
+
+
+def test_a_data_set_of_the_hub_is_opened_at_its_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library is replaced: no hub can be reached from a test."""
+    asked = []
+
+    def load(path: str, subset: str | None, *, split: str, revision: str | None, streaming: bool) -> object:
+        asked.append((path, subset, split, revision, streaming))
+        return datasets.Dataset.from_list([{"text": "a"}]).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    own = SourceConfig(paths=["some/set"], revision="abc", weight=1.0)
+    inherits = SourceConfig(paths=["other/set"], subset="en", weight=1.0)
+    config = DataConfig(source=DataSource.huggingface, sources={"own": own, "other": inherits}, revision="v1")
+    for source in open_sources(config):
+        assert [document.text for document, _ in source.read()] == ["a"]
+    assert asked == [("other/set", "en", "train", "v1", True), ("some/set", None, "train", "abc", True)]
 
 
 def test_subsets_of_one_data_set_are_sources_of_their_own(tmp_path: Path) -> None:

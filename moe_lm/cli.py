@@ -18,10 +18,10 @@ COMMANDS = {
     "prepare": "make a tokenizer and token shards of text, once, for any number of runs",
     "pretrain": "train a model from scratch, or go on with a run; evaluates and exports at the end",
     "finetune": "go on from a trained model: more text or conversations, all of it or by LoRA",
-    "upcycle": "make a mixture of experts of a dense model, or give a mixture more experts",
+    "upcycle": "turn a dense model into a mixture of experts, or add experts to one",
     "import": "write a Hugging Face checkpoint, or Mistral's own files, as a native one",
     "export": "write a run's checkpoint as a Hugging Face directory",
-    "verify": "check a checkpoint, all of a run's, or an export by hand",
+    "verify": "check a checkpoint, all those of a run, or an export",
     "generate": "continue a text with a checkpoint or an export",
     "plan placement": "find which rank should own which expert, from a run's expert counts",
 }

@@ -24,13 +24,12 @@ class CheckpointConfig:
     keep_last: int = 2
     """Newest checkpoints that are kept; older ones are deleted once a newer one is verified on disk."""
     keep_every: int = 0
-    """Also keep the checkpoints of every step that is a multiple of this, for ever; 0 keeps none for that."""
+    """Also keep, for good, the checkpoint of every step that is a multiple of this; 0 keeps no extra ones."""
     keep_best: bool = True
     """Also keep the checkpoint with the lowest bits per byte among those saved at a step with a validation."""
     on_failure: FailurePolicy = FailurePolicy.wait
-    """Where a checkpoint can not be written (full disk, broken mount) after some tries: `wait` tries again until it can
-    be, and training waits once the next one is due; `stop` ends the run with exit code 75, to go on from the last
-    one."""
+    """If a checkpoint cannot be written (full disk, broken mount) after some tries: `wait` keeps trying, and training
+    pauses once the next one is due; `stop` ends the run with exit code 75, to be resumed from the last good one."""
 
     def __post_init__(self) -> None:
         if self.interval < 0:

@@ -117,7 +117,7 @@ class Saver:
         remedy = "" if last else "; free some space, it is tried again" if full else "; it is tried again"
         if tries <= len(PAUSES) + 1 or tries % 6 == 0 or last:
             failed = f"checkpoint of step {step} can not be written ({said(error)})"
-            self._report(f"{failed}{remedy}; those before it are as they were")
+            self._report(f"{failed}{remedy}; earlier checkpoints are intact")
         if last:
             return False
         if makes_room:

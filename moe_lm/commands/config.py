@@ -42,7 +42,7 @@ class PrepareConfig:
         if not 1 <= index <= total:
             raise InputError(f"part={self.part}: must be i/n with i from 1 to n, such as 2/8.")
         if self.data.source is DataSource.prepared:
-            raise InputError("data.source=prepared: is prepared already; give the text that it shall be made of.")
+            raise InputError("data.source=prepared: is prepared already; give the text to prepare.")
         if self.data.streaming:
             raise InputError("data.streaming=true: a stream is not prepared; leave it out, or give it to `pretrain`.")
 
@@ -80,8 +80,8 @@ class UpcycleConfig:
     num_experts: int = 8
     """Experts in each layer; of a mixture a multiple of those it has."""
     num_experts_per_tok: int | None = None
-    """Experts that each token is sent to; null means 2 of a dense model, and of a mixture its own number times the
-    copies, which keeps its function."""
+    """Experts that each token is sent to; null means 2 for a dense model, and for a mixture its own number times
+    the copies, which keeps its function."""
     noise: float = 0.0
     """Normal noise added to each copy of an expert, in standard deviations of the matrix it is added to; 0.01 tells
     copies apart, 0 keeps the function of the base."""
@@ -108,7 +108,7 @@ class ExportConfig:
     """Directory to write; null means `hf` in the run's directory, of adapters `adapter`. An earlier export there is
     replaced, nothing else is."""
     base: str | None = None
-    """Where the base of a LoRA run is, if it is not where it was: a copy of it, or its fp32 export."""
+    """Where the base of a LoRA run is now, if it was moved: a copy of it, or its fp32 export."""
     adapter: bool = False
     """Write the adapters of a LoRA run alone, as peft's files, instead of the model that they are merged into."""
     dtype: ExportType = ExportType.fp32
@@ -178,14 +178,14 @@ class GenerateConfig:
     """`moe-lm generate`."""
 
     checkpoint: str | None = None
-    """Run directory (its newest checkpoint), one checkpoint directory, or an exported Hugging Face directory."""
+    """Run directory (its newest checkpoint), one checkpoint, or a directory in Hugging Face's or Mistral's layout."""
     prompt: str = ""
     """Text to continue."""
     prompts: str | None = None
-    """File of many texts to continue, each line a JSON string; what is printed are JSON lines {"prompt": …,
+    """File of texts to continue, one JSON string per line; the output is JSON lines {"prompt": …,
     "completion": …}."""
     batch_size: int = 16
-    """How many of them are continued at once."""
+    """How many prompts are continued at once."""
     chat: bool = False
     """Whether the prompt is a user's message, rendered by the tokenizer's chat template (moe-lm's own where a tokenizer
     of moe-lm's has none); only the answer is printed."""
@@ -198,7 +198,7 @@ class GenerateConfig:
     seed: int = 0
     """Seed of the sampling."""
     precision: Precision = Precision.fp32
-    """Type that is computed with: `fp32`, `bf16` (faster where the hardware has it), or `auto`: bf16 where it has."""
+    """Compute type: `fp32`, `bf16` (faster where hardware supports it), or `auto`: bf16 where hardware supports it."""
     device: Device = Device.auto
     """`cpu`, `cuda`, or `auto`."""
 
@@ -227,7 +227,7 @@ class PlanPlacementConfig:
     trace: str | None = None
     """Run directory, or its metrics.jsonl, whose expert counts say how busy each expert is."""
     last: int | None = 100
-    """Only so many of its logged steps, the latest; null means all."""
+    """How many logged steps to use, the latest; null means all."""
     ep: int | None = None
     """Ranks of the expert-parallel group, at most as many as a layer has experts."""
     ranks_per_node: int | None = None
@@ -236,9 +236,9 @@ class PlanPlacementConfig:
     """The most experts of a layer that fit into one rank's memory; null means any number."""
     seconds_per_row: float = 2.6e-6
     """Seconds to compute one routed row in one expert, forward and backward; the default is that of Mixtral 8x7B on an
-    H100. Costs count by their ratios, except in the seconds that are foretold."""
+    H100. Only ratios of costs matter, except for the predicted seconds."""
     bytes_per_row: float = 32768.0
-    """Bytes that a routed row is on the wire, dispatch and combine, forward and backward: 8 · hidden_size in bf16."""
+    """Bytes sent per routed row, for dispatch and combine, forward and backward: 8 · hidden_size in bf16."""
     bandwidth_in_node: float = 450e9
     """Bytes per second that one rank exchanges with its own node; the default is that of NVLink 4."""
     bandwidth_between_nodes: float = 400e9

@@ -49,7 +49,7 @@ def resume(training: Run, has_data: bool, say: Callable[[str], None]) -> bool:
     try:
         training.load(checkpoint)
     except CheckpointError as error:
-        raise InputError(f"{error}; what changes these can not be insisted on.") from error
+        raise InputError(f"{error}; resume.allow_change does not cover these.") from error
     progress = training.progress
     best = "" if progress.best_bits_per_byte is None else f", best estimate {progress.best_bits_per_byte:.4f} bits/byte"
     say(f"resumed {checkpoint.path} (step {step} of {max_steps}, {progress.targets:,} targets learned from{best})")

@@ -109,7 +109,7 @@ class DataConfig:
     """Name of the field that holds a document's domain, instead of one domain for all."""
 
     domains: list[str] = field(default_factory=list)
-    """Every value of `domain_field`, for streams, which can not look ahead; any other value is a bad row."""
+    """For streams, which cannot look ahead: all values of `domain_field`; any other value is a bad row."""
 
     subset: str | None = None
     """Configuration name of a `huggingface` data set that has several."""
@@ -118,8 +118,8 @@ class DataConfig:
     """Split of a `huggingface` data set to train on."""
 
     revision: str | None = None
-    """Commit or tag of a `huggingface` data set of the Hub; null is the newest. Give one where a run that streams must
-    go on with the same text: it opens the data set again and again."""
+    """Commit or tag of a `huggingface` data set of the Hub; null is the newest. Give one if a run that streams must
+    keep the same text: the data set is reopened in every epoch, and when the run resumes."""
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """A mixture: data.sources.NAME.paths=[…], data.sources.NAME.weight=2, and so on, for each of its sources."""
@@ -133,14 +133,14 @@ class DataConfig:
     from the rest, and a file matched by both is only validated on."""
 
     on_bad_row: OnBadRow = OnBadRow.error
-    """`error` ends with the place of the first row that is no document (broken JSON, a missing field, text that is not
-    UTF-8, a file cut short …); `skip` leaves such rows out and counts them by kind."""
+    """`error` ends the command at the first bad row (broken JSON, a missing field, text that is not UTF-8, a truncated
+    file …) and says where it is; `skip` leaves such rows out and counts them by kind."""
 
     sequence_length: int = 256
     """Length of a training row in tokens."""
 
     mask_documents: bool = True
-    """Whether attention stays within a document and positions restart at each; off, a row is one run of text."""
+    """Whether attention stays within a document and positions restart at each; if false, both span the row."""
 
     packing: Packing = Packing.sequential
     """`sequential` cuts the documents, end to end, into rows; `best_fit` keeps each document in one row where it fits
@@ -156,12 +156,12 @@ class DataConfig:
     `cut` cuts its end off."""
 
     route_prompts: bool = True
-    """Whether what is not the assistant's in a conversation counts in the balancing losses and in telemetry. It always
-    goes through the experts, so by default it does."""
+    """Whether tokens of a conversation that are not the assistant's count in the balancing losses and in telemetry.
+    They go through the experts either way."""
 
     epochs: int | None = None
-    """Passes over the text. Null repeats a source that is used up for as long as training lasts; a number ends the run
-    when the first source has been read that often, if `trainer.max_steps` does not end it before."""
+    """Passes over the text. Null repeats exhausted sources until the run ends; a number ends the run when the first
+    source has been read that many times, unless `trainer.max_steps` ends it earlier."""
 
     streaming: bool = False
     """Tokenize while training, without preparing shards first: for text too large to prepare, or without end."""

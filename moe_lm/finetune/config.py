@@ -40,7 +40,7 @@ class FinetuneConfig:
 
     method: Method = Method.full
     """`full` changes the weights themselves; `lora` adds a low-rank matrix to each and changes that alone (LoRA, Hu et
-    al. 2021). `finetune=full` and `finetune=lora` say the same."""
+    al. 2021). `finetune=full` and `finetune=lora` are shorthands."""
     parts: list[str] = dataclasses.field(default_factory=list)
     """Which parts: embedding, attention, experts (of a dense model its feed-forward blocks), router, norms, head. An
     empty list means all of them; for LoRA, which has no adapters of norms, it means attention, experts and router.

@@ -104,8 +104,8 @@ def _refuse_pickle(directory: Path, wanted: str) -> None:
     if pickled:
         raise InputError(
             f"{directory}: holds its weights as pickles alone ({pickled[0]}), which can run code when they are read; "
-            "where you trust them, convert them with transformers: AutoModelForCausalLM.from_pretrained(…)"
-            ".save_pretrained(…) writes safetensors."
+            "where you trust them, convert them with transformers (AutoModelForCausalLM.from_pretrained(…)"
+            ".save_pretrained(…); for Mistral's own files, its convert_mistral_weights_to_hf.py) to safetensors."
         )
 
 

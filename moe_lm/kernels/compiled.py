@@ -47,7 +47,7 @@ def load(
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         warnings.warn(
-            f"{without} (CXX names a compiler, {SWITCH}=0 does without): {detail}",
+            f"{without} (CXX chooses a compiler, {SWITCH}=0 turns them off): {detail}",
             stacklevel=3,
         )
         return None

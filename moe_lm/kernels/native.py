@@ -2,7 +2,7 @@
 
 What is left of a step on a CPU beside matrix products is memory traffic: torch makes two to eight passes where one
 would do, and each has a thread start. And where there are AMX tiles, products themselves gain by what is fused around
-them. GCC takes some seconds once. Without a compiler, or with MOE_LM_NATIVE=0, `supports` says no, and callers take
+them. GCC takes ten seconds, once. Without a compiler, or with MOE_LM_NATIVE=0, `supports` says no, and callers take
 their plain version. A compiler whose OpenMP is not GCC's gives no library that loads, which is said.
 
 The library needs nothing of torch but pointers, and it shares torch's OpenMP threads: two pools on the same cores would

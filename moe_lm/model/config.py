@@ -78,23 +78,23 @@ class ModelConfig:
     num_experts_per_tok: int = 2
     """Experts that each token is sent to (top-k)."""
     capacity_factor: float | None = None
-    """Most rows that an expert takes of one process's micro-batch, in even shares of them; the assignments beyond,
-    those of least weight, are dropped. Shapes then do not depend on routing, but what is dropped does on how a batch is
-    cut up. null drops nothing."""
+    """Most rows that an expert takes from one process's micro-batch, as a multiple of an even share; assignments beyond
+    that, those of least weight, are dropped. Shapes then do not depend on routing, but what is dropped depends on how a
+    batch is split. null drops nothing."""
     load_balancing: LoadBalancing = LoadBalancing.per_layer
     """Load-balancing loss: `per_layer` (Switch, 1 at balance), `pooled` (transformers' Mixtral, top-k at balance),
     `none`."""
     load_balancing_source: LoadSource = LoadSource.previous_step
-    """Load that the loss works against: `previous_step`, that of the whole batch before, so that gradients do not
-    depend on how a batch is cut up; `micro_batch`, that of all processes' present micro-batch, as other trainers do:
-    the same for any number of processes, but not for any number of micro-batches."""
+    """Load that the loss counteracts: `previous_step`, that of the previous global batch, so that gradients do not
+    depend on how a batch is split; `micro_batch`, that of the current micro-batch over all processes, as in other
+    trainers: independent of the number of processes, but not of micro-batches."""
     router_aux_loss_coef: float = 0.01
     """Weight of the load-balancing loss."""
     router_z_loss_coef: float = 0.001
     """Weight of the router z-loss, which keeps router logits small."""
     router_drift_coef: float = 0.0
-    """Weight of the router's drift, the divergence of its probabilities from those that the router fine-tuning started
-    with would give; 0 lets it go anywhere. Only fine-tuning has a router to stay near."""
+    """Weight of the penalty on router drift, the divergence of its probabilities from those of the router that
+    fine-tuning started with; 0 is no penalty. For fine-tuning only."""
 
     def __post_init__(self) -> None:
         for name in (

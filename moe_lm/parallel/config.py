@@ -32,17 +32,17 @@ class ParallelConfig:
     mode: ParallelMode = ParallelMode.auto
     """`single`: one process. `replicated`: a whole model on each. `fsdp`: weights, gradients and moments sharded over
     all. `fsdp_ep`: the same, and experts owned by different processes. `hsdp_ep`: several such groups, each with a
-    whole model. `auto` chooses by number of processes, memory and model, and says so. `parallel=fsdp_ep` says the
-    same."""
+    whole model. `auto` chooses by number of processes, memory and model, and says so. `parallel=fsdp_ep` is a
+    shorthand."""
     dp_replicate: int | None = None
     """Groups with a whole model each (`hsdp_ep`); null means one for each node."""
     ep: int | None = None
-    """Processes that share the experts of a layer; divides the processes of a group (dp_shard), at most
-    model.num_experts, which need not be a multiple of it. null chooses: few experts on the busiest process, within a
+    """Processes that a layer's experts are spread over: must divide the processes of a group (dp_shard) and be at most
+    model.num_experts, but need not divide it. null chooses for the fewest experts on the busiest process, within a
     node."""
     placement: PlacementPolicy = PlacementPolicy.contiguous
-    """Which of them owns which expert: `contiguous` in order; `balanced` by the run's expert counts so far, as
-    `moe-lm plan placement` would; `file` as parallel.placement_file says."""
+    """Which process owns which expert: `contiguous` in order; `balanced` by the run's expert counts so far, as
+    `moe-lm plan placement` would; `file` as given by placement_file."""
     placement_file: str | None = None
     """What `moe-lm plan placement output=FILE` wrote."""
 

@@ -116,11 +116,11 @@ class ScheduleConfig:
     """`cosine` falls from the end of warm-up; `wsd` (warm-up, stable, decay) holds, then falls linearly; `constant`
     holds."""
     warmup_steps: int = 100
-    """Steps of linear warm-up from 0; a run that is shorter is all warm-up."""
+    """Steps of linear warm-up: step n has n / warmup_steps of the rate. A shorter run is all warm-up."""
     decay_fraction: float = 0.2
     """Share of trainer.max_steps that the decay of `wsd` takes, at the end."""
     final_factor: float = 0.1
-    """Factor that `cosine` and `wsd` end at."""
+    """Factor of the learning rate that `cosine` and `wsd` decay towards; one more step would have it."""
 
     def __post_init__(self) -> None:
         _require(self, "schedule", "warmup_steps", self.warmup_steps >= 0, "must not be negative")
@@ -151,13 +151,13 @@ class TrainerConfig:
     eval_interval: int = 100
     """Steps between validations; 0 validates only at the end."""
     eval_sequences: int = 64
-    """Sequences of an interim validation, spread evenly over the validation set; the last one takes all of them."""
+    """Sequences of an interim validation, spread evenly over the validation set; the final one uses all of it."""
     step_timeout: int = 1800
-    """Seconds without the end of a step, of a validation's batch or of a save after which the process prints the stacks
-    of its threads and ends with exit code 1, so that a launcher starts it again; 0 never does."""
+    """If no step, validation batch or save ends for this many seconds, the process prints its threads' stacks and ends
+    with exit code 1, so that a launcher restarts it; 0 disables this."""
     stop_deadline: int = 25
-    """Seconds from SIGTERM or SIGINT to the end of the process, at most: past it the process ends without a checkpoint
-    of the present step. torchrun kills after 30; give more where steps or saves take longer and the launcher waits."""
+    """Most seconds from SIGTERM, SIGINT or SIGHUP to the end of the process; then it ends without a checkpoint of the
+    current step. torchrun kills after 30; give more if steps or saves take longer and the launcher waits."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_interval", "eval_sequences"):
@@ -181,7 +181,7 @@ class GuardsConfig:
     """A spike is this many robust standard deviations (1.4826 times the median absolute deviation, at least 1 % of the
     median) above the median of the window."""
     spike_window: int = 128
-    """Steps that a loss is compared with; fewer at the beginning, none before 32."""
+    """Previous losses that a loss is compared with; fewer at first, and none before 32."""
     rewind_margin: int = 8
     """Batches left out before the one that spiked, and after it."""
     max_rewinds: int = 3
@@ -200,8 +200,8 @@ class ResumeConfig:
     """What becomes of a run directory that has a run in it."""
 
     policy: ResumePolicy = ResumePolicy.auto
-    """`auto` goes on where the newest good checkpoint stands; `never` refuses. `resume=auto` and `resume=never` say the
-    same."""
+    """`auto` resumes from the newest good checkpoint; `never` refuses. `resume=auto` and `resume=never` are
+    shorthands."""
     allow_change: list[str] = dataclasses.field(default_factory=list)
     """Options, or sections of them, that may differ from those the run was started with, such as
     [trainer.max_steps,schedule]."""
@@ -228,10 +228,10 @@ class FinishConfig:
     sample_prompt: str | None = None
     """Continue this text with the trained model and print it; null prints no sample."""
     sample_tokens: int = 120
-    """Most tokens of that sample; it ends with the model's context."""
+    """Most tokens of that sample; the model's context limits it too."""
     compare_compressors: bool = False
-    """Print what `gzip -9` and `xz -9` make of the validation bytes, beside the model's bits per byte; of more than
-    100 MB they would take long, and are left out."""
+    """Print the bits per byte of `gzip -9` and `xz -9` on the validation bytes beside the model's; left out above
+    100 MB, where they would take long."""
 
     def __post_init__(self) -> None:
         _require(self, "finish", "sample_tokens", self.sample_tokens >= 1, "must be at least 1")

@@ -73,7 +73,7 @@ def measure(ours: CausalLM, theirs: list[Any], prompt_BS: Tensor, tokens: int) -
     """For each of theirs, speeds for people; and the texts, ours first."""
 
     def our_texts() -> Texts:
-        return generate(ours, prompt_BS.tolist(), tokens, end_id=-1)
+        return generate(ours, prompt_BS.tolist(), tokens)
 
     def texts_of(model: Any) -> Callable[[], Texts]:
         model.config.output_router_logits = False

@@ -7,7 +7,7 @@ from moe_lm.commands.model_source import MergedSource, open_model, open_source
 from moe_lm.commands.run_directory import write_state
 from moe_lm.evaluation.bits_per_byte import Validation
 from moe_lm.evaluation.compressors import document_bytes, gzip_bits_per_byte, xz_bits_per_byte
-from moe_lm.evaluation.generation import generate
+from moe_lm.evaluation.generation import continuation, generate
 from moe_lm.model.accounting import count_parameters
 from moe_lm.training.machine import total_memory
 from moe_lm.training.run import Run
@@ -67,6 +67,6 @@ def _sample(training: Run, prompt: str, tokens: int) -> str:
     tokens = min(tokens, training.config.model.max_position_embeddings - len(ids))
     if tokens < 1:
         return f"(none: finish.sample_prompt fills the {len(ids) + tokens} tokens of the model's context)"
-    choices = tokenizer.generated_ids
-    (new_ids,) = generate(model, [ids], tokens, tokenizer.eos_id, temperature=0.7, top_k=50, choices=choices)
-    return prompt + tokenizer.decode(new_ids)
+    ends, choices = tokenizer.end_ids, tokenizer.generated_ids
+    (new_ids,) = generate(model, [ids], tokens, ends, temperature=0.7, top_k=50, choices=choices)
+    return prompt + continuation(tokenizer, ids, new_ids)

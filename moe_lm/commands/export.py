@@ -21,6 +21,7 @@ from moe_lm.files import write_json
 from moe_lm.finetune.adapter import write_adapter
 from moe_lm.finetune.base import fingerprint
 from moe_lm.hf.export import SHARD_BYTES, check_output, export, new_export
+from moe_lm.hf.files import has_consolidated
 from moe_lm.hf.model_card import UNKNOWN_LICENSE, model_card
 from moe_lm.hf.receipt import RECEIPT, Receipt
 from moe_lm.model.source import ModelSource
@@ -82,7 +83,7 @@ def base_of_adapter(source: MergedSource) -> str:
     imported = [Path(origin["checkpoint"])] if origin.get("command") == "import" else []
     for place in (base.run_directory / "hf", *imported):
         with contextlib.suppress(InputError, OSError):
-            if is_foreign(place) and fingerprint(open_source(place)) == source.base_fingerprint:
+            if _peft_reads(place) and fingerprint(open_source(place)) == source.base_fingerprint:
                 return str(place.absolute())
     return str(base.path.absolute())
 
@@ -90,7 +91,12 @@ def base_of_adapter(source: MergedSource) -> str:
 def said_base(source: MergedSource) -> str:
     """Where the base of adapters is, in words."""
     place = Path(base_of_adapter(source))
-    return str(place) if is_foreign(place) else f"an fp32 export of {place}"
+    return str(place) if _peft_reads(place) else f"an fp32 export of {place}"
+
+
+def _peft_reads(place: Path) -> bool:
+    """Whether a directory is in Hugging Face's format: Mistral's own is nothing to transformers."""
+    return is_foreign(place) and not has_consolidated(place)
 
 
 def write_export(

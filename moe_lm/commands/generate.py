@@ -10,7 +10,7 @@ from moe_lm.commands.model_source import open_model
 from moe_lm.data.chat_template import encode_prompt
 from moe_lm.data.tokenizer import Tokenizer
 from moe_lm.errors import InputError
-from moe_lm.evaluation.generation import generate
+from moe_lm.evaluation.generation import continuation, generate
 from moe_lm.model.config import ModelConfig
 from moe_lm.parallel.runtime import Runtime
 from moe_lm.training.config import Device
@@ -37,13 +37,17 @@ def run(config: GenerateConfig) -> int:
             model,
             [encoded[number] for number in numbers],
             config.max_new_tokens,
-            tokenizer.eos_id,
+            tokenizer.end_ids,
             config.temperature,
             config.top_k,
             [config.seed + number for number in numbers],
             tokenizer.generated_ids,
         )
-        completions.update({number: tokenizer.decode(ids) for number, ids in zip(numbers, made)})
+        for number, ids in zip(numbers, made):
+            # An answer is a text of its own, in a chat.
+            completions[number] = (
+                tokenizer.decode(ids) if config.chat else continuation(tokenizer, encoded[number], ids)
+            )
     for number, prompt in enumerate(prompts):
         if config.prompts is not None:
             print(json.dumps({"prompt": prompt, "completion": completions[number]}, ensure_ascii=False))

@@ -90,6 +90,8 @@ def _reported(parameters: Iterable[tuple[str, Tensor]], total: int) -> Iterator[
 def _recorded(parameters: Iterable[tuple[str, Tensor]], written: dict[str, dict[str, Any]]) -> Iterator[TensorSlice]:
     """Slices of whole parameters; says of each what it was."""
     for name, tensor in parameters:
+        if not all(torch.isfinite(edge) for edge in tensor.aminmax()):
+            raise InputError(f"checkpoint: {name} holds values that are not finite (NaN or Inf); take a good copy.")
         values = tensor.contiguous().flatten().view(torch.uint8).numpy().data
         digest = hashlib.sha256(values).hexdigest()
         written[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "sha256": digest}

@@ -1,5 +1,6 @@
 """`moe-lm plan placement`: which rank should own which expert, and what that saves."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -48,15 +49,7 @@ def _cluster(config: PlanPlacementConfig, experts: int) -> Cluster:
             f"max_experts_per_rank={config.max_experts_per_rank}: {config.ep} ranks can not hold {experts} experts; "
             f"give at least {-(-experts // config.ep)}, or a larger ep."
         )
-    return Cluster(
-        ep=config.ep,
-        ranks_per_node=config.ranks_per_node,
-        max_experts_per_rank=config.max_experts_per_rank,
-        seconds_per_row=config.seconds_per_row,
-        bytes_per_row=config.bytes_per_row,
-        bandwidth_in_node=config.bandwidth_in_node,
-        bandwidth_between_nodes=config.bandwidth_between_nodes,
-    )
+    return Cluster(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Cluster)})
 
 
 def _table(in_order: Placement, found: Balanced, count_LE: Sequence[Sequence[int]], cluster: Cluster) -> Iterator[str]:

@@ -37,15 +37,7 @@ def run(config: VerifyConfig) -> int:
     path = Path(config.checkpoint).expanduser()
     if not path.is_dir():
         raise InputError(f"checkpoint={path}: {'is no directory' if path.exists() else 'there is no such directory'}.")
-    output = None if config.output is None else Path(config.output).expanduser()
-    if output is not None and output.is_dir():
-        raise InputError(f"output={output}: is a directory; give the name of a file.")
-    if output is not None and output.resolve().is_relative_to(path.resolve()):
-        raise InputError(f"output={output}: lies in checkpoint={path}, which is left as it is; give another place.")
-    if output is not None and not output.absolute().parent.is_dir():
-        raise InputError(f"output={output}: there is no directory {output.parent}; make it, or give another one.")
-    if output is not None and not os.access(output.absolute().parent, os.W_OK):
-        raise InputError(f"output={output}: {output.parent} can not be written in; give another place.")
+    output = None if config.output is None else _checked_output(Path(config.output).expanduser(), path)
     try:
         receipt = _of_directory(path, config) if is_foreign(path) else _of_checkpoints(path, config)
     except VerificationError as error:
@@ -55,6 +47,19 @@ def run(config: VerifyConfig) -> int:
         if output is not None:
             write_json(output, receipt.to_json())
     return 0
+
+
+def _checked_output(output: Path, path: Path) -> Path:
+    """The file that the receipt is to be written to, once it can be."""
+    if output.is_dir():
+        raise InputError(f"output={output}: is a directory; give the name of a file.")
+    if output.resolve().is_relative_to(path.resolve()):
+        raise InputError(f"output={output}: lies in checkpoint={path}, which is left as it is; give another place.")
+    if not output.absolute().parent.is_dir():
+        raise InputError(f"output={output}: there is no directory {output.parent}; make it, or give another one.")
+    if not os.access(output.absolute().parent, os.W_OK):
+        raise InputError(f"output={output}: {output.parent} can not be written in; give another place.")
+    return output
 
 
 def _of_directory(path: Path, config: VerifyConfig) -> Receipt:

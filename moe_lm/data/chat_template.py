@@ -14,6 +14,7 @@ together again as text (`tokenizer_rendered.py`).
 """
 
 import functools
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,6 +183,25 @@ def encode_chat(tokenizer: Tokenizer, messages: Messages, ask: bool) -> list[int
     except Exception as error:  # a template is a program, and may fail in any way
         raise InputError(f"checkpoint: the chat template of its tokenizer fails ({_words(error)}).") from None
     return tokenizer.encode_rendered(text, breaker, [])[0]
+
+
+def end_ids(tokenizer: Tokenizer) -> list[int]:
+    """Ids that end a text: the tokenizer's end mark, and the mark that its chat template writes behind an answer, where
+    that is another.
+    """
+    messages = [{"role": Role.user.value, "content": "a"}, {"role": Role.assistant.value, "content": "b"}]
+    if tokenizer.chat_template is None:
+        return [tokenizer.eos_id]  # the default template ends with it
+    try:
+        text, spans = render(tokenizer.chat_template, messages, tokenizer.special_tokens)
+    except Exception:  # a template is a program, and may fail in any way
+        return [tokenizer.eos_id]
+    ids, token_spans = tokenizer.encode_rendered(text, NONCHARACTERS[0], spans or [])
+    pieces = set(tokenizer.generated_ids) - {tokenizer.eos_id}
+    answer = ids[slice(*token_spans[-1])] if token_spans else []
+    said_and_closed = itertools.dropwhile(lambda token: token not in pieces, answer)
+    marks = [token for token in said_and_closed if token not in pieces]
+    return list(dict.fromkeys([tokenizer.eos_id, *marks[-1:]]))
 
 
 def render(

@@ -228,6 +228,10 @@ class Tokenizer(Protocol):
     def generated_ids(self) -> list[int]:
         """Ids that a text may go on with: its pieces, and the end mark; not the other control ids."""
 
+    @property
+    def end_ids(self) -> list[int]:
+        """Ids that end a text: the end mark, and what else closes an answer; see `chat_template.end_ids`."""
+
     def save(self, directory: Path, model_max_length: int) -> None:
         """Writes the files that transformers loads it from, and that `load_tokenizer` loads it from."""
 
@@ -358,6 +362,13 @@ class SentencePieceTokenizer:
         """Ids that a text may go on with: its pieces, and the end mark; not the other control ids, nor `<unk>`."""
         ids = range(self.vocab_size)
         return [i for i in ids if i == self.eos_id or not (self.is_control(i) or self.is_unknown(i))]
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Ids that end a text: the end mark, and what else closes an answer; see `chat_template.end_ids`."""
+        from moe_lm.data.chat_template import end_ids
+
+        return end_ids(self)
 
     @cached_property
     def is_by_character(self) -> bool:

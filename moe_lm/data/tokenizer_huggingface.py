@@ -22,6 +22,7 @@ TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
 CONFIG_FILE = "tokenizer_config.json"
 PLAIN_CLASS = "PreTrainedTokenizerFast"
+MARKS = ("bos", "eos", "unk", "pad")
 COMPANIONS = (
     CONFIG_FILE,
     "special_tokens_map.json",
@@ -70,9 +71,7 @@ class HuggingFaceTokenizer:
         unknown = {_unknown_id(content, self._tokenizer)} - {self.bos_id, self.eos_id}
         self._refused = self._marks.keys() - unknown
         self.chat_template = read_chat_template(directory)
-        self.special_tokens = {
-            f"{name}_token": text for name, text in _marks(directory, ("bos", "eos", "unk", "pad")).items()
-        }
+        self.special_tokens = {f"{name}_token": text for name, text in _marks(directory, MARKS).items()}
         self.is_by_character = False  # nobody compares such models by character
         self.control_strings = sorted(text for text in self._marks.values() if len(text) > 1)
 
@@ -155,18 +154,29 @@ class HuggingFaceTokenizer:
         special |= {self.bos_id, self.pad_id}
         return sorted({*self._tokenizer.get_vocab(with_added_tokens=True).values()} - special | {self.eos_id})
 
+    @property
+    def end_ids(self) -> list[int]:
+        """Ids that end a text: the end mark, and what else closes an answer; see `chat_template.end_ids`."""
+        from moe_lm.data.chat_template import end_ids
+
+        return end_ids(self)
+
     def save(self, directory: Path, model_max_length: int) -> None:
         """Copies the files as they are, whatever the length: the tokenizer is somebody else's. Only the template may be
-        another, and the class is the one that reads tokenizer.json as it stands, as we do: some of transformers' own
-        (Llama's) take the vocabulary out of it and treat leading spaces in their own way.
+        another, and the configuration names the marks, no code, and the class that reads tokenizer.json as it stands,
+        as we do: some of transformers' own (Llama's) take the vocabulary out of it and treat leading spaces in their
+        way.
         """
         directory.mkdir(parents=True, exist_ok=True)
         for name in (*COMPANIONS, TOKENIZER_FILE, MODEL_FILE):
             if (self.directory / name).exists():
                 write_atomically(directory / name, (self.directory / name).read_bytes())
-        config = _read_object(directory / CONFIG_FILE)
-        if config.get("tokenizer_class", PLAIN_CLASS) != PLAIN_CLASS:
-            write_json(directory / CONFIG_FILE, config | {"tokenizer_class": PLAIN_CLASS})
+        there = _read_object(directory / CONFIG_FILE)
+        marks = {f"{name}_token": text for name, text in _marks(directory, MARKS).items()}
+        config = marks | {name: value for name, value in there.items() if name != "auto_map"}
+        config["tokenizer_class"] = PLAIN_CLASS
+        if config != there:
+            write_json(directory / CONFIG_FILE, config)
         write_chat_template(directory, self.chat_template)
 
 

@@ -3,11 +3,12 @@
 Letters: B prompts, S length of the longest, D hidden, V vocabulary, C ids that may be generated.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
+from moe_lm.data.tokenizer import Tokenizer
 from moe_lm.model.attention import KeyValueCache
 from moe_lm.model.decoder import CausalLM
 from moe_lm.model.decoding import decoding_step
@@ -18,31 +19,31 @@ def generate(
     model: CausalLM,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    end_id: int,
+    end_ids: Collection[int] = (),
     temperature: float = 0.0,
     top_k: int | None = None,
     seeds: Sequence[int] = (),
     choices: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """New token ids of every prompt, until `end_id` (which is not among them) or `max_new_tokens` of them.
+    """New token ids of every prompt, until one of `end_ids` (which is not among them) or `max_new_tokens` of them.
 
     Args:
         model: a model on any device.
         prompts: at least one id each; normally beginning with the document's begin mark.
         max_new_tokens: most tokens to make of each.
-        end_id: id that ends a text.
+        end_ids: ids that end a text.
         temperature: 0 takes the most probable token every time.
         top_k: sample among this many most probable tokens; null means all.
         seeds: what each prompt's sampling is seeded with; empty means 0, 1, 2 … A text does not depend on the others.
-        choices: ids that may be generated; null means all of the model's vocabulary.
+        choices: ids that may be generated besides `end_ids`; null means all of the model's vocabulary.
     """
     weight = model.lm_head.weight
     longest = max(map(len, prompts))
     padding_B = [longest - len(prompt) for prompt in prompts]
-    rows = [[end_id if end_id >= 0 else 0] * padding + list(prompt) for padding, prompt in zip(padding_B, prompts)]
+    rows = [[0] * padding + list(prompt) for padding, prompt in zip(padding_B, prompts)]
     cache = KeyValueCache(model.config, padding_B, longest + max_new_tokens, weight)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds or range(len(prompts))]
-    choice_C = None if choices is None else torch.tensor(choices)
+    choice_C = None if choices is None else torch.tensor(sorted({*choices, *end_ids}))
     made: list[list[int]] = [[] for _ in prompts]
     unfinished = set(range(len(prompts)))
     step = decoding_step(model, cache)
@@ -54,7 +55,7 @@ def generate(
         index_B = _choose(logits_BC, temperature, top_k, generators)
         token_B = index_B if choice_C is None else choice_C.index_select(0, index_B)
         for number, token in enumerate(token_B.tolist()):
-            if token == end_id:
+            if token in end_ids:
                 unfinished.discard(number)
             if number in unfinished:
                 made[number].append(token)
@@ -62,6 +63,15 @@ def generate(
             break
         input_ids_BS = token_B[:, None].to(weight.device)
     return made
+
+
+def continuation(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int]) -> str:
+    """The text that new ids add to a prompt's. By themselves they would be the beginning of a text, which many
+    tokenizers decode without its first space.
+    """
+    before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *new])
+    # A prompt that ends within a character is another text once the rest of it is there.
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new)
 
 
 def _choose(logits_BC: Tensor, temperature: float, top_k: int | None, generators: Sequence[torch.Generator]) -> Tensor:

@@ -56,6 +56,8 @@ def _check_their_configuration(directory: Path, config: ModelConfig, meant_value
         found = getattr(theirs, name, None)
         if name == "head_dim" and found is None:  # its classes then divide, as ours do
             continue
+        if name == "sliding_window" and theirs.model_type == "llama":  # a field that its classes do not look at
+            continue
         if isinstance(meant, dict):
             found = {key: found.get(key) for key in meant} if isinstance(found, dict) else found
         if found != meant:
@@ -73,7 +75,7 @@ def _check_generation(directory: Path, tokenizer: TextTokenizer) -> None:
             defaults = GenerationConfig.from_pretrained(directory, local_files_only=True)
         except Exception as error:  # whatever a damaged file makes of its reader
             raise VerificationError("configuration", f"generation_config.json can not be read ({error})") from error
-    for name, meant in token_ids(tokenizer).items():
+    for name, meant in generation_ids(tokenizer).items():
         if (found := getattr(defaults, name)) != meant:
             raise VerificationError("configuration", f"{name} is {found} in generation_config.json, not {meant}")
 
@@ -81,3 +83,9 @@ def _check_generation(directory: Path, tokenizer: TextTokenizer) -> None:
 def token_ids(tokenizer: TextTokenizer) -> dict[str, int]:
     """The tokenizer's marks by transformers' names."""
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+
+
+def generation_ids(tokenizer: TextTokenizer) -> dict[str, int | list[int]]:
+    """The same for generation, which may end at several."""
+    ends = tokenizer.end_ids
+    return token_ids(tokenizer) | ({"eos_token_id": ends} if len(ends) > 1 else {})

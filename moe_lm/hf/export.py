@@ -11,7 +11,8 @@ from torch import Tensor
 from moe_lm.checkpoint.tensor_file import write_tensors
 from moe_lm.errors import InputError, RunError
 from moe_lm.files import new_directory, write_atomically, write_json
-from moe_lm.hf.configuration_parity import token_ids
+from moe_lm.hf.configuration_parity import generation_ids, token_ids
+from moe_lm.hf.files import read_object
 from moe_lm.hf.layout import model_type, to_disk, to_hf_config
 from moe_lm.hf.receipt import MARK, RECEIPT, Receipt, VerificationError, files_of_export
 from moe_lm.hf.tokenizer_parity import TextTokenizer
@@ -61,13 +62,11 @@ def check_expressible(config: ModelConfig, remedy: str) -> None:
         config: the model.
         remedy: what the user can do, for the sentence.
     """
-    for name, expressible, effect in _INEXPRESSIBLE:
-        if (value := getattr(config, name)) != expressible:
-            raise InputError(f"model.{name}={value}: {effect}, which Mixtral's format can not express; {remedy}.")
-
-
-_INEXPRESSIBLE = (("capacity_factor", None, "drops tokens in the forward pass"),)
-"""Fields of the model, the one value of each that an export can have, and what the others do."""
+    if config.capacity_factor is not None:
+        raise InputError(
+            f"model.capacity_factor={config.capacity_factor}: drops tokens in the forward pass, which Mixtral's format "
+            f"can not express; {remedy}."
+        )
 
 
 def export(
@@ -98,7 +97,7 @@ def export(
     check_expressible(source.config, "go on training with model.capacity_factor=null by `finetune`, and export that")
     with new_export(output) as directory:
         _write_weights(directory, source.parameters(), dtype, max_shard_bytes)
-        _write_configs(directory, source.config, token_ids(tokenizer), dtype)
+        _write_configs(directory, source.config, tokenizer, dtype)
         tokenizer.save(directory, source.config.max_position_embeddings)
         try:
             receipt = verify_export(directory, source, tokenizer, dtype, whole)
@@ -157,12 +156,15 @@ def _write_weights(
     write_json(directory / "model.safetensors.index.json", index)
 
 
-def _write_configs(directory: Path, config: ModelConfig, token_ids: dict[str, int], dtype: torch.dtype) -> None:
+def _write_configs(directory: Path, config: ModelConfig, tokenizer: TextTokenizer, dtype: torch.dtype) -> None:
     from transformers import AutoConfig, GenerationConfig
 
     name = model_type(config)
-    written = AutoConfig.for_model(name, **to_hf_config(config), **token_ids)
+    written = AutoConfig.for_model(name, **to_hf_config(config), **token_ids(tokenizer))
     written.architectures = [f"{name.capitalize()}ForCausalLM"]
     written.dtype = str(dtype).removeprefix("torch.")
     written.save_pretrained(directory)
-    GenerationConfig(**token_ids).save_pretrained(directory)
+    # transformers before 5 knows no `rope_parameters`, and takes 1e6 where the base is not a field of its own.
+    path = directory / "config.json"
+    write_json(path, read_object(path) | {"rope_theta": config.rope_theta})
+    GenerationConfig(**generation_ids(tokenizer)).save_pretrained(directory)

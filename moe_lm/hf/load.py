@@ -137,6 +137,23 @@ class HuggingFaceSource:
         if wrong:
             more = f" ({len(wrong)} tensors are wrong in all)" if len(wrong) > 1 else ""
             raise InputError(f"{wrong[0]}{more}.")
+        for name in tied & self._stored.keys():
+            self._check_copy(name)
+
+    def _check_copy(self, head: str) -> None:
+        """Refuse a tied model whose files hold another head than its embedding: transformers computes with both."""
+        (embedding,) = self.on_disk["model.embed_tokens.weight"]
+        kinds = [self._stored[name].kind for name in (embedding, head)]
+        if kinds[0] == kinds[1]:
+            values = {name: torch.empty(kinds[0].shape, dtype=kinds[0].dtype) for name in (embedding, head)}
+            read_into(values, self._stored)
+            if torch.equal(values[embedding].view(torch.uint8), values[head].view(torch.uint8)):
+                return
+        raise InputError(
+            f"{self.path}: its configuration ties the head to the embedding, and {head} is another matrix than "
+            f"{embedding}; set {'tied_embeddings' if head == 'output.weight' else 'tie_word_embeddings'} to false "
+            "there, or take the head out of the files."
+        )
 
 
 def _wrong_types(stored: dict[str, StoredTensor], names: list[str]) -> list[str]:

@@ -91,6 +91,8 @@ def _refuse_what_is_not_computed(path: Path, raw: dict[str, Any]) -> None:
     for name in ("attention_bias", "mlp_bias"):
         if raw.get(name):
             raise InputError(f"{path}: {name}={raw[name]!r} is not supported; moe-lm has linear maps without biases.")
+    if raw.get("per_layer_config"):
+        raise InputError(f"{path}: per_layer_config is not supported; all layers of a moe-lm model are alike.")
     if raw.get("quantization_config"):
         raise InputError(
             f"{path}: quantization_config says that the weights are quantised, which is not supported; take the "

@@ -26,6 +26,7 @@ from moe_lm.model.balancing import load_balancing_loss, load_fraction
 from moe_lm.model.config import LoadBalancing, ModelConfig
 from moe_lm.model.decoder import CausalLM
 from moe_lm.model.source import ModelSource
+from moe_lm.model.streamed import nudge
 
 TOLERANCE = 1e-5
 """Largest difference of two outputs, as a share of the largest of their values."""
@@ -98,7 +99,7 @@ def check_model(theirs: DiskModel, source: ModelSource, dtype: torch.dtype) -> C
     """
     tokens_BS, ours, rounding = _run_our_model(source, dtype)
     their = _run_their_model(theirs, tokens_BS)
-    allowed = {"logits": min(max(TOLERANCE, 10 * rounding), AMPLIFIED)}
+    allowed = {"logits": tolerance_of_logits(rounding)}
     figures = {"logits": _difference(ours.logits_BSV, their.logits_BSV), "loss": abs(ours.loss / their.loss - 1)}
     if ours.auxiliary is not None and their.auxiliary is not None:
         figures["auxiliary loss"] = abs(ours.auxiliary / their.auxiliary - 1)
@@ -116,6 +117,15 @@ def check_model(theirs: DiskModel, source: ModelSource, dtype: torch.dtype) -> C
         f"{drawn} tokens" if tokens_BS.numel() == drawn else f"{tokens_BS.numel()} of {drawn} tokens, before any tie"
     )
     return Check("model", f"the whole model by {how}: {said} (relative, fp32, {number})", figures)
+
+
+def tolerance_of_logits(rounding: float) -> float:
+    """Most by which logits that should be equal may differ, relative to the largest.
+
+    Args:
+        rounding: The difference that the last bits of the embedding make.
+    """
+    return min(max(TOLERANCE, 10 * rounding), AMPLIFIED)
 
 
 def _plain(config: ModelConfig) -> ModelConfig:
@@ -238,11 +248,11 @@ def _draw_tokens(model: CausalLM, config: ModelConfig) -> Tensor:
 def _nudged(model: CausalLM) -> Iterator[None]:
     """While the block runs, the last bit of every second value that the embedding gives is another."""
 
-    def nudge(embedding: nn.Module, arguments: object, hidden_BSD: Tensor) -> Tensor:
-        hidden_BSD[..., ::2] *= 1 + 2**-23
+    def change(embedding: nn.Module, arguments: object, hidden_BSD: Tensor) -> Tensor:
+        nudge(hidden_BSD)
         return hidden_BSD
 
-    handle = model.model.embed_tokens.register_forward_hook(nudge)
+    handle = model.model.embed_tokens.register_forward_hook(change)
     try:
         yield
     finally:

@@ -69,6 +69,10 @@ class TextTokenizer(Protocol):
     def control_strings(self) -> list[str]:
         """The texts of all control ids that are longer than one character."""
 
+    @property
+    def end_ids(self) -> list[int]:
+        """Ids that end a text, `eos_id` among them."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, in which control strings are text; `InputError` where it has none."""
 

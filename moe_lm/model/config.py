@@ -115,7 +115,10 @@ class ModelConfig:
             _require(self, name, getattr(self, name) > 0, "must be greater than 0")
         factor = self.capacity_factor
         _require(self, "capacity_factor", factor is None or factor > 0, "must be greater than 0, or null")
-        _require(self, "sliding_window", self.sliding_window is None or self.sliding_window >= 1, "must be at least 1")
+        window, below = self.sliding_window, "must be less than 2147483648"
+        _require(self, "max_position_embeddings", self.max_position_embeddings < 2**31, below)
+        _require(self, "sliding_window", window is None or window >= 1, "must be at least 1")
+        _require(self, "sliding_window", window is None or window < 2**31, below)
         _require(
             self,
             "num_attention_heads",

@@ -12,10 +12,15 @@ from moe_lm.model.source import ModelSource
 
 
 @torch.no_grad()
-def streamed_logits(source: ModelSource, input_ids_BS: Tensor) -> Tensor:
+def streamed_logits(source: ModelSource, input_ids_BS: Tensor, nudged: bool = False) -> Tensor:
     """Logits [B, S, V] in fp32 of token ids [B, S], as the whole model would give them: one document per row.
 
     Memory holds the embedding or the head, or one layer, in fp32, and no more.
+
+    Args:
+        source: The model.
+        input_ids_BS: Token ids.
+        nudged: Whether the embedding's last bits are changed first, to see how much the model amplifies rounding.
     """
     config = source.config
     window, length = config.sliding_window, input_ids_BS.shape[1]
@@ -24,6 +29,8 @@ def streamed_logits(source: ModelSource, input_ids_BS: Tensor) -> Tensor:
     position_ids_BS = torch.arange(length).expand_as(input_ids_BS)
     rotary = rotary_angles(position_ids_BS, config.width_of_head, config.rope_theta, torch.float32)
     x_BSD = F.embedding(input_ids_BS, source.tensor("model.embed_tokens.weight")).float()
+    if nudged:
+        nudge(x_BSD)
     for index in range(config.num_hidden_layers):
         with torch.device("meta"):
             layer: nn.Module = Layer(config, index)
@@ -34,3 +41,8 @@ def streamed_logits(source: ModelSource, input_ids_BS: Tensor) -> Tensor:
     x_BSD = rms_norm(x_BSD, source.tensor("model.norm.weight").float(), config.rms_norm_eps)
     head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     return F.linear(x_BSD, source.tensor(head).float())
+
+
+def nudge(x_BSD: Tensor) -> None:
+    """Change the last bit of every second value, in place: what then becomes of a model's outputs is rounding."""
+    x_BSD[..., ::2] *= 1 + 2**-23

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import moe_lm.checkpoint.store as store
@@ -206,7 +206,7 @@ def test_a_tied_model_generates_with_its_own_head(tmp_path, tokenizer, dtype):
     if dtype is torch.float32:
         prompt = torch.tensor([[1, 14, 22]])
         expected = theirs.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
-        assert generate(model, prompt.tolist(), 12, end_id=-1) == expected[:, 3:].tolist()
+        assert generate(model, prompt.tolist(), 12) == expected[:, 3:].tolist()
 
 
 def test_a_text_does_not_depend_on_its_batch_whatever_the_capacity(tmp_path, mixtral, monkeypatch):
@@ -215,8 +215,8 @@ def test_a_text_does_not_depend_on_its_batch_whatever_the_capacity(tmp_path, mix
     monkeypatch.setattr("moe_lm.hf.load.load_config", lambda directory: config)
     model, _ = open_model(mixtral, torch.device("cpu"))
     prompts = [[1, *range(10, 10 + length)] for length in (2, 30, 7)]
-    alone = [generate(model, [prompt], 10, end_id=-1)[0] for prompt in prompts]
-    assert generate(model, prompts, 10, end_id=-1) == alone
+    alone = [generate(model, [prompt], 10)[0] for prompt in prompts]
+    assert generate(model, prompts, 10) == alone
 
 
 def test_a_model_is_described_as_it_is_opened(tmp_path, mixtral, capsys):
@@ -287,7 +287,29 @@ def test_a_mixture_that_is_wrong_is_not_written(tmp_path, llama, monkeypatch, ca
     assert not (tmp_path / "up").exists() and not list(tmp_path.glob(".tmp-*"))
 
 
+def test_a_deep_model_that_amplifies_rounding_is_upcycled(tmp_path, capsys):
+    """Catches a good mixture that is refused for what the last bits of its base's embedding do as well."""
+    torch.manual_seed(1)
+    shape = {**SHAPE, "num_hidden_layers": 24, "hidden_size": 64, "initializer_range": 0.4}
+    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(tmp_path / "deep")
+    _run("upcycle", f"checkpoint={tmp_path / 'deep'}", f"output={tmp_path / 'up'}", "num_experts=4")
+    logits = json.loads((tmp_path / "up" / "upcycle.json").read_text())["logits"]
+    assert 1e-5 < logits["relative_difference"] < logits["tolerance"] < 1e-2
+
+
 # Bad input
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, mixtral, capsys, value):
+    """Catches a model that is imported, and ends in a traceback wherever it is used."""
+    shard = next(path for path in mixtral.glob("*.safetensors") if "model.norm.weight" in load_file(path))
+    tensors = load_file(shard)
+    tensors["model.norm.weight"][5] = value
+    save_file(tensors, shard)
+    for command in ("import", "upcycle"):
+        said = _refused(capsys, tmp_path, command, f"checkpoint={mixtral}", f"output={tmp_path / 'out'}")
+        assert "model.norm.weight holds values that are not finite" in said
 
 
 def test_faults_of_the_checkpoint_leave_nothing_behind(tmp_path, mixtral, capsys):

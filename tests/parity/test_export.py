@@ -120,10 +120,9 @@ def test_our_own_reader_gives_the_same_parameters(exported):
 def test_greedy_text_is_the_same(exported):
     """Catches a key-value cache, position or window that drifts after the prompt."""
     prompt = _tokens(1, 7)
-    new, no_end = 30, -1
-    (ours,) = generate(exported.ours, prompt.tolist(), new, end_id=no_end)
+    (ours,) = generate(exported.ours, prompt.tolist(), 30)
     reference = exported.theirs.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False, eos_token_id=None
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=30, do_sample=False, eos_token_id=None
     )
     assert ours == reference[0, prompt.shape[1] :].tolist()
     assert len(set(ours)) > 3  # a model that repeats one token would prove little
@@ -133,8 +132,8 @@ def test_greedy_text_is_the_same(exported):
 def test_greedy_text_of_many_prompts_is_the_same(exported):
     """Catches padding that a shorter prompt sees, positions that count it, and a row that goes on behind its end."""
     rows = [_tokens(1, length)[0].tolist() for length in (7, 2, 19, 1)]
-    alone = [generate(exported.ours, [row], 25, end_id=-1)[0] for row in rows]
-    assert generate(exported.ours, rows, 25, end_id=-1) == alone
+    alone = [generate(exported.ours, [row], 25)[0] for row in rows]
+    assert generate(exported.ours, rows, 25) == alone
     padded = torch.tensor([[0] * (19 - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (19 - len(row)) + [1] * len(row) for row in rows])
     reference = exported.theirs.generate(
@@ -143,7 +142,7 @@ def test_greedy_text_of_many_prompts_is_the_same(exported):
     assert alone == reference[:, 19:].tolist()
     end = alone[2][5]
     expected = [ids[: ids.index(end)] if end in ids else ids for ids in alone]
-    assert generate(exported.ours, rows, 25, end_id=end) == expected
+    assert generate(exported.ours, rows, 25, end_ids=[end]) == expected
     assert len({len(ids) for ids in expected}) > 1
 
 
@@ -151,9 +150,9 @@ def test_greedy_text_of_many_prompts_is_the_same(exported):
 def test_text_ends_where_transformers_ends_it(exported):
     """Catches an end token that is ignored or yielded: ours stops before it, transformers after it."""
     prompt = _tokens(1, 7)
-    (endless,) = generate(exported.ours, prompt.tolist(), 12, end_id=-1)
+    (endless,) = generate(exported.ours, prompt.tolist(), 12)
     end = endless[5]
-    (ours,) = generate(exported.ours, prompt.tolist(), 12, end_id=end)
+    (ours,) = generate(exported.ours, prompt.tolist(), 12, end_ids=[end])
     reference = exported.theirs.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, eos_token_id=end
     )

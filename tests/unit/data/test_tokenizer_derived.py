@@ -17,6 +17,7 @@ from moe_lm.data.config import TooLong
 from moe_lm.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from moe_lm.data.tokenizer_huggingface import HuggingFaceTokenizer
 from moe_lm.errors import InputError
+from moe_lm.hf.tokenizer_parity import check_tokenizer
 
 CHATML = (
     "{% for message in messages %}"
@@ -93,6 +94,34 @@ def test_a_derivative_is_saved_whole(chat: Path, tmp_path: Path) -> None:
         ids = theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids
         assert again.encode(text) == ours.encode(text) == ids and not {1, 2, 400, 401} & set(ids)
     assert AutoTokenizer.from_pretrained(tmp_path / "copy").eos_token == "<|im_end|>"
+
+
+def test_a_text_ends_where_the_template_closes_an_answer(chat: Path, base: Path) -> None:
+    """Catches an answer that runs on: behind it stands another mark than the tokenizer's end, or an end and more."""
+    tokenizer, plain = load_tokenizer(chat), load_tokenizer(base)
+    assert tokenizer.end_ids == [400]  # the end mark itself, and a newline behind it
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "<|im_start|>")
+    assert tokenizer.end_ids == [400, 401]
+    for template in (None, "{{ nothing.at.all }}", CHATML.replace("<|im_end|>", ""), "{{ messages[0].content }}"):
+        plain.chat_template = template
+        assert plain.end_ids == [plain.eos_id]
+
+
+def test_a_saved_configuration_names_marks_and_no_code(chat: Path, tmp_path: Path) -> None:
+    """Catches code that the gate of an export refuses in the end, and a configuration that is not there at all."""
+    path = chat / "tokenizer_config.json"
+    values = json.loads(path.read_text())
+    marks = {name: values[name] for name in ("bos_token", "eos_token", "unk_token")}
+    path.write_text(json.dumps(values | {"auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}}))
+    load_tokenizer(chat).save(tmp_path / "without code", 512)
+    (chat / "special_tokens_map.json").write_text(json.dumps(marks))
+    (chat / "chat_template.jinja").write_text(CHATML)
+    path.unlink()
+    load_tokenizer(chat).save(tmp_path / "made", 512)
+    for name in ("without code", "made"):
+        saved = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
+        assert saved.items() >= marks.items() and "auto_map" not in saved
+        assert "same by transformers" in check_tokenizer(tmp_path / name, load_tokenizer(tmp_path / name)).finding
 
 
 @pytest.mark.parametrize("mark", ["bos_token", "eos_token", "pad_token"])

@@ -9,6 +9,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 
 from moe_lm.data.chat_template import DEFAULT_TEMPLATE, ChatFormat
@@ -16,10 +17,10 @@ from moe_lm.data.config import TooLong
 from moe_lm.data.encode import encode, encode_conversations
 from moe_lm.data.loader import validation_batches
 from moe_lm.data.shards import ShardWriter, TokenShard
-from moe_lm.data.tokenizer import train_tokenizer
+from moe_lm.data.tokenizer import load_tokenizer, train_tokenizer
 from moe_lm.evaluation.bits_per_byte import evaluate
 from moe_lm.evaluation.compressors import document_bytes, gzip_bits_per_byte, xz_bits_per_byte
-from moe_lm.evaluation.generation import generate
+from moe_lm.evaluation.generation import continuation, generate
 from moe_lm.model.config import ModelConfig
 from moe_lm.model.decoder import CausalLM
 from moe_lm.model.initialization import initialize
@@ -113,7 +114,7 @@ def test_compressors_see_the_documents_themselves(held_out):
 
 
 def _sampled(model: CausalLM, tokens: int = 1, **options) -> list[int]:
-    return generate(model, [[1, 7, 9]], tokens, end_id=-1, **options)[0]
+    return generate(model, [[1, 7, 9]], tokens, **options)[0]
 
 
 def test_sampling_follows_temperature_top_k_and_seed(held_out):
@@ -139,7 +140,34 @@ def test_generation_ends_at_the_end_mark(held_out):
     model, *_ = held_out
     first = _sampled(model, 8)
     assert len(first) == 8
-    assert generate(model, [[1, 7, 9]], 8, end_id=first[3]) == [first[: first.index(first[3])]]
+    assert generate(model, [[1, 7, 9]], 8, end_ids=[first[3]]) == [first[: first.index(first[3])]]
+
+
+def test_an_end_mark_can_be_generated_whatever_the_choices(held_out):
+    """Catches an answer that can not end, for its end mark is none of the ids that a text may go on with."""
+    model, *_ = held_out
+    (best,) = _sampled(model)
+    others = [token for token in range(400) if token != best]
+    assert generate(model, [[1, 7, 9]], 4, end_ids=[best], choices=others) == [[]]
+
+
+def test_a_continuation_keeps_its_first_space(tmp_path):
+    """Catches words that grow together with the prompt's last: alone, ids are decoded as the beginning of a text."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the value is not a name of the value"] * 50),
+        model_prefix=str(tmp_path / "m"),
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    tokenizer = load_tokenizer(tmp_path / "m.model")
+    prompt, new = tokenizer.encode("the value"), tokenizer.encode("is not")
+    assert tokenizer.decode(new) == "is not" and tokenizer.decode([*prompt, *new]) == "the value is not"
+    assert continuation(tokenizer, prompt, new) == " is not"
+    first, last = tokenizer.encode("é\u0301")[:-1], tokenizer.encode("é\u0301")[-1:]
+    assert "\ufffd" in tokenizer.decode(first) and continuation(tokenizer, first, last) == tokenizer.decode(last)
 
 
 def test_conversations_are_scored_on_what_the_assistant_says(held_out, tmp_path):

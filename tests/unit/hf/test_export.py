@@ -136,6 +136,7 @@ def test_configuration_says_what_the_model_is(exporter):
         "max_position_embeddings": 64,
         "rms_norm_eps": 1e-5,
         "rope_parameters": {"rope_type": "default", "rope_theta": 5e4},
+        "rope_theta": 5e4,  # what transformers before 5 reads
         "hidden_act": "silu",
         "dtype": "float32",
         "bos_token_id": 1,
@@ -145,6 +146,19 @@ def test_configuration_says_what_the_model_is(exporter):
     assert {name: raw.get(name) for name in expected} == expected
     generation = json.loads((exporter.output / "generation_config.json").read_text())
     assert (generation["bos_token_id"], generation["eos_token_id"], generation["pad_token_id"]) == (1, 2, 3)
+
+
+def test_generation_ends_where_the_chat_template_does(exporter):
+    """Catches an export that goes on behind an answer, since its template closes that with another mark."""
+    exporter.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{{ '<pad>' if m.role == 'assistant' else '<s>' }}{% endfor %}"
+    )
+    path = exporter.tokenizer.directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"split_special_tokens": False}))  # or no template works
+    assert exporter.tokenizer.end_ids == [2, 3]
+    exporter()
+    assert json.loads((exporter.output / "generation_config.json").read_text())["eos_token_id"] == [2, 3]
+    assert json.loads((exporter.output / "config.json").read_text())["eos_token_id"] == 2
 
 
 # The directory

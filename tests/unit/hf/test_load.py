@@ -68,12 +68,22 @@ def test_a_model_comes_back_bit_for_bit(exporter, family, shard_bytes):
     assert all(torch.equal(loaded[name], parameter) for name, parameter in model.named_parameters())
 
 
-def test_a_tied_head_stays_tied_whatever_the_file_holds(exporter):
+def test_a_tied_head_may_be_written_twice(exporter):
     """Catches a tied model whose head becomes a matrix of its own, as some exporters write it twice."""
-    exporter("tied")
-    _change_weights(exporter.output, **{"lm_head.weight": torch.zeros(20, 16)})
+    embedding = exporter("tied").lm_head.weight.detach().clone()
+    _change_weights(exporter.output, **{"lm_head.weight": embedding})
     model = load_model(HuggingFaceSource(exporter.output), torch.device("cpu"))
     assert model.lm_head.weight is model.model.embed_tokens.weight and model.lm_head.weight.any()
+
+
+def test_a_tied_model_with_another_head_is_refused(exporter):
+    """Catches a head that is left out in silence: transformers does not tie what differs, and computes with both."""
+    embedding = exporter("tied").lm_head.weight.detach().clone()
+    for head in (embedding.index_fill(0, torch.tensor([3]), 0.5), embedding[:, :8].clone(), embedding.bfloat16()):
+        _change_weights(exporter.output, **{"lm_head.weight": head})
+        assert "lm_head.weight is another matrix than model.embed_tokens.weight; set tie_word_embeddings to false" in (
+            _refused(exporter.output)
+        )
 
 
 def test_older_configurations_are_read(directory):
@@ -260,7 +270,7 @@ def test_a_missing_configuration_is_named(directory):
         ({"partial_rotary_factor": 0.25}, "(partial_rotary_factor=0.25)"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "(full_attention="),
         ({"rope_parameters": {"rope_type": "default"}}, "rope_theta is missing"),
-        ({"rope_parameters": DROPPED}, "rope_theta is missing"),
+        ({"rope_parameters": DROPPED, "rope_theta": DROPPED}, "rope_theta is missing"),
         ({"rope_parameters": [1]}, "rope_parameters=[1] is not a JSON object"),
         ({"num_local_experts": DROPPED}, "num_local_experts is missing"),
         ({"num_experts_per_tok": None}, "num_experts_per_tok is missing"),
@@ -273,6 +283,8 @@ def test_a_missing_configuration_is_named(directory):
         ({"hidden_size": True}, "hidden_size=True is not of type int"),
         ({"hidden_size": 0}, "model.hidden_size=0: must be at least 1"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false' is not of type bool"),
+        ({"sliding_window": 10**20}, f"model.sliding_window={10**20}: must be less than 2147483648"),
+        ({"per_layer_config": {"1": {"num_experts_per_tok": 1}}}, "per_layer_config is not supported"),
         ({"num_key_value_heads": 3}, "must be a multiple of model.num_key_value_heads=3"),
     ],
     ids=str,

@@ -457,19 +457,19 @@ def test_a_broken_receipt_is_named(exporter, content):
         verify_alone(exporter.output, HuggingFaceSource(exporter.output, None), exporter.tokenizer)
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "llama"])
+@pytest.mark.parametrize("kind", ["mixtral", "llama", "llama with a window that it does not look at"])
 def test_what_transformers_wrote_is_good(tmp_path, kind):
     """Catches a check that takes its own exports alone; and old files' values that belong to no parameter."""
     torch.manual_seed(1)
     if kind == "mixtral":
         model = MixtralForCausalLM(MixtralConfig(**SHAPE, num_local_experts=4))
     else:
-        model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+        model = LlamaForCausalLM(LlamaConfig(**SHAPE, **({"sliding_window": 8} if "window" in kind else {})))
     model.save_pretrained(tmp_path)
     inverse = "model.layers.0.self_attn.rotary_emb.inv_freq"
     _change_weights(tmp_path, _set(inverse, lambda _: torch.ones(2)))
     receipt = verify_alone(tmp_path, HuggingFaceSource(tmp_path, None), None)
-    assert receipt.tier == WHOLE and f"{kind.capitalize()}DecoderLayer" in receipt.table()
+    assert receipt.tier == WHOLE and f"{kind.split()[0].capitalize()}DecoderLayer" in receipt.table()
     assert "no verification.json to compare them with" in receipt.table()
 
 

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from moe_lm.errors import InputError, RunError, Stopped
 from moe_lm.interrupts import STOPPED
-from moe_lm.parallel.peer_connections import Loss
+from moe_lm.parallel.peer_connections import Departure
 from moe_lm.parallel.peer_hub import Hub
 from moe_lm.parallel.peer_spoke import Spoke
 
@@ -25,7 +25,8 @@ BEAT = 2.0
 """Seconds between two signs of life."""
 
 GRACE = 5.0
-"""Seconds from a loss until the process is ended, if it does not end by itself, nor asks or answers who tells of it."""
+"""Seconds from a departure until the process is ended, if it does not end by itself, nor asks or answers who tells of
+it."""
 
 _LAST_WORDS = 2.0
 _FAREWELL = 2.0
@@ -38,13 +39,13 @@ _ANSWERING = 3.0
 """Seconds that processes stay, after rank 0's end, to answer others that ask who has told of it, and may ask later."""
 
 _NAMING = 3.0
-"""Seconds that a backend's error waits for the loss which it may come from."""
+"""Seconds that a backend's error waits for the departure which it may come from."""
 
 _SIGNALLED = 0.5
 """Seconds that a signal to stop waits for it: a launcher sends one only after the process has gone."""
 
 
-class LostPeerError(RunError):
+class DepartedPeerError(RunError):
     """The job can not go on without a process that has gone."""
 
     told = True
@@ -58,7 +59,7 @@ class PeerWatch:
     """Watches over the other processes of the job while the context is open; nothing where there are none.
 
     Leaving it by an exception tells the others, which end as well, unless it is `Stopped` or `agreed` says that they
-    know. Leaving it by an error that comes of a lost peer raises `LostPeerError` in its place.
+    know. Leaving it by an error that comes of a departed peer raises `DepartedPeerError` in its place.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class PeerWatch:
         from_main: Callable[[str], str],
         *,
         agreed: Callable[[], bool] = lambda: False,
-        at_loss: Callable[[str], object] = lambda sentence: None,
+        at_departure: Callable[[str], object] = lambda sentence: None,
         last_words: Callable[[str], object] = lambda sentence: None,
     ):
         """Begin to watch when the context is entered, on every process.
@@ -78,31 +79,31 @@ class PeerWatch:
             world_size: Number of processes.
             from_main: Gives every process the text that rank 0 calls it with.
             agreed: Whether every process knows of the failure that this one ends by.
-            at_loss: Told in another thread of a loss, as soon as it is known.
+            at_departure: Told in another thread of a departure, as soon as it is known.
             last_words: Told of it before the process is ended, where it has not ended by itself; has two seconds.
         """
         self._rank, self._world_size, self._from_main = rank, world_size, from_main
-        self._agreed, self._at_loss = agreed, at_loss
+        self._agreed, self._at_departure = agreed, at_departure
         self.last_words = last_words
         """May be replaced while the context is open."""
         self._station: Hub | Spoke | None = None
         self._thread = threading.Thread(target=self._watch, daemon=True, name="peers")
-        self._loss: Loss | None = None
-        self._is_lost, self._is_told = threading.Event(), threading.Event()
-        self._farewell: Loss | None = None
+        self._departure: Departure | None = None
+        self._has_departed, self._is_told = threading.Event(), threading.Event()
+        self._farewell: Departure | None = None
         self._ends, self._has_said, self._has_left = threading.Event(), threading.Event(), threading.Event()
         self._has_own_word = False
 
     @property
-    def lost(self) -> str | None:
+    def departed(self) -> str | None:
         """Which process has gone, and how, as a sentence."""
-        return None if self._loss is None else self._loss.sentence
+        return None if self._departure is None else self._departure.sentence
 
-    def wait_for_loss(self, seconds: float) -> str | None:
-        """`lost`, as soon as it is known: a backend often notices first, and names nobody."""
+    def wait_for_departure(self, seconds: float) -> str | None:
+        """`departed`, as soon as it is known: a backend often notices first, and names nobody."""
         if self._station is not None:
-            self._is_lost.wait(seconds)
-        return self.lost
+            self._has_departed.wait(seconds)
+        return self.departed
 
     def silent(self, after: float) -> list[str]:
         """A sentence on each process, of those that this one is connected to, without a sign of life for so long.
@@ -113,25 +114,25 @@ class PeerWatch:
         return [] if self._station is None else self._station.silent(after)
 
     def named(self, error: BaseException) -> BaseException:
-        """The loss that an error of this process comes from, where there is one; else the error itself.
+        """The departure that an error of this process comes from, where there is one; else the error itself.
 
         A backend that misses its peer raises a RuntimeError, and a launcher that misses a process sends SIGTERM.
         """
         if isinstance(error, RunError) or not isinstance(error, (RuntimeError, KeyboardInterrupt)):
             return error
         was_asked = isinstance(error, KeyboardInterrupt)
-        self.wait_for_loss(_SIGNALLED if was_asked else _NAMING)
-        if self._loss is None or (was_asked and self._loss.code == STOPPED):
+        self.wait_for_departure(_SIGNALLED if was_asked else _NAMING)
+        if self._departure is None or (was_asked and self._departure.code == STOPPED):
             return error
-        return LostPeerError(self._loss.sentence, self._loss.code)
+        return DepartedPeerError(self._departure.sentence, self._departure.code)
 
     def fail(self, why: str, code: int = 1) -> None:
         """Tell the others that this process ends; for whoever ends it past the context (a watchdog, a deadline)."""
-        self._leave(Loss(f"ended: {why}", code, died=False))
+        self._leave(Departure(f"ended: {why}", code, died=False))
 
     def tell(self, error: BaseException) -> None:
         """Tell the others at once that this process ends by an error which they do not know of."""
-        if not isinstance(error, LostPeerError) and not self._agreed():
+        if not isinstance(error, DepartedPeerError) and not self._agreed():
             self._has_own_word = True
             self._leave(_failure(error))
 
@@ -139,9 +140,9 @@ class PeerWatch:
         if self._world_size == 1:
             return self
         if self._rank == 0:
-            self._station = Hub(self._world_size, self._from_main, self._lose)
+            self._station = Hub(self._world_size, self._from_main, self._take_in)
         else:
-            self._station = Spoke(self._rank, self._world_size, self._from_main, self._lose)
+            self._station = Spoke(self._rank, self._world_size, self._from_main, self._take_in)
         station = weakref.ref(self._station)
         os.register_at_fork(after_in_child=lambda: (mine := station()) and mine.close())
         self._thread.start()
@@ -163,17 +164,17 @@ class PeerWatch:
     def _end_orderly(self, error: BaseException | None) -> BaseException | None:
         """Say farewell, and wait a little until it is heard; gives the error by its name."""
         error = error if error is None or self._ends.is_set() else self.named(error)
-        is_loss = isinstance(error, LostPeerError)
-        self._has_own_word = error is not None and not is_loss
+        comes_of_departure = isinstance(error, DepartedPeerError)
+        self._has_own_word = error is not None and not comes_of_departure
         self._has_left.set()
-        if is_loss:
+        if comes_of_departure:
             self._is_told.wait(GRACE)
-        known = error is None or is_loss or isinstance(error, Stopped) or self._agreed()
+        known = error is None or comes_of_departure or isinstance(error, Stopped) or self._agreed()
         self._leave(None if known or error is None else _failure(error))
         self._thread.join(_FAREWELL + 1)
         return error
 
-    def _leave(self, farewell: Loss | None) -> None:
+    def _leave(self, farewell: Departure | None) -> None:
         if self._station is None:
             return
         if not self._ends.is_set():
@@ -198,37 +199,37 @@ class PeerWatch:
             station.step(min(next_beat, until) - now)
         station.close()
 
-    def _lose(self, loss: Loss) -> None:
-        if self._loss is None and not self._ends.is_set():
-            self._loss = loss
-            self._is_lost.set()
-            threading.Thread(target=self._end, args=(loss,), daemon=True, name="loss").start()
+    def _take_in(self, departure: Departure) -> None:
+        if self._departure is None and not self._ends.is_set():
+            self._departure = departure
+            self._has_departed.set()
+            threading.Thread(target=self._end, args=(departure,), daemon=True, name="departure").start()
 
-    def _end(self, loss: Loss) -> NoReturn:
+    def _end(self, departure: Departure) -> NoReturn:
         """Tell the user, and end the process if it does not end by itself: from whatever hangs in it, also later."""
         assert self._station is not None
         deadline = time.monotonic() + GRACE
-        _within(0, lambda: self._at_loss(loss.sentence))
-        if not loss.died:
+        _within(0, lambda: self._at_departure(departure.sentence))
+        if not departure.died:
             self._has_left.wait(_SETTLE)
-        if (loss.died or not self._has_own_word) and self._station.speaks(loss):
-            _within(1, lambda: _say(loss.sentence))
-        self._station.told(loss, _ANSWERING)
+        if (departure.died or not self._has_own_word) and self._station.tells_the_user(departure):
+            _within(1, lambda: _say(departure.sentence))
+        self._station.answer_askers(departure, _ANSWERING)
         self._is_told.set()
-        self._station.told(loss, deadline - time.monotonic())
+        self._station.answer_askers(departure, deadline - time.monotonic())
         time.sleep(max(0.0, deadline - time.monotonic()))
         if not self._has_left.is_set():
-            _within(_LAST_WORDS, lambda: self.last_words(loss.sentence))
-        os._exit(loss.code)
+            _within(_LAST_WORDS, lambda: self.last_words(departure.sentence))
+        os._exit(departure.code)
 
 
-def _failure(error: BaseException) -> Loss:
+def _failure(error: BaseException) -> Departure:
     """What the others shall say of this process."""
     if isinstance(error, KeyboardInterrupt):
-        return Loss("was interrupted", STOPPED, died=False)
+        return Departure("was interrupted", STOPPED, died=False)
     said = " ".join(str(error).split())[:600]
     kind = "" if isinstance(error, (InputError, RunError)) else f"{type(error).__name__}: "
-    return Loss(f"failed: {kind}{said}", died=False)
+    return Departure(f"failed: {kind}{said}", died=False)
 
 
 def _within(seconds: float, act: Callable[[], object]) -> None:

@@ -53,7 +53,7 @@ class Runtime:
             self.world_size,
             self.from_main,
             agreed=lambda: self.all_failed,
-            at_loss=lambda sentence: interrupts.ignore(),
+            at_departure=lambda sentence: interrupts.ignore(),
         )
         """Ends this process soon after another one has gone; watches while the runtime's context is open."""
 
@@ -65,7 +65,7 @@ class Runtime:
         self.peers.__exit__(kind, error, trace)
         # After a failure the group is left as it is: to take it down can wait for a peer that has gone.
         orderly = error is None or isinstance(error, Stopped)
-        if orderly and self.peers.lost is None and dist.is_initialized():
+        if orderly and self.peers.departed is None and dist.is_initialized():
             dist.destroy_process_group()
 
     @property

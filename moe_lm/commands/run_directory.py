@@ -142,7 +142,7 @@ def end_recorded(training: Run, say: Callable[[str], None]) -> Iterator[None]:
         raise
     except (Exception, KeyboardInterrupt) as raised:
         error = peers.named(raised)
-        peers.tell(error)  # before anything that takes time: they wait in a collective
+        peers.announce_failure(error)  # before anything that takes time: they wait in a collective
         if isinstance(error, KeyboardInterrupt):
             training.saver.close()
             write_state(training, "stopped", step=training.progress.step, exit_code=STOPPED)

@@ -5,6 +5,20 @@ processes that it knows of, and a bare srun none. Here each process holds a conn
 whatever a process dies of, so that nothing has to be guessed from time; an orderly end says farewell first, and one by
 an exception says which. A process that is only silent (stopped, its machine gone) is reported, and left to the
 watchdog: how long a silence may last is not known here.
+
+Three threads take part. The main one trains, and at last leaves the context. "peers" alone uses the connections, from
+the beginning to the end. "ending" begins with another process's departure: it has the user told, and ends this process
+if that does not end by itself. A fourth, the watchdog's or that of signals, may end it past the context. What they tell
+each other is never taken back, and each wait for it has a limit:
+
+| state | means | set by | waited for by |
+| --- | --- | --- | --- |
+| `_departure`, then `_departure_known` | another process has gone | peers | main, with an error that may come from it |
+| `_farewell`, then `_farewell_due` | this process goes, and says this | whoever goes first | peers |
+| `_farewell_sent` | it is on its way to the others | peers | whoever goes |
+| `_context_left` | the main thread ends by itself | main | ending, for the main thread to fail by itself |
+| `_fails_itself` | and by an error of its own, which it tells the user | main | – |
+| `_may_exit` | the user knows of the departure, and who asked has an answer | ending | main, when it ends by it |
 """
 
 import contextlib
@@ -89,10 +103,11 @@ class PeerWatch:
         self._station: Hub | Spoke | None = None
         self._thread = threading.Thread(target=self._watch, daemon=True, name="peers")
         self._departure: Departure | None = None
-        self._has_departed, self._is_told = threading.Event(), threading.Event()
         self._farewell: Departure | None = None
-        self._ends, self._has_said, self._has_left = threading.Event(), threading.Event(), threading.Event()
-        self._has_own_word = False
+        self._departure_known, self._may_exit = threading.Event(), threading.Event()
+        self._farewell_due, self._farewell_sent = threading.Event(), threading.Event()
+        self._context_left = threading.Event()
+        self._fails_itself = False
 
     @property
     def departed(self) -> str | None:
@@ -102,7 +117,7 @@ class PeerWatch:
     def wait_for_departure(self, seconds: float) -> str | None:
         """`departed`, as soon as it is known: a backend often notices first, and names nobody."""
         if self._station is not None:
-            self._has_departed.wait(seconds)
+            self._departure_known.wait(seconds)
         return self.departed
 
     def silent(self, after: float) -> list[str]:
@@ -126,15 +141,15 @@ class PeerWatch:
             return error
         return DepartedPeerError(self._departure.sentence, self._departure.code)
 
-    def fail(self, why: str, code: int = 1) -> None:
+    def announce_end(self, why: str, code: int = 1) -> None:
         """Tell the others that this process ends; for whoever ends it past the context (a watchdog, a deadline)."""
-        self._leave(Departure(f"ended: {why}", code, died=False))
+        self._say_farewell(Departure(f"ended: {why}", code, died=False))
 
-    def tell(self, error: BaseException) -> None:
+    def announce_failure(self, error: BaseException) -> None:
         """Tell the others at once that this process ends by an error which they do not know of."""
         if not isinstance(error, DepartedPeerError) and not self._agreed():
-            self._has_own_word = True
-            self._leave(_failure(error))
+            self._fails_itself = True
+            self._say_farewell(_failure(error))
 
     def __enter__(self) -> "PeerWatch":
         if self._world_size == 1:
@@ -154,43 +169,46 @@ class PeerWatch:
         end = error
         while True:
             try:
-                end = self._end_orderly(end)
+                end = self._leave(end)
                 break
             except KeyboardInterrupt as again:  # a launcher repeats the terminal's; the others must hear all the same
                 end = end or again
         if end is not None and end is not error:
             raise end from error
 
-    def _end_orderly(self, error: BaseException | None) -> BaseException | None:
+    def _leave(self, error: BaseException | None) -> BaseException | None:
         """Say farewell, and wait a little until it is heard; gives the error by its name."""
-        error = error if error is None or self._ends.is_set() else self.named(error)
+        if error is not None and not self._farewell_due.is_set():
+            error = self.named(error)
         comes_of_departure = isinstance(error, DepartedPeerError)
-        self._has_own_word = error is not None and not comes_of_departure
-        self._has_left.set()
+        self._fails_itself = error is not None and not comes_of_departure
+        self._context_left.set()
         if comes_of_departure:
-            self._is_told.wait(GRACE)
+            self._may_exit.wait(GRACE)
         known = error is None or comes_of_departure or isinstance(error, Stopped) or self._agreed()
-        self._leave(None if known or error is None else _failure(error))
+        self._say_farewell(None if known or error is None else _failure(error))
         self._thread.join(_FAREWELL + 1)
         return error
 
-    def _leave(self, farewell: Departure | None) -> None:
+    def _say_farewell(self, failure: Departure | None) -> None:
+        """Have it said to the others, the first time that this is called; wait until it is on its way."""
         if self._station is None:
             return
-        if not self._ends.is_set():
-            self._farewell = farewell
-            self._ends.set()
+        if not self._farewell_due.is_set():
+            self._farewell = failure
+            self._farewell_due.set()
             self._station.wake()
-        self._has_said.wait(1)
+        self._farewell_sent.wait(1)
 
     def _watch(self) -> None:
+        """Thread "peers": hear of the others and give signs of life, until everybody has heard the farewell."""
         station = self._station
         assert station is not None
         next_beat, until = 0.0, float("inf")
         while not station.done and (now := time.monotonic()) < until:
-            if self._ends.is_set() and not self._has_said.is_set():
+            if self._farewell_due.is_set() and not self._farewell_sent.is_set():
                 station.farewell(self._farewell)
-                self._has_said.set()
+                self._farewell_sent.set()
                 until = now + _FAREWELL
                 continue
             if now >= next_beat:
@@ -200,25 +218,26 @@ class PeerWatch:
         station.close()
 
     def _take_in(self, departure: Departure) -> None:
-        if self._departure is None and not self._ends.is_set():
+        """Begin to end, by the first departure that comes before this process goes by itself."""
+        if self._departure is None and not self._farewell_due.is_set():
             self._departure = departure
-            self._has_departed.set()
-            threading.Thread(target=self._end, args=(departure,), daemon=True, name="departure").start()
+            self._departure_known.set()
+            threading.Thread(target=self._end, args=(departure,), daemon=True, name="ending").start()
 
     def _end(self, departure: Departure) -> NoReturn:
-        """Tell the user, and end the process if it does not end by itself: from whatever hangs in it, also later."""
+        """Thread "ending": have the user told, and end the process from whatever hangs in it, also later."""
         assert self._station is not None
         deadline = time.monotonic() + GRACE
         _within(0, lambda: self._at_departure(departure.sentence))
-        if not departure.died:
-            self._has_left.wait(_SETTLE)
-        if (departure.died or not self._has_own_word) and self._station.tells_the_user(departure):
+        if not departure.died:  # this process may be about to meet the same
+            self._context_left.wait(_SETTLE)
+        if (departure.died or not self._fails_itself) and self._station.tells_the_user(departure):
             _within(1, lambda: _say(departure.sentence))
         self._station.answer_askers(departure, _ANSWERING)
-        self._is_told.set()
+        self._may_exit.set()
         self._station.answer_askers(departure, deadline - time.monotonic())
         time.sleep(max(0.0, deadline - time.monotonic()))
-        if not self._has_left.is_set():
+        if not self._context_left.is_set():
             _within(_LAST_WORDS, lambda: self.last_words(departure.sentence))
         os._exit(departure.code)
 

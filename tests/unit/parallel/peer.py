@@ -82,7 +82,7 @@ def obey(watch: peers.PeerWatch, agreed: threading.Event, command: str, *words: 
         agreed.set()
         raise RunError(" ".join(words))
     elif command == "deadline":
-        watch.fail(" ".join(words), STOPPED)
+        watch.announce_end(" ".join(words), STOPPED)
         os._exit(STOPPED)
     elif command == "signal":
         os.kill(os.getpid(), int(words[0]))

@@ -347,7 +347,7 @@ def test_a_single_process_opens_nothing():
         assert watch.silent(0) == [] and watch.departed is None and watch.wait_for_departure(60) is None
         error = RuntimeError("of this process")
         assert watch.named(error) is error
-        watch.fail("nobody listens")
+        watch.announce_end("nobody listens")
 
 
 def test_nothing_is_left_open(monkeypatch):

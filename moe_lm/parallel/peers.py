@@ -21,7 +21,6 @@ each other is never taken back, and each wait for it has a limit:
 | `_may_exit` | the user knows of the departure, and who asked has an answer | ending | main, when it ends by it |
 """
 
-import contextlib
 import os
 import threading
 import time
@@ -34,6 +33,7 @@ from moe_lm.interrupts import STOPPED
 from moe_lm.parallel.peer_connections import Departure
 from moe_lm.parallel.peer_hub import Hub
 from moe_lm.parallel.peer_spoke import Spoke
+from moe_lm.process import attempt, say
 
 BEAT = 2.0
 """Seconds between two signs of life."""
@@ -228,17 +228,17 @@ class PeerWatch:
         """Thread "ending": have the user told, and end the process from whatever hangs in it, also later."""
         assert self._station is not None
         deadline = time.monotonic() + GRACE
-        _within(0, lambda: self._at_departure(departure.sentence))
+        attempt(lambda: self._at_departure(departure.sentence), 0)
         if not departure.died:  # this process may be about to meet the same
             self._context_left.wait(_SETTLE)
         if (departure.died or not self._fails_itself) and self._station.tells_the_user(departure):
-            _within(1, lambda: _say(departure.sentence))
+            attempt(lambda: say(departure.sentence), 1)
         self._station.answer_askers(departure, _ANSWERING)
         self._may_exit.set()
         self._station.answer_askers(departure, deadline - time.monotonic())
         time.sleep(max(0.0, deadline - time.monotonic()))
         if not self._context_left.is_set():
-            _within(_LAST_WORDS, lambda: self.last_words(departure.sentence))
+            attempt(lambda: self.last_words(departure.sentence), _LAST_WORDS)
         os._exit(departure.code)
 
 
@@ -249,16 +249,3 @@ def _failure(error: BaseException) -> Departure:
     said = " ".join(str(error).split())[:600]
     kind = "" if isinstance(error, (InputError, RunError)) else f"{type(error).__name__}: "
     return Departure(f"failed: {kind}{said}", died=False)
-
-
-def _within(seconds: float, act: Callable[[], object]) -> None:
-    """Wait for something at most so long: a dead mount or a full pipe must not hold an end up."""
-    thread = threading.Thread(target=act, daemon=True)
-    thread.start()
-    thread.join(seconds)
-
-
-def _say(sentence: str) -> None:
-    """A line on the error output, past whatever lock the main thread may hold."""
-    with contextlib.suppress(OSError):
-        os.write(2, f"\nmoe-lm: {sentence}\n".encode(errors="backslashreplace"))

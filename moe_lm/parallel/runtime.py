@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
+from moe_lm import process
 from moe_lm.errors import InputError, RunError, Stopped
 from moe_lm.interrupts import interrupts
 from moe_lm.kernels.allocator import keep_freed_memory
@@ -37,7 +38,7 @@ class Runtime:
         on_cpu = device == "cpu" or not torch.cuda.is_available()
         if on_cpu:
             keep_freed_memory()
-        if launched_world_size() > 1 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        if process.world_size() > 1 and process.was_restarted():
             _meet_again("gloo" if on_cpu else "nccl")
         # Said outright, because Accelerate guesses otherwise: under torchrun on a CPU every rank takes itself for the
         # main one. Its own mixed precision stays off, whatever the launcher's environment says.
@@ -196,7 +197,7 @@ def _meet_again(backend: str) -> None:
     waiting for half an hour.
     """
     environment = os.environ
-    rank, world_size = int(environment["RANK"]), launched_world_size()
+    rank, world_size = process.rank(), process.world_size()
     is_master = environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == 0
     address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     store = dist.TCPStore(address, port, world_size, is_master=is_master)  # type: ignore[attr-defined]
@@ -205,8 +206,3 @@ def _meet_again(backend: str) -> None:
     name = f"attempt-{environment['TORCHELASTIC_RESTART_COUNT']}"
     attempt = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=PATIENCE)
-
-
-def launched_world_size() -> int:
-    """Number of processes that the launcher started; known before any process group exists."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -5,9 +5,10 @@ end here. It does not wrap the model: experts that are sharded over processes ne
 not know.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -47,13 +48,12 @@ class Runtime:
         self.device: torch.device = accelerator.device
         self.rank: int = accelerator.process_index
         self.world_size: int = accelerator.num_processes
-        self.all_failed = False
-        """Whether every process knows of the failure that ends it, and so may still wait for its peers."""
+        self._all_failed = False
         self.peers = PeerWatch(
             self.rank,
             self.world_size,
             self.from_main,
-            agreed=lambda: self.all_failed,
+            agreed=lambda: self._all_failed,
             at_departure=lambda sentence: interrupts.ignore(),
         )
         """Ends this process soon after another one has gone; watches while the runtime's context is open."""
@@ -73,6 +73,25 @@ class Runtime:
     def is_main(self) -> bool:
         """Whether this process writes files and talks to the user."""
         return self.rank == 0
+
+    @property
+    def all_failed(self) -> bool:
+        """Whether every process knows of the failure that ends it, and so may still wait for its peers."""
+        return self._all_failed
+
+    def failed_everywhere(self, failure: RunError) -> RunError:
+        """The failure, to be raised: by every process at this very place, so that none has to tell the others."""
+        self._all_failed = True
+        return failure
+
+    @contextlib.contextmanager
+    def still_together(self) -> Iterator[None]:
+        """Work of all processes that know of the failure which ends them, before they end by it; what only one of them
+        meets in the block, and raises out of it, is again for it to tell.
+        """
+        self._all_failed = False
+        yield
+        self._all_failed = True
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -103,7 +122,7 @@ class Runtime:
             except Exception as error:
                 failure = error
         said = self.from_main(_as_text(failure))
-        self.all_failed = bool(said)
+        self._all_failed = bool(said)
         if failure is not None:
             raise failure
         if said:
@@ -130,8 +149,8 @@ class Runtime:
         if self.world_size > 1:
             failed = torch.tensor([failure is not None], dtype=torch.int64, device=self.device)
             self.sum([failed])
-            self.all_failed = bool(failed)
-            if failure is None and self.all_failed:
+            self._all_failed = bool(failed)
+            if failure is None and self._all_failed:
                 texts = self.gather("")
                 rank = next(rank for rank, text in enumerate(texts) if text)
                 theirs = _from_text(texts[rank], f"process {rank}")

@@ -10,10 +10,10 @@ from moe_lm.errors import RunError, Stopped
 from moe_lm.evaluation.bits_per_byte import Validation, evaluate
 from moe_lm.training.config import SpikePolicy
 from moe_lm.training.feed import Feed, GlobalBatch
-from moe_lm.training.guards import diagnose
+from moe_lm.training.guards import skipped_too_often
 from moe_lm.training.run import Run
 from moe_lm.training.schedule import is_due, learning_rate_factor
-from moe_lm.training.step import StepResult, next_load, train_step
+from moe_lm.training.step import next_load, train_step
 from moe_lm.training.telemetry import Telemetry
 
 Pulse = Callable[[], None]
@@ -35,20 +35,19 @@ def train(run: Run, pulse: Pulse) -> Validation:
                 step = run.progress.step
                 rewinds[step] += 1
                 if rewinds[step] > most:
-                    run.runtime.all_failed = True
-                    raise RunError(
-                        f"the loss leapt again after {most} rewinds to step {step}: lower optimizer.learning_rate, or "
-                        "look at the data there."
+                    raise run.runtime.failed_everywhere(
+                        RunError(
+                            f"the loss leapt again after {most} rewinds to step {step}: lower optimizer.learning_rate, "
+                            "or look at the data there."
+                        )
                     )
         except Stopped:
             raise
         except Exception:  # whatever it was: on the others it is what they were told of it
             if run.runtime.all_failed:  # all are here: a checkpoint that all have written their parts of is not lost
-                run.runtime.all_failed = False
-                run.saver.hurry()
-                with contextlib.suppress(Stopped):
+                with run.runtime.still_together(), contextlib.suppress(Stopped):
+                    run.saver.hurry()
                     run.finish_saving(pulse)
-                run.runtime.all_failed = True
             raise
     return final
 
@@ -85,7 +84,7 @@ def _train_until_rewind(run: Run, telemetry: Telemetry, pulse: Pulse) -> Validat
             progress.skipped_in_a_row = 0 if result.applied else progress.skipped_in_a_row + 1
             telemetry.step(result, batch, data_step, factor * config.optimizer.learning_rate)
             if progress.skipped_in_a_row >= config.guards.max_skipped:
-                _give_up(run, batch, result)
+                raise skipped_too_often(run.compute, run.optimizer, run.runtime, progress, batch, result)
         if run.saved_step != progress.step:
             run.save(feed, pulse)  # a stream has ended
         telemetry.close_data()
@@ -151,20 +150,6 @@ def _stop(run: Run, feed: Feed, pulse: Pulse) -> None:
 
 def _what_next(run: Run) -> str:
     return f"the same command {run.said_next_start()}"
-
-
-def _give_up(run: Run, batch: GlobalBatch, result: StepResult) -> None:
-    """End the run after too many skipped updates, with what can be found out about the last of them."""
-    cause = diagnose(run.compute, run.optimizer, batch.micro_batches, run.runtime.device)
-    causes = run.runtime.gather(cause)
-    where = f"; {cause}" if len(set(causes)) == 1 else "".join(f"; process {r}: {c}" for r, c in enumerate(causes))
-    run.runtime.all_failed = True
-    raise RunError(
-        f"{run.progress.skipped_in_a_row} updates in a row were skipped, the last at step {run.progress.step}, with "
-        f"loss {result.cross_entropy:.4g} and gradient norm {result.gradient_norm:.4g}{where}. Lower "
-        "optimizer.learning_rate, lengthen schedule.warmup_steps, or try trainer.precision=fp32; no weight was changed "
-        "by them."
-    )
 
 
 def validate(run: Run, max_rows: int | None, pulse: Pulse) -> Validation | None:

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,8 @@ from moe_lm.errors import InputError, RunError, Stopped
 from moe_lm.interrupts import interrupts
 from moe_lm.kernels.allocator import keep_freed_memory
 from moe_lm.parallel.peers import PeerWatch
+
+T = TypeVar("T")
 
 PATIENCE = timedelta(days=1)
 """How long a process waits for another one in a collective. The backends' 10 or 30 minutes are less than an export or
@@ -160,6 +162,16 @@ class Runtime:
                 self.gather(_as_text(failure))
         if failure is not None:
             raise failure
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work` gives here; where it raises on any process, every one raises (see `agree`)."""
+        failure: Exception | None = None
+        try:
+            given = work()
+        except Exception as error:  # perhaps of this process alone: a file that its machine lacks
+            failure = error
+        self.agree(failure)
+        return given
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
         """Of each flag, whether it is set on any process; the same on every process."""

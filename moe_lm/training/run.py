@@ -126,15 +126,9 @@ class Run:
 
     def open_feed(self) -> Feed:
         """The batches from where the run stands on; to be used as a context manager."""
-        feed: Feed | None = None
-        failure: Exception | None = None
-        try:
-            feed = Feed(self.config, self.runtime, self.data, self.mixture, self.progress, self.data_state)
-        except Exception as error:  # a file that only this process's machine lacks
-            failure = error
-        self.runtime.agree(failure)
-        assert feed is not None
-        return feed
+        return self.runtime.together(
+            lambda: Feed(self.config, self.runtime, self.data, self.mixture, self.progress, self.data_state)
+        )
 
     def save(self, feed: Feed, pulse: Callable[[], None]) -> None:
         """Begin a checkpoint of the present state, once the one before is on disk; every process must call it.

@@ -144,7 +144,7 @@ def end_recorded(training: Run, say: Callable[[str], None]) -> Iterator[None]:
         if isinstance(error, KeyboardInterrupt):
             training.saver.close()
             write_state(training, "stopped", step=training.progress.step, exit_code=STOPPED)
-            say(f"stopped after step {training.progress.step}; the same command {training.said_next_start()}")
+            say(f"stopped after step {training.progress.step}; {training.saving.said_next_start()}")
         else:
             _record_failure(training, error)
         if training.runtime.all_failed:

@@ -3,7 +3,6 @@
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable
 
 from moe_lm.data.loader import validation_batches
 from moe_lm.errors import RunError, Stopped
@@ -15,9 +14,7 @@ from moe_lm.training.run import Run
 from moe_lm.training.schedule import is_due, learning_rate_factor
 from moe_lm.training.step import next_load, train_step
 from moe_lm.training.telemetry import Telemetry
-
-Pulse = Callable[[], None]
-"""Called wherever the run makes progress, or waits for something that it says it waits for."""
+from moe_lm.training.watchdog import Pulse
 
 
 def train(run: Run, pulse: Pulse) -> Validation:
@@ -47,7 +44,7 @@ def train(run: Run, pulse: Pulse) -> Validation:
             if run.runtime.all_failed:  # all are here: a checkpoint that all have written their parts of is not lost
                 with run.runtime.still_together(), contextlib.suppress(Stopped):
                     run.saver.hurry()
-                    run.finish_saving(pulse)
+                    run.saving.finish(pulse)
             raise
     return final
 
@@ -85,15 +82,15 @@ def _train_until_rewind(run: Run, telemetry: Telemetry, pulse: Pulse) -> Validat
             telemetry.step(result, batch, data_step, factor * config.optimizer.learning_rate)
             if progress.skipped_in_a_row >= config.guards.max_skipped:
                 raise skipped_too_often(run.compute, run.optimizer, run.runtime, progress, batch, result)
-        if run.saved_step != progress.step:
+        if run.saving.newest_step != progress.step:
             run.save(feed, pulse)  # a stream has ended
         telemetry.close_data()
         if run.parallel.layout.sharded:
-            run.finish_saving(pulse)  # parts that lie there for the length of a validation are no checkpoint yet
+            run.saving.finish(pulse)  # parts that lie there for the length of a validation are no checkpoint yet
         final = validate(run, None, pulse)
-        run.finish_saving(pulse)
+        run.saving.finish(pulse)
         if run.requests.agreed(run.saver).stop or final is None:
-            raise Stopped(f"stopped in the last validation ({run.requests.reason}); {_what_next(run)}")
+            raise Stopped(f"stopped in the last validation ({run.requests.reason}); {run.saving.said_next_start()}")
         telemetry.validation(final, complete=True)
     return final
 
@@ -117,12 +114,12 @@ def _between_steps(run: Run, feed: Feed, telemetry: Telemetry, pulse: Pulse) -> 
             telemetry.validation(estimate, complete=False)
     asked = run.requests.agreed(run.saver)
     if asked.failed:
-        run.raise_failed_save()
-    run.go_on_saving(asked.saving)
+        run.saving.raise_failure()
+    run.saving.go_on(asked.saving)
     if asked.save:
         telemetry.line(f"step {progress.step}: saving, as asked")
     due = last or asked.save or is_due(progress.step, config.checkpoint.interval)
-    if due and run.saved_step != progress.step:
+    if due and run.saving.newest_step != progress.step:
         run.save(feed, pulse)
         telemetry.restart_clock()
     if asked.stop:
@@ -142,14 +139,10 @@ def _next(run: Run, feed: Feed, pulse: Pulse) -> GlobalBatch | None:
 
 
 def _stop(run: Run, feed: Feed, pulse: Pulse) -> None:
-    if run.saved_step != run.progress.step:
+    if run.saving.newest_step != run.progress.step:
         run.save(feed, pulse)
-    run.finish_saving(pulse)
-    raise Stopped(f"stopped after step {run.progress.step} ({run.requests.reason}); {_what_next(run)}")
-
-
-def _what_next(run: Run) -> str:
-    return f"the same command {run.said_next_start()}"
+    run.saving.finish(pulse)
+    raise Stopped(f"stopped after step {run.progress.step} ({run.requests.reason}); {run.saving.said_next_start()}")
 
 
 def validate(run: Run, max_rows: int | None, pulse: Pulse) -> Validation | None:

@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 from moe_lm.process import attempt, rank, say
 
+Pulse = Callable[[], None]
+"""Called wherever a run makes progress, or waits for something that it says it waits for."""
+
 GRACE = 30.0
 """Seconds after which the C library's timer acts for a watchdog that itself can not: a hang inside a call that holds
 the interpreter's lock."""

@@ -7,7 +7,7 @@ training loop does so for them.
 import contextlib
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from moe_lm.checkpoint.saver import Saver, said
 from moe_lm.checkpoint.store import TensorSlice, step_of
@@ -104,7 +104,7 @@ class Saving:
         if failed:
             self.raise_failure()
 
-    def raise_failure(self) -> None:
+    def raise_failure(self) -> NoReturn:
         """End the run because its last checkpoint can not be written; every process must call it.
 
         Raises:

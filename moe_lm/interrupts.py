@@ -150,6 +150,7 @@ class Interrupts:
 
 
 def _say_once(text: str) -> None:
+    """A line on the error output of one process: a signal to a job reaches all of them."""
     if rank() == 0:
         say(text)
 

@@ -43,6 +43,8 @@ GRACE = 5.0
 it."""
 
 _LAST_WORDS = 2.0
+"""Seconds in which it may still be written down how this process ends."""
+
 _FAREWELL = 2.0
 """Seconds that an end waits for the others to read of it, at most."""
 

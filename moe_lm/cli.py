@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from moe_lm.errors import InputError, RunError, Stopped
 from moe_lm.interrupts import STOPPED, interrupts
+from moe_lm.process import rank, signature, world_size
 
 COMMANDS = {
     "prepare": "make a tokenizer and token shards of text, once, for any number of runs",
@@ -62,18 +63,16 @@ def main(arguments: list[str] | None = None) -> int:
         if error.told:
             time.sleep(1)  # a launcher ends all processes as soon as one has gone: first the one that speaks
             return error.code
-        rank = os.environ.get("RANK", "0")
-        if rank != "0" and isinstance(error, InputError):
+        if rank() != 0 and isinstance(error, InputError):
             time.sleep(2)  # the first process meets it as well, and says it for all; if not, this one speaks
-        name = "moe-lm:" if rank == "0" else f"moe-lm (rank {rank}):"
-        print(name, *str(error).splitlines(), file=sys.stderr)  # one line, whatever the user's values hold
+        print(f"{signature()}:", *str(error).splitlines(), file=sys.stderr)  # one line, whatever the user's values hold
         return error.code
     except Stopped as stopped:
-        if os.environ.get("RANK", "0") == "0":
+        if rank() == 0:
             print(f"moe-lm: {stopped}", file=sys.stderr)
         return STOPPED
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if rank() == 0:
             print("\nmoe-lm: interrupted", file=sys.stderr)
         return STOPPED
     except BrokenPipeError:
@@ -121,7 +120,7 @@ def run_and_exit(arguments: list[str] | None = None) -> NoReturn:
     reports the whole job as failed.
     """
     code = main(arguments)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import NoReturn
 
 from moe_lm.errors import Stopped
+from moe_lm.process import attempt, rank, say, world_size
 
 STOPPED = 75
 """Exit code of a run that was stopped and can go on (EX_TEMPFAIL of sysexits.h)."""
@@ -125,37 +126,33 @@ class Interrupts:
             return
         now = time.monotonic()
         if number == signal.SIGINT:
-            launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
             if self._interrupted is None:
                 self._interrupted = now
-            elif not (launched and now - self._interrupted < _ECHO_SECONDS):
-                _say("interrupted twice: ended at once, without a checkpoint of this step")
+            elif not (world_size() > 1 and now - self._interrupted < _ECHO_SECONDS):
+                _say_once("interrupted twice: ended at once, without a checkpoint of this step")
                 self._end(2)
         if self.stop is None:
             self.stop = signal.Signals(number).name
             self._deadline = now + self._deadline_seconds
             if self._deferred:
                 again = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
-                _say(f"{self.stop}: saving and stopping at the end of this step{again}")
+                _say_once(f"{self.stop}: saving and stopping at the end of this step{again}")
 
     def _end_at_deadline(self) -> None:
-        _say(f"{self.stop}: not over {self._deadline_seconds:g} s later, and so ended; see trainer.stop_deadline")
+        _say_once(f"{self.stop}: not over {self._deadline_seconds:g} s later, and so ended; see trainer.stop_deadline")
         self._end(2)
 
     def _end(self, seconds: float) -> NoReturn:
-        """End the process, after at most so many seconds for the last words: a dead mount must not hold it up."""
+        """End the process, after at most so many seconds for the last words."""
         if self._last_words is not None:
-            last_words = threading.Thread(target=self._last_words, daemon=True)
-            last_words.start()
-            last_words.join(seconds)
+            attempt(self._last_words, seconds)
         os._exit(STOPPED)
 
 
-def _say(text: str) -> None:
-    """A line on the error output, of the main process alone; past whatever lock the main thread may hold."""
-    if os.environ.get("RANK", "0") == "0":
-        with contextlib.suppress(OSError):  # whoever read it may have gone, and this must go on
-            os.write(2, f"\nmoe-lm: {text}\n".encode())
+def _say_once(text: str) -> None:
+    """A line on the error output of one process: a signal to a job reaches all of them."""
+    if rank() == 0:
+        say(text)
 
 
 interrupts = Interrupts()

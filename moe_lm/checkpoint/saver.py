@@ -34,7 +34,7 @@ class Saver:
             store: Where checkpoints go.
             report: Is told in a sentence what failed; called from the thread.
         """
-        self._store, self._report = store, report
+        self.store, self._report = store, report
         self._thread: threading.Thread | None = None
         self._hurry = threading.Event()
         self.failure: Exception | None = None
@@ -55,7 +55,7 @@ class Saver:
             copy: False where the tensors do not change until the save has ended.
         """
         copies = _copies(slices, copy)
-        self._begin(step, lambda: self._store.save(step, copies, state))
+        self._begin(step, lambda: self.store.save(step, copies, state))
 
     def start_part(self, step: int, slices: Iterable[TensorSlice], writer: int, copy: bool = True) -> None:
         """Copy the tensors and begin to write this process's part of a checkpoint.
@@ -67,11 +67,11 @@ class Saver:
             copy: As in `start`.
         """
         copies = _copies(slices, copy)
-        self._begin(step, lambda: self._store.write_part(step, writer, copies))
+        self._begin(step, lambda: self.store.write_part(step, writer, copies))
 
     def start_join(self, step: int, writers: int, state: dict[str, Any]) -> None:
         """Begin to complete a checkpoint of which all processes have written their parts; for one of them to do."""
-        self._begin(step, lambda: self._store.join(step, writers, state))
+        self._begin(step, lambda: self.store.join(step, writers, state))
 
     def _begin(self, step: int, work: Callable[[], object]) -> None:
         assert not self.busy
@@ -111,7 +111,7 @@ class Saver:
     def _try_again(self, step: int, tries: int, error: OSError | CheckpointError) -> bool:
         """Report a failed try, make room or wait; whether to try once more."""
         full = isinstance(error, OSError) and error.errno in FULL
-        waits = self._store.config.on_failure is FailurePolicy.wait
+        waits = self.store.config.on_failure is FailurePolicy.wait
         makes_room = full and tries == 1
         last = (self._hurry.is_set() and not makes_room) or (tries > len(PAUSES) and not waits)
         remedy = "" if last else "; free some space, it is tried again" if full else "; it is tried again"
@@ -122,7 +122,7 @@ class Saver:
             return False
         if makes_room:
             try:
-                self._store.make_room(step)
+                self.store.make_room(step)
             except OSError as second:
                 self._report(f"no room could be made ({said(second)})")
             return True

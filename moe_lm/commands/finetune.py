@@ -52,24 +52,12 @@ def _open_base(given: str, runtime: Runtime) -> ModelSource:
         return str(opened[0].path)
 
     path = runtime.decide(choose)
-    failure: Exception | None = None
-    if not opened:
-        try:
-            opened.append(open_source(Path(path), "base"))
-        except Exception as error:
-            failure = error
-    runtime.agree(failure)
-    return opened[0]
+    return runtime.together(lambda: opened[0] if opened else open_source(Path(path), "base"))
 
 
 def _agreed_fingerprint(given: str, base: ModelSource, runtime: Runtime) -> str:
     """The fingerprint of the base, by each process's own files."""
-    found, failure = "", None
-    try:
-        found = fingerprint(base)
-    except Exception as error:  # a file that only this process's machine can not read
-        failure = error
-    runtime.agree(failure)
+    found = runtime.together(lambda: fingerprint(base))
     everyone = runtime.gather(found)
     for rank, theirs in enumerate(everyone):
         if theirs != everyone[0]:

@@ -158,11 +158,11 @@ def _train(training: Run) -> Validation:
     peers = training.runtime.peers
 
     def last_words() -> None:
-        peers.fail(f"not over in time after {interrupts.stop}", STOPPED)
+        peers.announce_end(f"not over in time after {interrupts.stop}", STOPPED)
         write_state(training, "stopped", step=training.progress.step, exit_code=STOPPED)
 
     def at_timeout(why: str) -> None:
-        peers.fail(why)
+        peers.announce_end(why)
         write_state(training, "failed", step=training.progress.step, exit_code=1, error=why)
 
     def silent() -> str:

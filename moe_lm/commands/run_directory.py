@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from moe_lm.files import locked, write_json
 from moe_lm.hf.export import check_expressible, check_output
 from moe_lm.interrupts import STOPPED
 from moe_lm.model.accounting import count_parameters
+from moe_lm.process import rank, signature, was_restarted
 from moe_lm.training.config import ResumePolicy, RunConfig, SpikePolicy
 from moe_lm.training.requests import STOP_FILE
 from moe_lm.training.run import Run
@@ -34,11 +34,9 @@ STATE_FILE = "state.json"
 
 def warn(text: str) -> None:
     """A sentence on the error output; of another process than the main one, past the file that its output goes to."""
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        print(f"moe-lm: {text}", file=sys.stderr, flush=True)
-    elif sys.__stderr__ is not None:
-        print(f"moe-lm (rank {rank}): {text}", file=sys.__stderr__, flush=True)
+    stream = sys.stderr if rank() == 0 else sys.__stderr__
+    if stream is not None:
+        print(f"{signature()}: {text}", file=stream, flush=True)
 
 
 def open_directory(config: RunConfig, directory: Path, held: ExitStack, beginning: ExitStack) -> None:
@@ -56,7 +54,7 @@ def open_directory(config: RunConfig, directory: Path, held: ExitStack, beginnin
         created = _create(directory)
         if not held.enter_context(locked(directory)):
             raise InputError(f"run_name={config.run_name}: another process is training in {directory}; wait for it.")
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" and (directory / STOP_FILE).is_file():
+        if not was_restarted() and (directory / STOP_FILE).is_file():
             # One that an earlier run obeyed. A launcher that restarts what has stopped shall find it, and stop again.
             (directory / STOP_FILE).unlink()
         if created:
@@ -142,11 +140,11 @@ def end_recorded(training: Run, say: Callable[[str], None]) -> Iterator[None]:
         raise
     except (Exception, KeyboardInterrupt) as raised:
         error = peers.named(raised)
-        peers.tell(error)  # before anything that takes time: they wait in a collective
+        peers.announce_failure(error)  # before anything that takes time: they wait in a collective
         if isinstance(error, KeyboardInterrupt):
             training.saver.close()
             write_state(training, "stopped", step=training.progress.step, exit_code=STOPPED)
-            say(f"stopped after step {training.progress.step}; the same command {training.said_next_start()}")
+            say(f"stopped after step {training.progress.step}; {training.saving.said_next_start()}")
         else:
             _record_failure(training, error)
         if training.runtime.all_failed:

@@ -18,7 +18,7 @@ _TOLD = b"!"
 
 
 @dataclass(frozen=True)
-class Loss:
+class Departure:
     """Why a job can not go on: one of its processes has gone."""
 
     sentence: str
@@ -30,16 +30,16 @@ class Loss:
     """Whether it is rank 0 that has gone."""
 
     @classmethod
-    def of(cls, message: dict[str, Any]) -> "Loss":
-        """The loss that a message tells of."""
+    def of(cls, message: dict[str, Any]) -> "Departure":
+        """The departure that a message tells of."""
         try:
-            return cls(**message["loss"])
+            return cls(**message["departure"])
         except (KeyError, TypeError) as error:
             raise EndedError("has sent nonsense") from error
 
     def message(self) -> bytes:
         """The message that tells of it."""
-        return encode("lost", loss=asdict(self))
+        return encode("departed", departure=asdict(self))
 
 
 class EndedError(Exception):
@@ -112,9 +112,10 @@ class Connection:
 class Station:
     """What hub and spoke have in common; everything but `wake` and `silent` belongs to one thread."""
 
-    def __init__(self, lose: Callable[[Loss], None]):
-        self.lose = lose
+    def __init__(self, report_departure: Callable[[Departure], None]):
+        self.report_departure = report_departure
         self.leaving = False
+        """Whether it has said farewell."""
         self.selector = selectors.DefaultSelector()
         self._waker, woken = socket.socketpair()
         self._waker.setblocking(False)
@@ -184,7 +185,7 @@ def listen(backlog: int) -> socket.socket:
     return listener
 
 
-def answer(listener: socket.socket) -> None:
+def answer_asker(listener: socket.socket) -> None:
     """Say that the user has been told to whoever asks by `was_told`."""
     asker, _ = listener.accept()
     with asker, contextlib.suppress(OSError):

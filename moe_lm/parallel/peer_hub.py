@@ -16,8 +16,8 @@ from collections.abc import Callable
 from moe_lm.parallel.peer_connections import (
     LONGEST,
     Connection,
+    Departure,
     EndedError,
-    Loss,
     Station,
     decode,
     encode,
@@ -44,22 +44,22 @@ class _Peer:
     name: str
     connection: Connection
     ear: tuple[str, int]
-    has_left: bool = False
+    said_bye: bool = False
     is_open: bool = True
 
 
 class Hub(Station):
     """Rank 0's end: hears of every other process, and tells the others."""
 
-    def __init__(self, world_size: int, from_main: Callable[[str], str], lose: Callable[[Loss], None]):
-        super().__init__(lose)
+    def __init__(self, world_size: int, from_main: Callable[[str], str], report_departure: Callable[[Departure], None]):
+        super().__init__(report_departure)
         self._world_size, self._token = world_size, secrets.token_hex(16)
         self._listener = listen(world_size + _MOST_STRANGERS)
         invitation = {"port": self._listener.getsockname()[1], "token": self._token, "who": name_of(0, identity())}
         self._strangers: dict[Connection, float] = {}
         self._peers: dict[int, _Peer] = {}
         self._news: list[bytes] = []
-        """What whoever connects late has to know: of a loss, of the end of this process."""
+        """What whoever connects late has to know: of a departure, of the end of this process."""
         self.on_input(self._listener, self._accept)
         from_main(json.dumps(invitation))
         self._begin = time.monotonic()
@@ -69,12 +69,12 @@ class Hub(Station):
         """Whether every process has heard the farewell."""
         return self.leaving and not self._missing() and not any(peer.is_open for peer in self._peers.values())
 
-    def speaks(self, loss: Loss) -> bool:
+    def tells_the_user(self, departure: Departure) -> bool:
         """Whether this process is the one to tell the user."""
-        return not loss.of_main
+        return not departure.of_main
 
-    def told(self, loss: Loss, seconds: float) -> None:
-        """Nothing: nobody asks rank 0, which tells the others of a loss as soon as it knows."""
+    def answer_askers(self, departure: Departure, seconds: float) -> None:
+        """Nothing: nobody asks rank 0, which tells the others of a departure as soon as it knows."""
 
     def silent(self, after: float) -> list[str]:
         """The processes that have given no sign of life for so many seconds."""
@@ -92,14 +92,14 @@ class Hub(Station):
             self._turn_away(connection)
         if now - self._begin > _CONNECT_SECONDS:
             for rank in self._missing():
-                self._lost(Loss(f"process {rank} has not connected to process 0 within {_CONNECT_SECONDS:g} s"))
+                self._spread(Departure(f"process {rank} has not connected to process 0 within {_CONNECT_SECONDS:g} s"))
 
-    def farewell(self, loss: Loss | None) -> None:
+    def farewell(self, failure: Departure | None) -> None:
         """Tell everybody that this process ends, orderly or by a failure (its sentence without the subject)."""
         self.leaving = True
-        if loss is not None:
-            sentence = f"{name_of(0, identity())} {loss.sentence}"
-            self._tell_all(dataclasses.replace(loss, sentence=sentence, of_main=True).message())
+        if failure is not None:
+            sentence = f"{name_of(0, identity())} {failure.sentence}"
+            self._tell_all(dataclasses.replace(failure, sentence=sentence, of_main=True).message())
         self._tell_all(encode("bye"))
         for peer in self._peers.values():
             peer.connection.finish()
@@ -109,10 +109,10 @@ class Hub(Station):
         for peer in self._peers.values():
             peer.connection.send(news)
 
-    def _lost(self, loss: Loss) -> None:
-        if not self._news:  # what a loss brings about among the others is none
-            self._tell_all(loss.message())
-            self.lose(loss)
+    def _spread(self, departure: Departure) -> None:
+        if not self._news:  # those that it brings about among the others are none
+            self._tell_all(departure.message())
+            self.report_departure(departure)
 
     def _missing(self) -> list[int]:
         return [rank for rank in range(1, self._world_size) if rank not in self._peers]
@@ -178,13 +178,13 @@ class Hub(Station):
         except EndedError as end:
             peer.is_open = False
             self.part(peer.connection)
-            if not peer.has_left:
-                self._lost(Loss(f"{peer.name} {end}"))
+            if not peer.said_bye:
+                self._spread(Departure(f"{peer.name} {end}"))
 
     def _obey(self, peer: _Peer, lines: list[bytes]) -> None:
         for message in map(decode, lines):
             if message["kind"] == "bye":
-                peer.has_left = True
-            elif message["kind"] == "lost":
-                loss = Loss.of(message)
-                self._lost(dataclasses.replace(loss, sentence=f"{peer.name} {loss.sentence}"))
+                peer.said_bye = True
+            elif message["kind"] == "departed":
+                failure = Departure.of(message)
+                self._spread(dataclasses.replace(failure, sentence=f"{peer.name} {failure.sentence}"))

@@ -11,10 +11,10 @@ from typing import Any
 from moe_lm.errors import RunError
 from moe_lm.parallel.peer_connections import (
     Connection,
+    Departure,
     EndedError,
-    Loss,
     Station,
-    answer,
+    answer_asker,
     decode,
     encode,
     identity,
@@ -36,8 +36,14 @@ over before this process is ended (`peers.GRACE`)."""
 class Spoke(Station):
     """The end of every other rank: hears of the others through rank 0."""
 
-    def __init__(self, rank: int, world_size: int, from_main: Callable[[str], str], lose: Callable[[Loss], None]):
-        super().__init__(lose)
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        from_main: Callable[[str], str],
+        report_departure: Callable[[Departure], None],
+    ):
+        super().__init__(report_departure)
         self._rank = rank
         main = json.loads(from_main(""))
         self._main, self._host, port = main["who"], os.environ.get("MASTER_ADDR", "localhost"), main["port"]
@@ -48,7 +54,7 @@ class Spoke(Station):
                 f"process {rank} can not reach {self._main} at {self._host}:{port} ({error.strerror or error}); the "
                 "processes of a job must reach each other on any port."
             ) from error
-        self._connection, self._is_open, self._has_left = Connection(connection), True, False
+        self._connection, self._is_open, self._main_said_bye = Connection(connection), True, False
         # Where the others knock once rank 0 has gone. They hear that the user has been told, or by the kernel that this
         # process has ended as well.
         self._ear = listen(world_size)
@@ -62,9 +68,9 @@ class Spoke(Station):
         """Whether rank 0 has heard the farewell."""
         return self.leaving and not self._is_open
 
-    def speaks(self, loss: Loss) -> bool:
+    def tells_the_user(self, departure: Departure) -> bool:
         """Whether this process is the one to tell the user: rank 0 does, or the lowest rank that is left."""
-        if not loss.of_main:
+        if not departure.of_main:
             return False
         deadline = time.monotonic() + _ASK_SECONDS
         for rank, host, port in self._ears:
@@ -75,13 +81,13 @@ class Spoke(Station):
                 return False
         return bool(self._ears) or self._rank == 1
 
-    def told(self, loss: Loss, seconds: float) -> None:
+    def answer_askers(self, departure: Departure, seconds: float) -> None:
         """Answer for so long the others that ask whether the user has been told."""
         until = time.monotonic() + seconds
-        while loss.of_main and self._ear.fileno() >= 0 and (left := until - time.monotonic()) > 0:
+        while departure.of_main and self._ear.fileno() >= 0 and (left := until - time.monotonic()) > 0:
             with contextlib.suppress(OSError):  # the time is over, or the socket closed meanwhile
                 self._ear.settimeout(left)
-                answer(self._ear)
+                answer_asker(self._ear)
 
     def silent(self, after: float) -> list[str]:
         """Rank 0, if it has given no sign of life for so many seconds."""
@@ -92,11 +98,11 @@ class Spoke(Station):
         if self._is_open:
             self._connection.beat()
 
-    def farewell(self, loss: Loss | None) -> None:
+    def farewell(self, failure: Departure | None) -> None:
         """Tell rank 0 that this process ends, orderly or by a failure (its sentence without the subject)."""
         self.leaving = True
-        if loss is not None:
-            self._connection.send(loss.message())
+        if failure is not None:
+            self._connection.send(failure.message())
         self._connection.send(encode("bye"))
         self._connection.finish()
 
@@ -110,18 +116,18 @@ class Spoke(Station):
             for line in self._connection.lines():
                 self._obey(decode(line))
         except EndedError as end:
-            self._leave()
-            if not self._has_left and not self.leaving:
-                self.lose(Loss(f"{self._main} {end}", of_main=True))
+            self._disconnect()
+            if not self._main_said_bye and not self.leaving:
+                self.report_departure(Departure(f"{self._main} {end}", of_main=True))
 
     def _obey(self, message: dict[str, Any]) -> None:
-        if message["kind"] == "lost":
-            self.lose(Loss.of(message))
+        if message["kind"] == "departed":
+            self.report_departure(Departure.of(message))
         elif message["kind"] == "ears":
             self._ears = message["ears"]
         elif message["kind"] == "bye":
-            self._has_left = True
+            self._main_said_bye = True
 
-    def _leave(self) -> None:
+    def _disconnect(self) -> None:
         self._is_open = False
         self.part(self._connection)

@@ -5,11 +5,12 @@ end here. It does not wrap the model: experts that are sharded over processes ne
 not know.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,10 +18,13 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
+from moe_lm import process
 from moe_lm.errors import InputError, RunError, Stopped
 from moe_lm.interrupts import interrupts
 from moe_lm.kernels.allocator import keep_freed_memory
 from moe_lm.parallel.peers import PeerWatch
+
+T = TypeVar("T")
 
 PATIENCE = timedelta(days=1)
 """How long a process waits for another one in a collective. The backends' 10 or 30 minutes are less than an export or
@@ -37,7 +41,7 @@ class Runtime:
         on_cpu = device == "cpu" or not torch.cuda.is_available()
         if on_cpu:
             keep_freed_memory()
-        if launched_world_size() > 1 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        if process.world_size() > 1 and process.was_restarted():
             _meet_again("gloo" if on_cpu else "nccl")
         # Said outright, because Accelerate guesses otherwise: under torchrun on a CPU every rank takes itself for the
         # main one. Its own mixed precision stays off, whatever the launcher's environment says.
@@ -46,14 +50,13 @@ class Runtime:
         self.device: torch.device = accelerator.device
         self.rank: int = accelerator.process_index
         self.world_size: int = accelerator.num_processes
-        self.all_failed = False
-        """Whether every process knows of the failure that ends it, and so may still wait for its peers."""
+        self._all_failed = False
         self.peers = PeerWatch(
             self.rank,
             self.world_size,
             self.from_main,
-            agreed=lambda: self.all_failed,
-            at_loss=lambda sentence: interrupts.ignore(),
+            agreed=lambda: self._all_failed,
+            at_departure=lambda sentence: interrupts.ignore(),
         )
         """Ends this process soon after another one has gone; watches while the runtime's context is open."""
 
@@ -65,13 +68,32 @@ class Runtime:
         self.peers.__exit__(kind, error, trace)
         # After a failure the group is left as it is: to take it down can wait for a peer that has gone.
         orderly = error is None or isinstance(error, Stopped)
-        if orderly and self.peers.lost is None and dist.is_initialized():
+        if orderly and self.peers.departed is None and dist.is_initialized():
             dist.destroy_process_group()
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and talks to the user."""
         return self.rank == 0
+
+    @property
+    def all_failed(self) -> bool:
+        """Whether every process knows of the failure that ends it, and so may still wait for its peers."""
+        return self._all_failed
+
+    def failed_everywhere(self, failure: RunError) -> RunError:
+        """The failure, to be raised: by every process at this very place, so that none has to tell the others."""
+        self._all_failed = True
+        return failure
+
+    @contextlib.contextmanager
+    def still_together(self) -> Iterator[None]:
+        """Work of all processes that know of the failure which ends them, before they end by it; what only one of them
+        meets in the block, and raises out of it, is again for it to tell.
+        """
+        self._all_failed = False
+        yield
+        self._all_failed = True
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -102,7 +124,7 @@ class Runtime:
             except Exception as error:
                 failure = error
         said = self.from_main(_as_text(failure))
-        self.all_failed = bool(said)
+        self._all_failed = bool(said)
         if failure is not None:
             raise failure
         if said:
@@ -129,8 +151,8 @@ class Runtime:
         if self.world_size > 1:
             failed = torch.tensor([failure is not None], dtype=torch.int64, device=self.device)
             self.sum([failed])
-            self.all_failed = bool(failed)
-            if failure is None and self.all_failed:
+            self._all_failed = bool(failed)
+            if failure is None and self._all_failed:
                 texts = self.gather("")
                 rank = next(rank for rank, text in enumerate(texts) if text)
                 theirs = _from_text(texts[rank], f"process {rank}")
@@ -140,6 +162,16 @@ class Runtime:
                 self.gather(_as_text(failure))
         if failure is not None:
             raise failure
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work` gives here; where it raises on any process, every one raises (see `agree`)."""
+        failure: Exception | None = None
+        try:
+            given = work()
+        except Exception as error:  # perhaps of this process alone: a file that its machine lacks
+            failure = error
+        self.agree(failure)
+        return given
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
         """Of each flag, whether it is set on any process; the same on every process."""
@@ -196,7 +228,7 @@ def _meet_again(backend: str) -> None:
     waiting for half an hour.
     """
     environment = os.environ
-    rank, world_size = int(environment["RANK"]), launched_world_size()
+    rank, world_size = process.rank(), process.world_size()
     is_master = environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == 0
     address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     store = dist.TCPStore(address, port, world_size, is_master=is_master)  # type: ignore[attr-defined]
@@ -205,8 +237,3 @@ def _meet_again(backend: str) -> None:
     name = f"attempt-{environment['TORCHELASTIC_RESTART_COUNT']}"
     attempt = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=PATIENCE)
-
-
-def launched_world_size() -> int:
-    """Number of processes that the launcher started; known before any process group exists."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

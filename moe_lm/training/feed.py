@@ -131,16 +131,7 @@ class Feed:
         Raises:
             InputError, RunError: The data of any process can not be read further; the same on every process.
         """
-        step: StepBatch | None = None
-        failure: Exception | None = None
-        try:
-            if self._encoder is not None:
-                self._encoder.check()
-            step = self._prefetcher.next()
-        except Exception as error:
-            failure = error
-        self._runtime.agree(failure)
-        assert step is not None
+        step = self._runtime.together(self._next_here)
         num_domains = len(step.domain_tokens)
         # Alone there is nobody to ask: the device need not be waited for.
         device = self._runtime.device if self._runtime.world_size > 1 else torch.device("cpu")
@@ -156,6 +147,11 @@ class Feed:
         return GlobalBatch(
             step.micro_batches, max(1, num_targets), max(1, sum(domain_tokens)), domain_tokens, step.state
         )
+
+    def _next_here(self) -> StepBatch:
+        if self._encoder is not None:
+            self._encoder.check()
+        return self._prefetcher.next()
 
     def whole_state(self, own: dict[str, Any]) -> dict[str, Any]:
         """The state of all processes' data from each one's own; every process must call it."""

@@ -16,9 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from moe_lm.data.batch import Batch
+from moe_lm.errors import RunError
+from moe_lm.parallel.runtime import Runtime
 from moe_lm.training.config import GuardsConfig
+from moe_lm.training.feed import GlobalBatch
 from moe_lm.training.optimizer import Optimizer
 from moe_lm.training.precision import ComputeModel
+from moe_lm.training.progress import Progress
+from moe_lm.training.step import StepResult
 
 MINIMUM = 32
 """Losses that must be known before one can be a spike."""
@@ -48,6 +53,39 @@ class SpikeDetector:
     def add(self, loss: float) -> None:
         """Take in a loss that was learned from."""
         self._losses.append(loss)
+
+
+def skipped_too_often(
+    compute: ComputeModel,
+    optimizer: Optimizer,
+    runtime: Runtime,
+    progress: Progress,
+    batch: GlobalBatch,
+    result: StepResult,
+) -> RunError:
+    """The end of a run after too many skipped updates, to be raised, with what is found out about the last of them.
+
+    Every process must call it.
+
+    Args:
+        compute: See `diagnose`.
+        optimizer: The same.
+        runtime: This process among its peers.
+        progress: How many updates were skipped, and where the run stands.
+        batch: What the last step was to learn from.
+        result: What came of it.
+    """
+    causes = runtime.gather(diagnose(compute, optimizer, batch.micro_batches, runtime.device))
+    by_process = "".join(f"; process {rank}: {cause}" for rank, cause in enumerate(causes))
+    where = f"; {causes[0]}" if len(set(causes)) == 1 else by_process
+    return runtime.failed_everywhere(
+        RunError(
+            f"{progress.skipped_in_a_row} updates in a row were skipped, the last at step {progress.step}, with "
+            f"loss {result.cross_entropy:.4g} and gradient norm {result.gradient_norm:.4g}{where}. Lower "
+            "optimizer.learning_rate, lengthen schedule.warmup_steps, or try trainer.precision=fp32; no weight was "
+            "changed by them."
+        )
+    )
 
 
 def diagnose(compute: ComputeModel, optimizer: Optimizer, batches: list[Batch], device: torch.device) -> str:

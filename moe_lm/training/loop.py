@@ -1,23 +1,33 @@
-"""The training loop."""
+"""The training loop.
+
+The order of things, the same on every process:
+
+1. Between two steps (`boundary.py`): validate where it is due; agree on what was asked for; end the run if its last
+   checkpoint can not be written; save where it is due or asked for; stop if asked to.
+2. Take the next global batch. One that a rewind left out, or that is padding alone, is no step.
+3. Step (`step.py`): forward, backward, update at the schedule's learning rate. Where loss or gradients are not finite,
+   or the loss is a spike and not to be learned from, the update is skipped.
+4. Treat a spike by `guards.spike_policy`; a rewind goes back to a checkpoint, and the loop begins anew from there.
+5. Count what was learned from, record the figures, and give up after too many skipped updates in a row.
+
+After the last step the whole validation set is scored.
+"""
 
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable
 
-from moe_lm.data.loader import validation_batches
 from moe_lm.errors import RunError, Stopped
-from moe_lm.evaluation.bits_per_byte import Validation, evaluate
+from moe_lm.evaluation.bits_per_byte import Validation
+from moe_lm.training.boundary import after_last_step, between_steps, next_batch
 from moe_lm.training.config import SpikePolicy
-from moe_lm.training.feed import Feed, GlobalBatch
-from moe_lm.training.guards import diagnose
+from moe_lm.training.guards import skipped_too_often
 from moe_lm.training.run import Run
-from moe_lm.training.schedule import is_due, learning_rate_factor
-from moe_lm.training.step import StepResult, next_load, train_step
+from moe_lm.training.schedule import learning_rate_factor
+from moe_lm.training.step import next_load, train_step
 from moe_lm.training.telemetry import Telemetry
-
-Pulse = Callable[[], None]
-"""Called wherever the run makes progress, or waits for something that it says it waits for."""
+from moe_lm.training.validation import validate_start
+from moe_lm.training.watchdog import Pulse
 
 
 def train(run: Run, pulse: Pulse) -> Validation:
@@ -25,30 +35,25 @@ def train(run: Run, pulse: Pulse) -> Validation:
 
     Raises:
         Stopped: The run was asked to stop, and is saved.
-        RunError: Too many updates in a row were skipped.
+        RunError: Too many updates in a row were skipped, or rewinds did not help.
     """
-    most = run.config.guards.max_rewinds
-    rewinds: Counter[int] = Counter()
+    most, rewinds = run.config.guards.max_rewinds, Counter[int]()
     with Telemetry(run) as telemetry:
         try:
             while (final := _train_until_rewind(run, telemetry, pulse)) is None:
                 step = run.progress.step
                 rewinds[step] += 1
                 if rewinds[step] > most:
-                    run.runtime.all_failed = True
-                    raise RunError(
-                        f"the loss leapt again after {most} rewinds to step {step}: lower optimizer.learning_rate, or "
-                        "look at the data there."
-                    )
+                    said = f"the loss leapt again after {most} rewinds to step {step}"
+                    remedy = "lower optimizer.learning_rate, or look at the data there"
+                    raise run.runtime.failed_everywhere(RunError(f"{said}: {remedy}."))
         except Stopped:
             raise
         except Exception:  # whatever it was: on the others it is what they were told of it
             if run.runtime.all_failed:  # all are here: a checkpoint that all have written their parts of is not lost
-                run.runtime.all_failed = False
-                run.saver.hurry()
-                with contextlib.suppress(Stopped):
-                    run.finish_saving(pulse)
-                run.runtime.all_failed = True
+                with run.runtime.still_together(), contextlib.suppress(Stopped):
+                    run.saver.hurry()
+                    run.saving.finish(pulse)
             raise
     return final
 
@@ -59,8 +64,8 @@ def _train_until_rewind(run: Run, telemetry: Telemetry, pulse: Pulse) -> Validat
     with run.open_feed() as feed:
         telemetry.begin(feed)
         if run.start.has_learned and progress.step == 0 and progress.start_loss is None:
-            _validate_start(run, telemetry, pulse)
-        while _between_steps(run, feed, telemetry, pulse) and (batch := _next(run, feed, pulse)) is not None:
+            validate_start(run, telemetry, pulse)
+        while between_steps(run, feed, telemetry, pulse) and (batch := next_batch(run, feed, pulse)) is not None:
             data_step, run.data_state = progress.data_step, batch.state
             progress.data_step += 1
             if data_step in progress.skipped_data_steps:
@@ -85,106 +90,5 @@ def _train_until_rewind(run: Run, telemetry: Telemetry, pulse: Pulse) -> Validat
             progress.skipped_in_a_row = 0 if result.applied else progress.skipped_in_a_row + 1
             telemetry.step(result, batch, data_step, factor * config.optimizer.learning_rate)
             if progress.skipped_in_a_row >= config.guards.max_skipped:
-                _give_up(run, batch, result)
-        if run.saved_step != progress.step:
-            run.save(feed, pulse)  # a stream has ended
-        telemetry.close_data()
-        if run.parallel.layout.sharded:
-            run.finish_saving(pulse)  # parts that lie there for the length of a validation are no checkpoint yet
-        final = validate(run, None, pulse)
-        run.finish_saving(pulse)
-        if run.requests.agreed(run.saver).stop or final is None:
-            raise Stopped(f"stopped in the last validation ({run.requests.reason}); {_what_next(run)}")
-        telemetry.validation(final, complete=True)
-    return final
-
-
-def _validate_start(run: Run, telemetry: Telemetry, pulse: Pulse) -> None:
-    """Find out how good the model is that the run began from; all of the validation set, as at its end."""
-    if (figures := validate(run, None, pulse)) is not None:
-        run.progress.start_loss = figures.loss
-        telemetry.validation(figures, complete=True)
-
-
-def _between_steps(run: Run, feed: Feed, telemetry: Telemetry, pulse: Pulse) -> bool:
-    """Validate, save and stop where it is due or asked for; false after the last step."""
-    pulse()
-    config, progress = run.config, run.progress
-    last = progress.step >= feed.last_step
-    if is_due(progress.step, config.trainer.eval_interval) and progress.validated_step != progress.step:
-        estimate = validate(run, config.trainer.eval_sequences, pulse)
-        if estimate is not None:
-            progress.validated(estimate.bits_per_byte)
-            telemetry.validation(estimate, complete=False)
-    asked = run.requests.agreed(run.saver)
-    if asked.failed:
-        run.raise_failed_save()
-    run.go_on_saving(asked.saving)
-    if asked.save:
-        telemetry.line(f"step {progress.step}: saving, as asked")
-    due = last or asked.save or is_due(progress.step, config.checkpoint.interval)
-    if due and run.saved_step != progress.step:
-        run.save(feed, pulse)
-        telemetry.restart_clock()
-    if asked.stop:
-        _stop(run, feed, pulse)
-    return not last
-
-
-def _next(run: Run, feed: Feed, pulse: Pulse) -> GlobalBatch | None:
-    """The next batch; null where the data has ended."""
-    try:
-        return feed.next()
-    except Exception:
-        # A signal to the whole process group has ended the tokenizing workers, too: that is no failure of theirs.
-        if run.requests.agreed(run.saver).stop:
-            _stop(run, feed, pulse)
-        raise
-
-
-def _stop(run: Run, feed: Feed, pulse: Pulse) -> None:
-    if run.saved_step != run.progress.step:
-        run.save(feed, pulse)
-    run.finish_saving(pulse)
-    raise Stopped(f"stopped after step {run.progress.step} ({run.requests.reason}); {_what_next(run)}")
-
-
-def _what_next(run: Run) -> str:
-    return f"the same command {run.said_next_start()}"
-
-
-def _give_up(run: Run, batch: GlobalBatch, result: StepResult) -> None:
-    """End the run after too many skipped updates, with what can be found out about the last of them."""
-    cause = diagnose(run.compute, run.optimizer, batch.micro_batches, run.runtime.device)
-    causes = run.runtime.gather(cause)
-    where = f"; {cause}" if len(set(causes)) == 1 else "".join(f"; process {r}: {c}" for r, c in enumerate(causes))
-    run.runtime.all_failed = True
-    raise RunError(
-        f"{run.progress.skipped_in_a_row} updates in a row were skipped, the last at step {run.progress.step}, with "
-        f"loss {result.cross_entropy:.4g} and gradient norm {result.gradient_norm:.4g}{where}. Lower "
-        "optimizer.learning_rate, lengthen schedule.warmup_steps, or try trainer.precision=fp32; no weight was changed "
-        "by them."
-    )
-
-
-def validate(run: Run, max_rows: int | None, pulse: Pulse) -> Validation | None:
-    """Figures of the validation set, or of `max_rows` rows of it; null where a stop was asked for meanwhile."""
-    shards, runtime, config = run.data.validation, run.runtime, run.config
-
-    def interrupted() -> bool:
-        pulse()
-        return run.requests.stopping
-
-    batches = validation_batches(
-        shards,
-        batch_size=config.trainer.micro_batch_size,
-        sequence_length=config.data.sequence_length,
-        mask_documents=config.data.mask_documents,
-        pad_id=run.data.tokenizer.pad_id,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        max_rows=max_rows,
-    )
-    figures = evaluate(run.compute.module, batches, shards, runtime, interrupted)
-    run.parallel.release()
-    return figures
+                raise skipped_too_often(run.compute, run.optimizer, run.runtime, progress, batch, result)
+        return after_last_step(run, feed, telemetry, pulse)

@@ -4,10 +4,8 @@ There is no random state among it: nothing draws from a global generator while t
 seed or from another model (`start.py`), data order from (seed, step).
 """
 
-import contextlib
 import dataclasses
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,11 @@ from typing import Any
 import torch
 
 from moe_lm.checkpoint.checkpoint import Checkpoint
-from moe_lm.checkpoint.saver import Saver, said
-from moe_lm.checkpoint.store import SCORE, CheckpointStore, step_of
+from moe_lm.checkpoint.saver import Saver
+from moe_lm.checkpoint.store import SCORE, CheckpointStore
 from moe_lm.checkpoint.tensor_file import CheckpointError
 from moe_lm.data.loader import make_mixture
 from moe_lm.data.prepared import PreparedData
-from moe_lm.errors import Stopped
 from moe_lm.model.router import Router
 from moe_lm.parallel.layout import Layout
 from moe_lm.parallel.parallelize import parallelize
@@ -34,6 +31,7 @@ from moe_lm.training.optimizer import Optimizer
 from moe_lm.training.precision import ComputeModel, compute_dtype
 from moe_lm.training.progress import Progress
 from moe_lm.training.requests import Requests
+from moe_lm.training.saving import Saving
 from moe_lm.training.start import FromSeed, Start
 from moe_lm.training.state import (
     environment,
@@ -43,6 +41,7 @@ from moe_lm.training.state import (
     progress_of,
     saved_slices,
 )
+from moe_lm.training.watchdog import Pulse
 
 
 class Run:
@@ -90,16 +89,15 @@ class Run:
         self.store = CheckpointStore(directory / "checkpoints", config.checkpoint, behind)
         self.saver = Saver(self.store, report)
         self.requests = Requests(directory, runtime)
+        self.saving = Saving(
+            self.saver, runtime, self.requests, self.parallel.layout.sharded, lambda: self.progress.step
+        )
         # Made once: training stands still while a save begins.
         self.environment, self._plain_config = environment(runtime, self.parallel, dtype), to_plain(config)
         self.progress = Progress()
         self.spikes = SpikeDetector(config.guards)
         self.data_state: dict[str, Any] = {}
         """Where the data stands besides `progress.data_step`: of this process, or in a checkpoint of all."""
-        self._unjoined: dict[str, Any] | None = None
-        """State of a checkpoint whose parts are being written, or wait to be joined."""
-        self.saved_step: int | None = None
-        """Step of the newest checkpoint, written or being written."""
 
     @torch.no_grad()
     def _initialize(self) -> None:
@@ -126,90 +124,20 @@ class Run:
 
     def open_feed(self) -> Feed:
         """The batches from where the run stands on; to be used as a context manager."""
-        feed: Feed | None = None
-        failure: Exception | None = None
-        try:
-            feed = Feed(self.config, self.runtime, self.data, self.mixture, self.progress, self.data_state)
-        except Exception as error:  # a file that only this process's machine lacks
-            failure = error
-        self.runtime.agree(failure)
-        assert feed is not None
-        return feed
+        return self.runtime.together(
+            lambda: Feed(self.config, self.runtime, self.data, self.mixture, self.progress, self.data_state)
+        )
 
-    def save(self, feed: Feed, pulse: Callable[[], None]) -> None:
+    def save(self, feed: Feed, pulse: Pulse) -> None:
         """Begin a checkpoint of the present state, once the one before is on disk; every process must call it.
 
         Args:
             feed: Where the data stands.
             pulse: Called while this waits.
         """
-        self.finish_saving(pulse)
-        state, background = self._state(feed.whole_state(self.data_state)), self.config.checkpoint.background
-        step, is_main = self.progress.step, self.runtime.is_main
-        slices = saved_slices(self.optimizer, self.load_LE, is_main)
-        if self.parallel.layout.sharded:
-            self.runtime.on_main(self._sweep)  # before any process begins to write
-            self._unjoined = state
-            self.saver.start_part(step, slices, self.runtime.rank, copy=background)
-        elif is_main:
-            self.saver.start(step, slices, state, copy=background)
-        self.saved_step = step
-        if not background:
-            self.finish_saving(pulse)
-
-    def _sweep(self) -> None:
-        with contextlib.suppress(OSError):  # the save will meet it as well, and does as the policy says
-            self.store.sweep()
-
-    def go_on_saving(self, busy: bool) -> None:
-        """Begin to complete a checkpoint of which every process has written its part.
-
-        Args:
-            busy: Whether any process is still writing; the same on every one.
-        """
-        if self._unjoined is None or busy:
-            return
-        if self.runtime.is_main:
-            assert self.saved_step is not None
-            self.saver.start_join(self.saved_step, self.runtime.world_size, self._unjoined)
-        self._unjoined = None
-
-    def finish_saving(self, pulse: Callable[[], None]) -> None:
-        """Wait until the checkpoint that was begun is on disk; every process must call it.
-
-        Raises:
-            Stopped: It can not be written, on every process.
-        """
-        pause = 0.001
-        while True:
-            stop = self.requests.stopping
-            busy, failed, stop = self.runtime.any([self.saver.busy, self.saver.failure is not None, stop])
-            if stop:
-                self.saver.hurry()
-            if not busy and (failed or self._unjoined is None):
-                break
-            self.go_on_saving(busy)
-            pulse()
-            time.sleep(pause)
-            pause = min(2 * pause, 0.5)
-        if failed:
-            self.raise_failed_save()
-
-    def raise_failed_save(self) -> None:
-        """End the run because its last checkpoint can not be written."""
-        failure = self.saver.failure
-        is_disk = isinstance(failure, (OSError, CheckpointError))
-        self.runtime.agree(None if is_disk else failure)  # a bug of one process is no orderly stop of the others
-        reason = "" if failure is None else f" ({said(failure)})"
-        raise Stopped(
-            f"stopped after step {self.progress.step}, because the checkpoint of step {self.saved_step} can not be "
-            f"written{reason}; the same command {self.said_next_start()}"
-        )
-
-    def said_next_start(self) -> str:
-        """What the same command will do, in words."""
-        paths = [path for path in self.store.paths() if step_of(path) <= self.progress.step]
-        return f"goes on from {paths[-1].name}" if paths else "begins anew, for there is no checkpoint yet"
+        self.saving.finish(pulse)
+        state = self._state(feed.whole_state(self.data_state))
+        self.saving.begin(saved_slices(self.optimizer, self.load_LE, self.runtime.is_main), state, pulse)
 
     def _state(self, data_state: dict[str, Any]) -> dict[str, Any]:
         progress = self.progress
@@ -262,9 +190,9 @@ class Run:
         self.progress = progress
         self.spikes = SpikeDetector(self.config.guards, checkpoint.state["losses"])
         self.data_state = checkpoint.state["data"]
-        self.saved_step = int(progress.step)
+        self.saving.newest_step = int(progress.step)
 
-    def rewind(self, data_step: int, pulse: Callable[[], None], say: Callable[[str], None]) -> None:
+    def rewind(self, data_step: int, pulse: Pulse, say: Callable[[str], None]) -> None:
         """Go back to a checkpoint from before a batch and leave out the batches around it; every process must call it.
 
         Where there is none it goes back to the beginning. Either way what comes is the run that left those batches out
@@ -275,7 +203,7 @@ class Run:
             pulse: Called while this waits.
             say: Told of checkpoints that were refused.
         """
-        self.finish_saving(pulse)
+        self.saving.finish(pulse)
         margin = self.config.guards.rewind_margin
         around = range(max(0, data_step - margin), data_step + margin + 1)
         checkpoint = self.newest_checkpoint(lambda reason: say(f"refused checkpoint {reason}"), around[0])
@@ -295,4 +223,4 @@ class Run:
         self.optimizer.restore_state(None)
         self.load_LE.copy_(initial_load(self.config.model))
         self.progress, self.spikes = Progress(), SpikeDetector(self.config.guards)
-        self.data_state, self.saved_step = {}, None
+        self.data_state, self.saving.newest_step = {}, None

@@ -1,11 +1,15 @@
 """Ends a process that hangs, with the stacks of its threads, so that a launcher can start it again."""
 
-import contextlib
 import faulthandler
 import os
 import threading
 import time
 from collections.abc import Callable
+
+from moe_lm.process import attempt, rank, say
+
+Pulse = Callable[[], None]
+"""Called wherever a run makes progress, or waits for something that it says it waits for."""
 
 GRACE = 30.0
 """Seconds after which the C library's timer acts for a watchdog that itself can not: a hang inside a call that holds
@@ -52,11 +56,7 @@ class Watchdog:
                 return
             rest = self._last + self._limit - time.monotonic()
         text = f"no step has ended for {self._limit:g} s (trainer.step_timeout){self._about()}"
-        rank = os.environ.get("RANK", "0")
-        with contextlib.suppress(OSError):  # whoever read it may have gone
-            os.write(2, f"\nmoe-lm: {text}; stacks of process {rank} at this moment:\n".encode())
-            faulthandler.dump_traceback(file=2, all_threads=True)
-        last_words = threading.Thread(target=self._at_end, args=(text,), daemon=True)
-        last_words.start()
-        last_words.join(2)  # a dead mount must not hold the end up
+        say(f"{text}; stacks of process {rank()} at this moment:")
+        faulthandler.dump_traceback(file=2, all_threads=True)
+        attempt(lambda: self._at_end(text), 2)
         os._exit(1)

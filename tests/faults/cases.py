@@ -23,6 +23,7 @@ import moe_lm.training.loop as loop
 import moe_lm.training.run as run
 import moe_lm.training.step as step_module
 import moe_lm.training.telemetry as telemetry
+import moe_lm.training.validation as validation
 from moe_lm import cli
 from moe_lm.checkpoint.config import CheckpointConfig, FailurePolicy
 from moe_lm.checkpoint.saver import Saver
@@ -199,7 +200,7 @@ def signalled(arguments: list[str], directory: str, phase: str, occurrence: int)
     elif phase == "step" or phase.startswith("hang"):
         loop.train_step = announced(loop.train_step)
     elif phase == "evaluation":
-        loop.evaluate = announced(loop.evaluate)
+        validation.evaluate = announced(validation.evaluate)
     else:
         run.Saver.start = announced(run.Saver.start)
     return pretrain(arguments, directory)
@@ -274,7 +275,7 @@ def spiked(
 ) -> int:
     """A whole run in which the loss of some data steps is raised; killed when the n-th step after a rewind begins."""
     original, current = step_module.loss_shares, [0]
-    between = loop._between_steps
+    between = loop.between_steps
 
     def loss_shares(*positional):
         shares = original(*positional)
@@ -282,13 +283,13 @@ def spiked(
             return shares
         return shares._replace(cross_entropy=shares.cross_entropy * 10)
 
-    def _between_steps(run, *rest):
+    def between_steps(run, *rest):
         current[0] = run.progress.data_step
         if kill_at is not None and run.progress.step == kill_at and run.progress.skipped_data_steps:
             os.kill(os.getpid(), signal.SIGKILL)
         return between(run, *rest)
 
-    step_module.loss_shares, loop._between_steps = loss_shares, _between_steps
+    step_module.loss_shares, loop.between_steps = loss_shares, between_steps
     if states is not None:
         record_states(states)
     return pretrain(arguments, directory)

@@ -21,9 +21,9 @@ LAYERS = {
         *("config", "cli"),
     },
 }
-EVERYWHERE = {"errors", "files", "interrupts", "memory", "transfer"}
-"""Leaves: the exceptions whose message is for the user, writing files whole, this process's signals and its memory,
-copies to a device."""
+EVERYWHERE = {"errors", "files", "interrupts", "memory", "process", "transfer"}
+"""Leaves: the exceptions whose message is for the user, writing files whole, this process's signals, its memory and its
+place among others, copies to a device."""
 ONLY_IN = {
     "hydra": ["config.py"],
     "omegaconf": ["config.py"],

@@ -37,7 +37,7 @@ def main() -> int:
         world_size,
         from_main,
         agreed=agreed.is_set,
-        at_loss=(directory / f"at-loss-{rank}").write_text,
+        at_departure=(directory / f"at-departure-{rank}").write_text,
         last_words=(directory / f"last-words-{rank}").write_text,
     )
     try:
@@ -45,8 +45,8 @@ def main() -> int:
             print("in", flush=True)
             for line in sys.stdin:
                 obey(watch, agreed, *line.split())
-    except peers.LostPeerError as loss:
-        return loss.code
+    except peers.DepartedPeerError as error:
+        return error.code
     except (InputError, RunError) as error:
         print("moe-lm:", error, file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
@@ -82,7 +82,7 @@ def obey(watch: peers.PeerWatch, agreed: threading.Event, command: str, *words: 
         agreed.set()
         raise RunError(" ".join(words))
     elif command == "deadline":
-        watch.fail(" ".join(words), STOPPED)
+        watch.announce_end(" ".join(words), STOPPED)
         os._exit(STOPPED)
     elif command == "signal":
         os.kill(os.getpid(), int(words[0]))

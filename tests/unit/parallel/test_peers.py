@@ -113,7 +113,7 @@ def test_a_death_ends_all_within_the_limit(job):
     assert 5 <= time.monotonic() - begin < LIMIT
     assert job.said() == {0: [f"moe-lm: {job.name(2)} has died"]}
     for rank in (0, 1):
-        for file in ("at-loss", "last-words"):
+        for file in ("at-departure", "last-words"):
             assert (job.directory / f"{file}-{rank}").read_text() == f"{job.name(2)} has died"
 
 
@@ -134,7 +134,7 @@ def test_the_one_that_should_tell_of_rank_0_may_die_as_well(job):
         job.tell(rank, "lock")
     job.processes[1].send_signal(signal.SIGSTOP)  # as one whose memory the system still takes back
     job.processes[0].kill()
-    wait_for(lambda: all((job.directory / f"at-loss-{rank}").exists() for rank in (2, 3)))
+    wait_for(lambda: all((job.directory / f"at-departure-{rank}").exists() for rank in (2, 3)))
     time.sleep(1)
     job.processes[1].kill()
     assert job.codes(2, 3) == [1, 1]
@@ -228,7 +228,7 @@ def test_an_error_of_the_backend_gets_the_name(job):
     assert job.said() == {0: [f"moe-lm: {job.name(2)} has died"]}
 
 
-def test_an_error_without_a_loss_stays_what_it_is(job):
+def test_an_error_without_a_departure_stays_what_it_is(job):
     """Catches a bug that is taken for somebody's death."""
     job = job(2).start()
     job.tell(1, "backend 0")
@@ -344,10 +344,10 @@ def test_a_single_process_opens_nothing():
 
     with PeerWatch(0, 1, never) as watch:
         assert len(os.listdir("/proc/self/fd")) == len(before)
-        assert watch.silent(0) == [] and watch.lost is None and watch.wait_for_loss(60) is None
+        assert watch.silent(0) == [] and watch.departed is None and watch.wait_for_departure(60) is None
         error = RuntimeError("of this process")
         assert watch.named(error) is error
-        watch.fail("nobody listens")
+        watch.announce_end("nobody listens")
 
 
 def test_nothing_is_left_open(monkeypatch):

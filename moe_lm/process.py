@@ -1,0 +1,39 @@
+"""This process: its place among those that its launcher started, and how it speaks and ends where Python may not."""
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+
+
+def rank() -> int:
+    """Number of this process in its job; known before any process group exists."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes that the launcher started; known before any process group exists."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def was_restarted() -> bool:
+    """Whether torchrun has started this job again, after a process of it had gone."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def signature() -> str:
+    """What a sentence to the user begins with."""
+    return "moe-lm" if rank() == 0 else f"moe-lm (rank {rank()})"
+
+
+def say(sentence: str) -> None:
+    """A line on the error output, past whatever lock the main thread may hold."""
+    with contextlib.suppress(OSError):  # whoever read it may have gone, and this must go on
+        os.write(2, f"\nmoe-lm: {sentence}\n".encode(errors="backslashreplace"))
+
+
+def attempt(act: Callable[[], object], seconds: float) -> None:
+    """Wait for something at most so long: a dead mount or a full pipe must not hold an end up."""
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(seconds)

@@ -31,7 +31,8 @@ from arguments import place, positive, run_and_exit
 from safetensors.torch import save_file
 
 from moe_lm.config import load
-from moe_lm.data.loader import BatchShape, ShardLoader, make_mixture
+from moe_lm.data.loader import BatchShape, ShardLoader
+from moe_lm.data.mixture import make_mixture
 from moe_lm.data.prepare import prepare
 from moe_lm.data.prepared import load as load_data
 from moe_lm.model.accounting import count_parameters, training_flops_per_token

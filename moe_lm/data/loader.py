@@ -8,8 +8,7 @@ is remembered between steps, so the state is the step's number. Streams, which d
 """
 
 import functools
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_lm.data.batch import IGNORED, Batch, make_batch
-from moe_lm.data.config import DataConfig, Packing
-from moe_lm.data.mixture import Mixture, shares
+from moe_lm.data.config import Packing
+from moe_lm.data.mixture import Mixture
 from moe_lm.data.permutation import epoch_key, permute_array
 from moe_lm.data.rows import Pieces, RowSet
 from moe_lm.data.shards import TokenArray
@@ -176,46 +175,6 @@ def _rows_until_used_up(mixture: Mixture, limits: NDArray[np.int64]) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if (mixture.counts(middle) <= limits).all() else (low, middle)
     return low
-
-
-def make_mixture(config: DataConfig, sources: Mapping[str, Sequence[TokenArray]], total_rows: int) -> Mixture:
-    """The mixture of sources by their names' order, from the weights of the configuration.
-
-    Raises:
-        InputError: A weight, or without weights a size, is too small to be seen, or none is above 0.
-    """
-    names = sorted(sources)
-    given = [config.sources.get(name) for name in names]
-    if not any(source is not None and source.weight is not None for source in given):
-        if len(names) == 1:
-            return Mixture(np.ones(1))  # a stream has no size
-        sizes = np.array([sum(array.num_tokens for array in sources[name]) for name in names], dtype=np.float64)
-        for name, units in zip(names, shares(sizes).tolist()):
-            if units == 0:
-                raise InputError(
-                    f"data.sources.{name}.weight=null: by its size it gets less than one row in 10000, that is, none; "
-                    "give every source a weight."
-                )
-        return Mixture(sizes)
-    weights, final = [], []
-    for name, source in zip(names, given):
-        if source is None or source.weight is None:
-            raise InputError(f"data.sources.{name}.weight=null: other sources have weights; give this one too.")
-        weights.append(source.weight)
-        final.append(source.weight if source.final_weight is None else source.final_weight)
-    for what, values in (("weight", weights), ("final_weight", final)):
-        if not 0 < sum(values) < math.inf:
-            raise InputError(
-                f"data.sources.{names[0]}.{what}={values[0]}: the weights of all sources must add up to a number above "
-                "0, and not to infinity."
-            )
-        # Asked of the shares themselves: which of several small weights is rounded down depends on the others.
-        for name, value, units in zip(names, values, shares(np.array(values)).tolist()):
-            if value > 0 and units == 0:
-                raise InputError(f"data.sources.{name}.{what}={value}: is less than one row in 10000; give 0, or more.")
-    begin, end = np.array(weights), np.array(final)
-    unchanged = np.array_equal(begin / begin.sum(), end / end.sum())
-    return Mixture(begin) if unchanged else Mixture(begin, end, total_rows)
 
 
 def validate_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size: int) -> None:

@@ -18,7 +18,7 @@ from moe_lm.checkpoint.checkpoint import Checkpoint
 from moe_lm.checkpoint.saver import Saver, said
 from moe_lm.checkpoint.store import SCORE, CheckpointStore, step_of
 from moe_lm.checkpoint.tensor_file import CheckpointError
-from moe_lm.data.loader import make_mixture
+from moe_lm.data.mixture import make_mixture
 from moe_lm.data.prepared import PreparedData
 from moe_lm.errors import Stopped
 from moe_lm.model.router import Router

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from moe_lm.data import chunks
 from moe_lm.data.batch import IGNORED, Batch, make_batch
 from moe_lm.data.config import DataConfig, DataSource, OnBadRow, Packing, SourceConfig, TokenizerConfig, TooLong
-from moe_lm.data.loader import BatchShape, ShardLoader, make_mixture, validation_batches
+from moe_lm.data.loader import BatchShape, ShardLoader, validation_batches
+from moe_lm.data.mixture import make_mixture
 from moe_lm.data.prepare import Part, prepare
 from moe_lm.data.prepared import load
 from moe_lm.data.rows import RowSet

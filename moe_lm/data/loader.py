@@ -55,7 +55,7 @@ class Loader(Protocol):
 
 
 @dataclass(frozen=True)
-class BatchShape:
+class BatchPlan:
     """How a run cuts its batches, and which share of them is this process's."""
 
     seed: int
@@ -114,7 +114,7 @@ class ShardLoader:
     """Steps of prepared shards, in any order."""
 
     def __init__(
-        self, sources: Sequence[Sequence[TokenArray]], names: Sequence[str], mixture: Mixture, cut: BatchShape
+        self, sources: Sequence[Sequence[TokenArray]], names: Sequence[str], mixture: Mixture, plan: BatchPlan
     ) -> None:
         """Cuts the shards into rows.
 
@@ -122,26 +122,26 @@ class ShardLoader:
             sources: The shards of each source.
             names: The sources' names.
             mixture: Which source each row comes from.
-            cut: How batches are cut.
+            plan: How batches are cut.
         """
-        self._cut, self._mixture, self._names = cut, mixture, names
-        self._sets = [RowSet(shards, cut.sequence_length, cut.packing) for shards in sources]
+        self._plan, self._mixture, self._names = plan, mixture, names
+        self._sets = [RowSet(shards, plan.sequence_length, plan.packing) for shards in sources]
         self._sizes = np.array([rows.num_rows for rows in self._sets], dtype=np.int64)
         assert self._sizes.all(), "a source without a row is refused before"
-        self._last_row = None if cut.epochs is None else _rows_until_used_up(mixture, self._sizes * cut.epochs)
-        self.num_steps = None if self._last_row is None else -(-self._last_row // cut.global_batch_size)
+        self._last_row = None if plan.epochs is None else _rows_until_used_up(mixture, self._sizes * plan.epochs)
+        self.num_steps = None if self._last_row is None else -(-self._last_row // plan.global_batch_size)
 
     def step(self, data_step: int) -> StepBatch:
         """This process's share of data step 0, 1, 2 …; the order of calls does not matter."""
         pieces = []
         for source, (rows, places) in self.rows_of(data_step).items():
             pieces += self._sets[source].pieces(rows, places)
-        return self._cut.assemble(pieces, np.ones(len(self._sets), dtype=np.int64), {})
+        return self._plan.assemble(pieces, np.ones(len(self._sets), dtype=np.int64), {})
 
     def rows_of(self, data_step: int) -> dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """By source, which of its rows this process has in a step, and at which places of its share."""
         assert data_step >= 0
-        numbers = self._cut.own_rows(data_step)
+        numbers = self._plan.own_rows(data_step)
         if self._last_row is not None:
             numbers = numbers[numbers < self._last_row]
         source_N, ordinal_N = self._mixture.locate(numbers)
@@ -163,7 +163,7 @@ class ShardLoader:
         """Rows at places ORDER_CHUNK · chunk … of an epoch's order."""
         size = int(self._sizes[source])
         places = np.arange(chunk * ORDER_CHUNK, min((chunk + 1) * ORDER_CHUNK, size))
-        return permute_array(places, size, epoch_key(self._cut.seed, self._names[source], epoch))
+        return permute_array(places, size, epoch_key(self._plan.seed, self._names[source], epoch))
 
 
 def _rows_until_used_up(mixture: Mixture, limits: NDArray[np.int64]) -> int:

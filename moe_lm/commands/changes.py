@@ -1,12 +1,12 @@
 """What of a run's configuration may change when it is resumed."""
 
 import re
-from typing import Any
 
 from moe_lm.config import nearest, written
 from moe_lm.data.mixture import shares_move
 from moe_lm.errors import InputError
-from moe_lm.training.config import RunConfig, to_plain
+from moe_lm.plain import flatten, to_plain
+from moe_lm.training.config import RunConfig
 
 FREE_TO_CHANGE = (
     "run_name",
@@ -91,11 +91,3 @@ def check_allowed(config: RunConfig) -> None:
             raise InputError(
                 f"resume.allow_change=[{name}]: there is no option {name!r}{nearest(name, [*names, *sections])}"
             )
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested configuration by full names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

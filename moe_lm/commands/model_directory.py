@@ -26,7 +26,7 @@ from moe_lm.errors import InputError
 from moe_lm.files import new_directory, write_atomically
 from moe_lm.model.accounting import count_parameters
 from moe_lm.model.config import ModelConfig
-from moe_lm.training.config import to_plain
+from moe_lm.plain import to_plain
 from moe_lm.training.state import MODEL
 
 FILE_BYTES = 2**29

@@ -27,7 +27,8 @@ from moe_lm.parallel.parallelize import parallelize
 from moe_lm.parallel.placement import Placement
 from moe_lm.parallel.runtime import Runtime
 from moe_lm.parallel.shards import ParameterShard
-from moe_lm.training.config import RunConfig, SpikePolicy, to_plain
+from moe_lm.plain import to_plain
+from moe_lm.training.config import RunConfig, SpikePolicy
 from moe_lm.training.feed import Feed
 from moe_lm.training.guards import SpikeDetector
 from moe_lm.training.optimizer import Optimizer

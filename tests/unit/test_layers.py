@@ -21,9 +21,9 @@ LAYERS = {
         *("config", "cli"),
     },
 }
-EVERYWHERE = {"errors", "files", "interrupts", "memory", "transfer"}
+EVERYWHERE = {"errors", "files", "interrupts", "memory", "plain", "transfer"}
 """Leaves: the exceptions whose message is for the user, writing files whole, this process's signals and its memory,
-copies to a device."""
+configurations as plain values, copies to a device."""
 ONLY_IN = {
     "hydra": ["config.py"],
     "omegaconf": ["config.py"],

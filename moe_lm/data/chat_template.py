@@ -22,7 +22,7 @@ from typing import NamedTuple
 from moe_lm.data.chat import Messages, Role
 from moe_lm.data.config import TooLong
 from moe_lm.data.tokenizer import ROLE_MARKS, Tokenizer
-from moe_lm.errors import InputError
+from moe_lm.errors import InputError, in_one_line
 
 DEFAULT_TEMPLATE = """\
 {{- bos_token }}
@@ -115,7 +115,7 @@ def encode_conversation(tokenizer: Tokenizer, messages: Messages, form: ChatForm
     try:
         text, spans = render(form.template, _broken(messages, tokenizer, breaker), tokenizer.special_tokens)
     except Exception as error:  # a template is a program, and may fail in any way
-        return Refusal("template_failed", f"the chat template fails ({_words(error)})", of_template=True)
+        return Refusal("template_failed", f"the chat template fails ({in_one_line(error)})", of_template=True)
     if spans is None:
         return Refusal(
             "unstable_template",
@@ -180,7 +180,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Messages, ask: bool) -> list[int
     try:
         text, _ = _render(template, _broken(messages, tokenizer, breaker), tokenizer.special_tokens, ask)
     except Exception as error:  # a template is a program, and may fail in any way
-        raise InputError(f"checkpoint: the chat template of its tokenizer fails ({_words(error)}).") from None
+        raise InputError(f"checkpoint: the chat template of its tokenizer fails ({in_one_line(error)}).") from None
     return tokenizer.encode_rendered(text, breaker, [])[0]
 
 
@@ -267,8 +267,3 @@ def _read(path: str) -> str:
         raise InputError(f"data.chat_template={path}: cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError as error:
         raise InputError(f"data.chat_template={path}: is not UTF-8 text (byte {error.start}).") from None
-
-
-def _words(error: Exception) -> str:
-    """What a template complains of, as part of one sentence."""
-    return " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__

@@ -264,8 +264,16 @@ class DataConfig:
         """The sources by name, each with its kind, fields and domain filled in; a single source is named by its
         kind. For `prepared`, the sources' names and domains are those of the prepared sets.
         """
-        whole = SourceConfig(self.source, self.paths, self.text_field, self.domain, self.domain_field)
-        whole.subset, whole.split, whole.revision = self.subset, self.split, self.revision
+        whole = SourceConfig(
+            source=self.source,
+            paths=self.paths,
+            text_field=self.text_field,
+            domain=self.domain,
+            domain_field=self.domain_field,
+            subset=self.subset,
+            split=self.split,
+            revision=self.revision,
+        )
         if not self.sources or self.source is DataSource.prepared:
             return {self.source.name: dataclasses.replace(whole, domain=self.domain or self.source.name)}
         filled = {}

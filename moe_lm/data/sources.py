@@ -202,11 +202,16 @@ def open_validation(config: DataConfig) -> Source | None:
     """The source of `data.validation_paths`; null where there are none."""
     if not config.validation_paths:
         return None
-    source = SourceConfig(config.source, config.validation_paths, config.text_field, None, None)
-    source.domain = config.domain or config.source.name
-    source.subset, source.split, source.revision = config.subset, config.split, config.revision
-    if not config.sources:
-        source.domain_field = config.domain_field
+    source = SourceConfig(
+        source=config.source,
+        paths=config.validation_paths,
+        text_field=config.text_field,
+        domain=config.domain or config.source.name,
+        domain_field=None if config.sources else config.domain_field,
+        subset=config.subset,
+        split=config.split,
+        revision=config.revision,
+    )
     return _open("validation", source, config, "data.validation_paths", set())
 
 

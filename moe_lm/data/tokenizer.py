@@ -298,10 +298,14 @@ class SentencePieceTokenizer:
         return {name: self.piece(token) for name, token in (*ids.items(), ("unk_token", self._processor.unk_id()))}
 
     @cached_property
+    def control_ids(self) -> set[int]:
+        """Ids that are no text: control symbols, and `<unk>`."""
+        return {token for token in range(self.vocab_size) if self.is_control(token) or self.is_unknown(token)}
+
+    @cached_property
     def control_strings(self) -> list[str]:
         """The texts of all control ids that are longer than one character."""
-        ids = (i for i in range(self.vocab_size) if self.is_control(i) or self.is_unknown(i))
-        return [piece for i in ids if len(piece := self.piece(i)) > 1]
+        return [piece for i in sorted(self.control_ids) if len(piece := self.piece(i)) > 1]
 
     @cached_property
     def control_pattern(self) -> re.Pattern[str]:
@@ -356,8 +360,7 @@ class SentencePieceTokenizer:
     @cached_property
     def generated_ids(self) -> list[int]:
         """Ids that a text may go on with: its pieces, and the end mark; not the other control ids, nor `<unk>`."""
-        ids = range(self.vocab_size)
-        return [i for i in ids if i == self.eos_id or not (self.is_control(i) or self.is_unknown(i))]
+        return [i for i in range(self.vocab_size) if i == self.eos_id or i not in self.control_ids]
 
     @cached_property
     def is_by_character(self) -> bool:
@@ -367,8 +370,7 @@ class SentencePieceTokenizer:
     @cached_property
     def text_ids(self) -> list[int]:
         """Ids of pieces of text: neither control ids, nor `<unk>`, nor bytes."""
-        others = (self.is_control, self.is_unknown, self.is_byte)
-        return [token for token in range(self.vocab_size) if not any(is_other(token) for is_other in others)]
+        return [i for i in range(self.vocab_size) if i not in self.control_ids and not self.is_byte(i)]
 
     def token_id(self, piece: str) -> int:
         """The id of a piece such as `<|user|>`.

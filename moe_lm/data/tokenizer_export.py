@@ -69,7 +69,6 @@ def tokenizer_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     if tokenizer.has_dummy_prefix:
         normalizer = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, replace]}
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    controls = [token for token in range(tokenizer.vocab_size) if _is_special(tokenizer, token)]
     return {
         "version": "1.0",
         "truncation": None,
@@ -84,7 +83,7 @@ def tokenizer_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
                 "normalized": False,
                 "special": True,
             }
-            for token in controls
+            for token in sorted(tokenizer.control_ids)
         ],
         "normalizer": normalizer,
         "pre_tokenizer": None,
@@ -123,10 +122,6 @@ def _merges(tokenizer: SentencePieceTokenizer) -> list[list[str]]:
         splits = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
         merges += [[left, right] for left, right in splits if left in ordinary and right in ordinary]
     return merges
-
-
-def _is_special(tokenizer: SentencePieceTokenizer, token: int) -> bool:
-    return tokenizer.is_control(token) or tokenizer.is_unknown(token)
 
 
 def _check_exportable(tokenizer: SentencePieceTokenizer) -> None:

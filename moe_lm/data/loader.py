@@ -183,9 +183,6 @@ def validate_batch_sizes(global_batch_size: int, micro_batch_size: int, world_si
     Raises:
         InputError: It is not; the sentence names the nearest size that is.
     """
-    for name, value in (("global_batch_size", global_batch_size), ("micro_batch_size", micro_batch_size)):
-        if value < 1:
-            raise InputError(f"trainer.{name}={value}: must be at least 1 row.")
     unit = micro_batch_size * world_size
     if global_batch_size % unit:
         nearest = max(1, round(global_batch_size / unit)) * unit

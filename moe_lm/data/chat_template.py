@@ -17,12 +17,17 @@ import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from moe_lm.data.chat import Messages, Role
 from moe_lm.data.config import TooLong
-from moe_lm.data.tokenizer import ROLE_MARKS, Tokenizer
 from moe_lm.errors import InputError, in_one_line
+
+if TYPE_CHECKING:  # tokenizers of both kinds are built on this module
+    from moe_lm.data.tokenizer import Tokenizer
+
+ROLE_MARKS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>")
+"""Control symbols of the tokenizers that moe-lm trains."""
 
 DEFAULT_TEMPLATE = """\
 {{- bos_token }}
@@ -77,7 +82,7 @@ class Refusal(NamedTuple):
     """Whether the fault may be the template's."""
 
 
-def choose_template(tokenizer: Tokenizer, path: str | None) -> str:
+def choose_template(tokenizer: "Tokenizer", path: str | None) -> str:
     """The template that is asked for: a file's, or else the tokenizer's own, or else `DEFAULT_TEMPLATE`.
 
     Raises:
@@ -107,7 +112,7 @@ def choose_template(tokenizer: Tokenizer, path: str | None) -> str:
     return template
 
 
-def encode_conversation(tokenizer: Tokenizer, messages: Messages, form: ChatFormat) -> ChatTokens | Refusal:
+def encode_conversation(tokenizer: "Tokenizer", messages: Messages, form: ChatFormat) -> ChatTokens | Refusal:
     """Renders and encodes a conversation, or says why it can not be trained on."""
     breaker = _breaker(messages)
     if breaker is None:
@@ -148,7 +153,7 @@ def encode_conversation(tokenizer: Tokenizer, messages: Messages, form: ChatForm
     return ChatTokens(ids, token_spans, num_bytes)
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: "Tokenizer", prompt: str) -> list[int]:
     """A user's message as the beginning of a conversation that the assistant goes on with.
 
     Raises:
@@ -162,7 +167,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return encode_chat(tokenizer, [{"role": Role.user.value, "content": prompt}], ask=True)
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Messages, ask: bool) -> list[int]:
+def encode_chat(tokenizer: "Tokenizer", messages: Messages, ask: bool) -> list[int]:
     """A conversation by the tokenizer's own template.
 
     Args:
@@ -232,7 +237,7 @@ def _render(
     return texts[0], spans[0] if marked else []
 
 
-def _has_role_marks(tokenizer: Tokenizer) -> bool:
+def _has_role_marks(tokenizer: "Tokenizer") -> bool:
     return set(ROLE_MARKS) <= set(tokenizer.control_strings)
 
 
@@ -244,7 +249,7 @@ def _breaker(messages: Messages) -> str | None:
     return next((char for char in NONCHARACTERS if char not in text), None)
 
 
-def _broken(messages: Messages, tokenizer: Tokenizer, breaker: str) -> Messages:
+def _broken(messages: Messages, tokenizer: "Tokenizer", breaker: str) -> Messages:
     """The messages with their control strings broken."""
     begins = _begins(tuple(tokenizer.control_strings))
     return [

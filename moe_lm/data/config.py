@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from moe_lm.errors import InputError
 
 MIN_VOCAB_SIZE = 384
-"""The 256 bytes, the 41 control ids (see `tokenizer.py`) and some room for characters and merges."""
+"""The 256 bytes, the 41 control ids (see `tokenizer_sentencepiece.py`) and some room for characters and merges."""
 
 MIN_TRAINING_BYTES = 100_000
 """Several of the chunks that the tokenizer's trainer is fed, so that thinning out leaves some."""

@@ -9,15 +9,18 @@ A tokenizer by character is BPE without merges.
 import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moe_lm.data.tokenizer import MODEL_FILE, SPACE, SentencePieceTokenizer
+from moe_lm.data.tokenizer_files import MODEL_FILE, SPACE
 from moe_lm.data.tokenizer_huggingface import write_chat_template
 from moe_lm.errors import InputError
 from moe_lm.files import write_atomically, write_json
 
+if TYPE_CHECKING:  # which is built on this module
+    from moe_lm.data.tokenizer_sentencepiece import SentencePieceTokenizer
 
-def save_tokenizer_files(tokenizer: SentencePieceTokenizer, directory: Path, model_max_length: int) -> None:
+
+def save_tokenizer_files(tokenizer: "SentencePieceTokenizer", directory: Path, model_max_length: int) -> None:
     """Writes tokenizer.model, tokenizer.json, tokenizer_config.json and special_tokens_map.json; where there is one,
     chat_template.jinja.
 
@@ -54,7 +57,7 @@ def save_tokenizer_files(tokenizer: SentencePieceTokenizer, directory: Path, mod
     )
 
 
-def tokenizer_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
+def tokenizer_json(tokenizer: "SentencePieceTokenizer") -> dict[str, Any]:
     """The content of tokenizer.json: tokenizers' BPE with sentencepiece's merges.
 
     Raises:
@@ -114,7 +117,7 @@ def tokenizer_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     }
 
 
-def _merges(tokenizer: SentencePieceTokenizer) -> list[list[str]]:
+def _merges(tokenizer: "SentencePieceTokenizer") -> list[list[str]]:
     """All pairs of pieces whose concatenation is a piece, by the id of the result."""
     ordinary = {tokenizer.piece(token): token for token in tokenizer.text_ids}
     merges = []
@@ -124,7 +127,7 @@ def _merges(tokenizer: SentencePieceTokenizer) -> list[list[str]]:
     return merges
 
 
-def _check_exportable(tokenizer: SentencePieceTokenizer) -> None:
+def _check_exportable(tokenizer: "SentencePieceTokenizer") -> None:
     """Refuses models whose ids tokenizers' BPE would not reproduce: unigram, user-defined pieces, normalisation."""
     remedy = "use a BPE model with byte_fallback and identity normalisation, or let moe-lm train one."
     scores = [tokenizer.score(token) for token in tokenizer.text_ids]

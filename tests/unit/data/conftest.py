@@ -11,7 +11,7 @@ import pytest
 
 from moe_lm.data.encode import encode
 from moe_lm.data.shards import ShardWriter, TokenArray, TokenShard
-from moe_lm.data.tokenizer import SentencePieceTokenizer, train_tokenizer
+from moe_lm.data.tokenizer_sentencepiece import SentencePieceTokenizer, train_tokenizer
 
 STDLIB_SAMPLE = ("ast.py", "argparse.py", "typing.py", "inspect.py")
 

@@ -21,7 +21,7 @@ from moe_lm.data.prepare import Part, prepare
 from moe_lm.data.prepared import load
 from moe_lm.data.rows import RowSet
 from moe_lm.data.shards import TokenArray, TokenShard
-from moe_lm.data.tokenizer import SentencePieceTokenizer
+from moe_lm.data.tokenizer_sentencepiece import SentencePieceTokenizer
 from moe_lm.errors import InputError
 from moe_lm.evaluation.compressors import document_bytes
 

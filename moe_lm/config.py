@@ -33,7 +33,8 @@ from moe_lm.commands.config import (
 from moe_lm.errors import InputError
 from moe_lm.files import write_atomically
 from moe_lm.finetune.config import FinetuneRunConfig
-from moe_lm.training.config import RunConfig, to_plain
+from moe_lm.plain import to_plain
+from moe_lm.training.config import RunConfig
 
 SCHEMAS: dict[str, type] = {
     "prepare": PrepareConfig,

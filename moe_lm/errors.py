@@ -1,4 +1,4 @@
-"""The exceptions whose message is for the user, who sees them without a traceback."""
+"""The exceptions whose message is for the user, who sees them without a traceback, and other exceptions as words."""
 
 
 class InputError(ValueError):
@@ -24,3 +24,8 @@ class RunError(RuntimeError):
     """Exit code of the process."""
     told = False
     """Whether another process of the job tells the user."""
+
+
+def in_one_line(error: Exception) -> str:
+    """What an exception of a library says, as part of one sentence."""
+    return " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__

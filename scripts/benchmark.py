@@ -31,7 +31,8 @@ from arguments import place, positive, run_and_exit
 from safetensors.torch import save_file
 
 from moe_lm.config import load
-from moe_lm.data.loader import BatchShape, ShardLoader, make_mixture
+from moe_lm.data.loader import BatchPlan, ShardLoader
+from moe_lm.data.mixture import make_mixture
 from moe_lm.data.prepare import prepare
 from moe_lm.data.prepared import load as load_data
 from moe_lm.model.accounting import count_parameters, training_flops_per_token
@@ -204,7 +205,7 @@ def make_batches(options: list[str], directory: Path, path: Path) -> Path:
     prepare(config.data, config.tokenizer, directory, report=lambda text: None, progress=lambda done, total: None)
     data = load_data(config.data, config.tokenizer, directory)
     size = config.trainer.global_batch_size
-    shape = BatchShape(
+    plan = BatchPlan(
         seed=0,
         global_batch_size=size,
         micro_batch_size=size,
@@ -220,7 +221,7 @@ def make_batches(options: list[str], directory: Path, path: Path) -> Path:
     )
     names = sorted(data.train)
     mixture = make_mixture(config.data, data.train, size * BATCHES)
-    loader = ShardLoader([data.train[name] for name in names], names, mixture, shape)
+    loader = ShardLoader([data.train[name] for name in names], names, mixture, plan)
     batches = [loader.step(number).micro_batches[0].input_ids for number in range(BATCHES)]
     save_file({"input_ids": torch.stack(batches)}, path)
     return path

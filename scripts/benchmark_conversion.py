@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from moe_lm.checkpoint.tensor_file import write_tensors
-from moe_lm.data.tokenizer import train_tokenizer
 from moe_lm.data.tokenizer_export import save_tokenizer_files
+from moe_lm.data.tokenizer_sentencepiece import train_tokenizer
 from moe_lm.files import write_json
 from moe_lm.hf.layout import model_type, to_disk, to_hf_config
 from moe_lm.model.accounting import count_parameters

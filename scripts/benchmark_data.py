@@ -23,7 +23,7 @@ import torch
 from moe_lm.data.config import DataConfig, DataSource, TokenizerConfig
 from moe_lm.data.documents import Split, SplitWay
 from moe_lm.data.encode import Encoder
-from moe_lm.data.loader import BatchShape, Loader, ShardLoader
+from moe_lm.data.loader import BatchPlan, Loader, ShardLoader
 from moe_lm.data.mixture import Mixture
 from moe_lm.data.prepared import load
 from moe_lm.data.sources import open_sources, stdlib_files
@@ -82,8 +82,8 @@ def measure_shards(directory: Path) -> None:
     """Whole steps out of shards, warm, on one core."""
     data = load(DataConfig(), TokenizerConfig(), directory)
     for batch, length in ((16, 256), (256, 256), (16, 4096)):
-        cut = BatchShape(1, batch, batch, length, data.tokenizer.pad_id, data.domains)
-        loader = ShardLoader([data.train["jsonl"]], ["jsonl"], Mixture(np.ones(1)), cut)
+        plan = BatchPlan(1, batch, batch, length, data.tokenizer.pad_id, data.domains)
+        loader = ShardLoader([data.train["jsonl"]], ["jsonl"], Mixture(np.ones(1)), plan)
         rate = measure(loader, batch * length, warm=2000)
         print(f"shards, steps of {batch} x {length}: {rate / 1e6:.0f} million tokens/s on one core", flush=True)
 
@@ -92,10 +92,10 @@ def measure_streaming(path: Path, prepared: Path) -> None:
     """Whole steps out of a stream, reading and tokenizing included, on one core."""
     data = load(DataConfig(), TokenizerConfig(), prepared)
     source = open_sources(DataConfig(source=DataSource.jsonl, paths=[str(path)], streaming=True))[0]
-    cut = BatchShape(1, 16, 16, 256, data.tokenizer.pad_id, data.domains)
+    plan = BatchPlan(1, 16, 16, 256, data.tokenizer.pad_id, data.domains)
     encoder = Encoder(data.tokenizer, data.tokenizer_directory, workers=0)
-    streams = SourceStreams(source, Split(SplitWay.hash, 0.05), encoder, cut, 12)
-    loader = StreamLoader([streams], ["jsonl"], Mixture(np.ones(1)), cut)
+    streams = SourceStreams(source, Split(SplitWay.hash, 0.05), encoder, plan, 12)
+    loader = StreamLoader([streams], ["jsonl"], Mixture(np.ones(1)), plan)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_utime
     tokens, start = 0, time.perf_counter()
     for step in range(2000):

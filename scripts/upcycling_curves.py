@@ -16,11 +16,10 @@ from pathlib import Path
 
 from arguments import place, positive
 
-from moe_lm.commands.changes import flatten
 from moe_lm.config import load, written
 from moe_lm.model.accounting import training_flops_per_token
 from moe_lm.model.config import ModelFamily
-from moe_lm.training.config import to_plain
+from moe_lm.plain import flatten, to_plain
 
 STEPS = 1000
 """Steps of the dense model, and further steps at equal tokens."""

@@ -1,12 +1,12 @@
 """What of a run's configuration may change when it is resumed."""
 
 import re
-from typing import Any
 
 from moe_lm.config import nearest, written
-from moe_lm.data.config import DataConfig
+from moe_lm.data.mixture import shares_move
 from moe_lm.errors import InputError
-from moe_lm.training.config import RunConfig, to_plain
+from moe_lm.plain import flatten, to_plain
+from moe_lm.training.config import RunConfig
 
 FREE_TO_CHANGE = (
     "run_name",
@@ -79,16 +79,7 @@ def is_fixed(name: str, begun: RunConfig) -> bool:
         return False
     # Which row of which source comes next is a formula of all weights, and where they move, of the run's length.
     weighed = re.fullmatch(r"data\.sources\.[^.]+\.(weight|final_weight)", name) is not None
-    return weighed or (name == "trainer.max_steps" and _weights_move(begun.data))
-
-
-def _weights_move(data: DataConfig) -> bool:
-    """Whether the shares of the sources are others at the end of a run than at its beginning."""
-    given = [
-        (s.weight or 0.0, s.weight or 0.0 if s.final_weight is None else s.final_weight) for s in data.sources.values()
-    ]
-    begin, end = sum(first for first, _ in given), sum(last for _, last in given)
-    return any(first * end != last * begin for first, last in given)
+    return weighed or (name == "trainer.max_steps" and shares_move(begun.data.sources.values()))
 
 
 def check_allowed(config: RunConfig) -> None:
@@ -100,11 +91,3 @@ def check_allowed(config: RunConfig) -> None:
             raise InputError(
                 f"resume.allow_change=[{name}]: there is no option {name!r}{nearest(name, [*names, *sections])}"
             )
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested configuration by full names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

@@ -23,7 +23,7 @@ from moe_lm.commands.run_directory import (
 from moe_lm.commands.sharing import PLACEMENT_FILE, check_alike, check_shared, share
 from moe_lm.data.chunks import ChangedSourceError
 from moe_lm.data.config import DataSource
-from moe_lm.data.loader import make_mixture
+from moe_lm.data.mixture import make_mixture
 from moe_lm.data.prepare import prepare
 from moe_lm.data.prepared import PreparedData, load
 from moe_lm.data.tokenizer import Tokenizer, load_tokenizer

@@ -20,13 +20,14 @@ from moe_lm.checkpoint.config import CheckpointConfig
 from moe_lm.checkpoint.store import CheckpointStore, TensorSlice
 from moe_lm.checkpoint.tensor_file import DTYPES
 from moe_lm.commands.model_source import check_belongs
-from moe_lm.data.tokenizer import MODEL_FILE, load_tokenizer
+from moe_lm.data.tokenizer import load_tokenizer
+from moe_lm.data.tokenizer_files import MODEL_FILE
 from moe_lm.data.tokenizer_huggingface import COMPANIONS, TEMPLATE_FILE, TOKENIZER_FILE
 from moe_lm.errors import InputError
 from moe_lm.files import new_directory, write_atomically
 from moe_lm.model.accounting import count_parameters
 from moe_lm.model.config import ModelConfig
-from moe_lm.training.config import to_plain
+from moe_lm.plain import to_plain
 from moe_lm.training.state import MODEL
 
 FILE_BYTES = 2**29

@@ -14,7 +14,8 @@ from moe_lm.checkpoint.config import CheckpointConfig
 from moe_lm.checkpoint.store import CheckpointStore
 from moe_lm.checkpoint.tensor_file import CheckpointError, TensorKind
 from moe_lm.config import to_dataclass
-from moe_lm.data.tokenizer import MODEL_FILE, Tokenizer, load_tokenizer
+from moe_lm.data.tokenizer import Tokenizer, load_tokenizer
+from moe_lm.data.tokenizer_files import MODEL_FILE
 from moe_lm.data.tokenizer_huggingface import TOKENIZER_FILE
 from moe_lm.errors import InputError
 from moe_lm.finetune.base import choose_trained, fingerprint

@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from moe_lm.commands.changes import flatten
 from moe_lm.config import written
 from moe_lm.data.loader import validate_batch_sizes
 from moe_lm.data.streams import check_world_size
@@ -23,7 +22,8 @@ from moe_lm.parallel.placement import Cluster, Placement, contiguous, read_place
 from moe_lm.parallel.placement_search import balanced
 from moe_lm.parallel.runtime import Runtime
 from moe_lm.parallel.trace import read_steps, summed
-from moe_lm.training.config import OptimizerName, RunConfig, to_plain
+from moe_lm.plain import flatten, to_plain
+from moe_lm.training.config import OptimizerName, RunConfig
 from moe_lm.training.machine import total_memory
 from moe_lm.training.precision import compute_dtype
 from moe_lm.training.start import Start

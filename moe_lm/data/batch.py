@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe_lm.data.rows import Pieces
+from moe_lm.data.rows import Pieces, ranges
 from moe_lm.data.shards import TokenArray
 from moe_lm.transfer import copied_to
 
@@ -142,9 +142,7 @@ def _find_segments(
     before_P = starts.searchsorted(first_P, side="right")
     behind_P = starts.searchsorted(first_P + length_P, side="right")
     count_P = behind_P - before_P
-    ends_P = np.cumsum(count_P)
-    total = int(ends_P[-1]) if len(ends_P) else 0
-    document_N = np.repeat(before_P - (ends_P - count_P), count_P) + np.arange(total)
+    document_N = ranges(before_P, count_P)
     place_N = starts[document_N] + np.repeat(place_P - first_P, count_P)
     label_T[place_N - 1] = IGNORED
     # One that begins at the last label is no input of this piece.
@@ -170,7 +168,7 @@ def _find_others(
     before_P = end_N.searchsorted(first_P + 1, side="right")
     behind_P = begin_N.searchsorted(first_P + length_P, side="right")
     count_P = np.maximum(behind_P - before_P, 0)
-    index_N = np.repeat(before_P - (np.cumsum(count_P) - count_P), count_P) + np.arange(count_P.sum())
+    index_N = ranges(before_P, count_P)
     shift_N = np.repeat(place_P - first_P - 1, count_P)
     low_N, high_N = np.repeat(place_P, count_P), np.repeat(place_P + length_P, count_P)
     inside = _cover(

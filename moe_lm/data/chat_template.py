@@ -18,12 +18,17 @@ import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from moe_lm.data.chat import Messages, Role
 from moe_lm.data.config import TooLong
-from moe_lm.data.tokenizer import ROLE_MARKS, Tokenizer
-from moe_lm.errors import InputError
+from moe_lm.errors import InputError, in_one_line
+
+if TYPE_CHECKING:  # tokenizers of both kinds are built on this module
+    from moe_lm.data.tokenizer import Tokenizer
+
+ROLE_MARKS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>")
+"""Control symbols of the tokenizers that moe-lm trains."""
 
 DEFAULT_TEMPLATE = """\
 {{- bos_token }}
@@ -78,7 +83,7 @@ class Refusal(NamedTuple):
     """Whether the fault may be the template's."""
 
 
-def choose_template(tokenizer: Tokenizer, path: str | None) -> str:
+def choose_template(tokenizer: "Tokenizer", path: str | None) -> str:
     """The template that is asked for: a file's, or else the tokenizer's own, or else `DEFAULT_TEMPLATE`.
 
     Raises:
@@ -108,7 +113,7 @@ def choose_template(tokenizer: Tokenizer, path: str | None) -> str:
     return template
 
 
-def encode_conversation(tokenizer: Tokenizer, messages: Messages, form: ChatFormat) -> ChatTokens | Refusal:
+def encode_conversation(tokenizer: "Tokenizer", messages: Messages, form: ChatFormat) -> ChatTokens | Refusal:
     """Renders and encodes a conversation, or says why it can not be trained on."""
     breaker = _breaker(messages)
     if breaker is None:
@@ -116,7 +121,7 @@ def encode_conversation(tokenizer: Tokenizer, messages: Messages, form: ChatForm
     try:
         text, spans = render(form.template, _broken(messages, tokenizer, breaker), tokenizer.special_tokens)
     except Exception as error:  # a template is a program, and may fail in any way
-        return Refusal("template_failed", f"the chat template fails ({_words(error)})", of_template=True)
+        return Refusal("template_failed", f"the chat template fails ({in_one_line(error)})", of_template=True)
     if spans is None:
         return Refusal(
             "unstable_template",
@@ -149,7 +154,7 @@ def encode_conversation(tokenizer: Tokenizer, messages: Messages, form: ChatForm
     return ChatTokens(ids, token_spans, num_bytes)
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: "Tokenizer", prompt: str) -> list[int]:
     """A user's message as the beginning of a conversation that the assistant goes on with.
 
     Raises:
@@ -163,7 +168,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return encode_chat(tokenizer, [{"role": Role.user.value, "content": prompt}], ask=True)
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Messages, ask: bool) -> list[int]:
+def encode_chat(tokenizer: "Tokenizer", messages: Messages, ask: bool) -> list[int]:
     """A conversation by the tokenizer's own template.
 
     Args:
@@ -181,11 +186,11 @@ def encode_chat(tokenizer: Tokenizer, messages: Messages, ask: bool) -> list[int
     try:
         text, _ = _render(template, _broken(messages, tokenizer, breaker), tokenizer.special_tokens, ask)
     except Exception as error:  # a template is a program, and may fail in any way
-        raise InputError(f"checkpoint: the chat template of its tokenizer fails ({_words(error)}).") from None
+        raise InputError(f"checkpoint: the chat template of its tokenizer fails ({in_one_line(error)}).") from None
     return tokenizer.encode_rendered(text, breaker, [])[0]
 
 
-def end_ids(tokenizer: Tokenizer) -> list[int]:
+def end_ids(tokenizer: "Tokenizer") -> list[int]:
     """Ids that end a text: the tokenizer's end mark, and the mark that its chat template writes behind an answer, where
     that is another.
     """
@@ -252,7 +257,7 @@ def _render(
     return texts[0], spans[0] if marked else []
 
 
-def _has_role_marks(tokenizer: Tokenizer) -> bool:
+def _has_role_marks(tokenizer: "Tokenizer") -> bool:
     return set(ROLE_MARKS) <= set(tokenizer.control_strings)
 
 
@@ -264,7 +269,7 @@ def _breaker(messages: Messages) -> str | None:
     return next((char for char in NONCHARACTERS if char not in text), None)
 
 
-def _broken(messages: Messages, tokenizer: Tokenizer, breaker: str) -> Messages:
+def _broken(messages: Messages, tokenizer: "Tokenizer", breaker: str) -> Messages:
     """The messages with their control strings broken."""
     begins = _begins(tuple(tokenizer.control_strings))
     return [
@@ -287,8 +292,3 @@ def _read(path: str) -> str:
         raise InputError(f"data.chat_template={path}: cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError as error:
         raise InputError(f"data.chat_template={path}: is not UTF-8 text (byte {error.start}).") from None
-
-
-def _words(error: Exception) -> str:
-    """What a template complains of, as part of one sentence."""
-    return " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from moe_lm.errors import InputError
 
 MIN_VOCAB_SIZE = 384
-"""The 256 bytes, the 41 control ids (see `tokenizer.py`) and some room for characters and merges."""
+"""The 256 bytes, the 41 control ids (see `tokenizer_sentencepiece.py`) and some room for characters and merges."""
 
 MIN_TRAINING_BYTES = 100_000
 """Several of the chunks that the tokenizer's trainer is fed, so that thinning out leaves some."""
@@ -264,8 +264,16 @@ class DataConfig:
         """The sources by name, each with its kind, fields and domain filled in; a single source is named by its
         kind. For `prepared`, the sources' names and domains are those of the prepared sets.
         """
-        whole = SourceConfig(self.source, self.paths, self.text_field, self.domain, self.domain_field)
-        whole.subset, whole.split, whole.revision = self.subset, self.split, self.revision
+        whole = SourceConfig(
+            source=self.source,
+            paths=self.paths,
+            text_field=self.text_field,
+            domain=self.domain,
+            domain_field=self.domain_field,
+            subset=self.subset,
+            split=self.split,
+            revision=self.revision,
+        )
         if not self.sources or self.source is DataSource.prepared:
             return {self.source.name: dataclasses.replace(whole, domain=self.domain or self.source.name)}
         filled = {}

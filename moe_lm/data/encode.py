@@ -4,12 +4,13 @@ Processes rather than threads, because a training process has a lock on its inte
 worker that dies (killed for memory, say) breaks its pool, and whoever waits for a result hears of it at once.
 """
 
+import contextlib
 import functools
 import json
 import os
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
@@ -84,11 +85,30 @@ def start_workers(workers: int) -> ProcessPoolExecutor | None:
     if not workers:
         return None
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker)
-    try:
+    with _as_sentence():
         pool.submit(_nothing)  # starts the first
-    except OSError as error:
-        raise _not_started(error) from error
     return pool
+
+
+@contextlib.contextmanager
+def _as_sentence() -> Iterator[None]:
+    """Says in one sentence why a pool takes no work."""
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise _worker_died() from error
+    except OSError as error:
+        raise RunError(
+            f"data.workers: the system starts no more processes ({error.strerror or error}); start the same command "
+            "again with fewer of them, or with data.workers=0, which tokenizes in the command's own."
+        ) from error
+
+
+def _worker_died() -> RunError:
+    return RunError(
+        "a tokenizing process (data.workers) died, perhaps for want of memory; start the same command again, with "
+        "fewer data.workers if it happens again."
+    )
 
 
 class Encoder:
@@ -116,12 +136,8 @@ class Encoder:
             RunError: A worker died, or can not be started.
         """
         if self._pool is not None:
-            try:
+            with _as_sentence():
                 return self._pool.submit(_encode_in_worker, self._path, self.fingerprint, texts, form)
-            except BrokenProcessPool as error:
-                raise _worker_died() from error
-            except OSError as error:
-                raise _not_started(error) from error
         future: Future[Encoded] = Future()
         future.set_result(_encode(self._tokenizer, texts, form))
         return future
@@ -132,7 +148,7 @@ class Encoder:
         Raises:
             RunError: A worker died.
         """
-        try:
+        try:  # an OSError is the work's own here
             return future.result()
         except BrokenProcessPool as error:
             raise _worker_died() from error
@@ -144,31 +160,13 @@ class Encoder:
             RunError: One did, or another can not be started.
         """
         if self._pool is not None and (self._probe is None or self._probe.done()):
-            try:
+            with _as_sentence():
                 self._probe = self._pool.submit(_nothing)
-            except BrokenProcessPool as error:
-                raise _worker_died() from error
-            except OSError as error:
-                raise _not_started(error) from error
 
     def close(self) -> None:
         """Ends the workers without waiting for work that nobody needs any more."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _worker_died() -> RunError:
-    return RunError(
-        "a tokenizing process (data.workers) died, perhaps for want of memory; start the same command again, with "
-        "fewer data.workers if it happens again."
-    )
-
-
-def _not_started(error: OSError) -> RunError:
-    return RunError(
-        f"data.workers: the system starts no more processes ({error.strerror or error}); start the same command again "
-        "with fewer of them, or with data.workers=0, which tokenizes in the command's own."
-    )
 
 
 def _begin_worker() -> None:

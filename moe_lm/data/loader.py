@@ -8,8 +8,7 @@ is remembered between steps, so the state is the step's number. Streams, which d
 """
 
 import functools
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_lm.data.batch import IGNORED, Batch, make_batch
-from moe_lm.data.config import DataConfig, Packing
-from moe_lm.data.mixture import Mixture, shares
+from moe_lm.data.config import Packing
+from moe_lm.data.mixture import Mixture
 from moe_lm.data.permutation import epoch_key, permute_array
 from moe_lm.data.rows import Pieces, RowSet
 from moe_lm.data.shards import TokenArray
@@ -56,7 +55,7 @@ class Loader(Protocol):
 
 
 @dataclass(frozen=True)
-class BatchShape:
+class BatchPlan:
     """How a run cuts its batches, and which share of them is this process's."""
 
     seed: int
@@ -115,7 +114,7 @@ class ShardLoader:
     """Steps of prepared shards, in any order."""
 
     def __init__(
-        self, sources: Sequence[Sequence[TokenArray]], names: Sequence[str], mixture: Mixture, cut: BatchShape
+        self, sources: Sequence[Sequence[TokenArray]], names: Sequence[str], mixture: Mixture, plan: BatchPlan
     ) -> None:
         """Cuts the shards into rows.
 
@@ -123,26 +122,26 @@ class ShardLoader:
             sources: The shards of each source.
             names: The sources' names.
             mixture: Which source each row comes from.
-            cut: How batches are cut.
+            plan: How batches are cut.
         """
-        self._cut, self._mixture, self._names = cut, mixture, names
-        self._sets = [RowSet(shards, cut.sequence_length, cut.packing) for shards in sources]
+        self._plan, self._mixture, self._names = plan, mixture, names
+        self._sets = [RowSet(shards, plan.sequence_length, plan.packing) for shards in sources]
         self._sizes = np.array([rows.num_rows for rows in self._sets], dtype=np.int64)
         assert self._sizes.all(), "a source without a row is refused before"
-        self._last_row = None if cut.epochs is None else _rows_until_used_up(mixture, self._sizes * cut.epochs)
-        self.num_steps = None if self._last_row is None else -(-self._last_row // cut.global_batch_size)
+        self._last_row = None if plan.epochs is None else _rows_until_used_up(mixture, self._sizes * plan.epochs)
+        self.num_steps = None if self._last_row is None else -(-self._last_row // plan.global_batch_size)
 
     def step(self, data_step: int) -> StepBatch:
         """This process's share of data step 0, 1, 2 …; the order of calls does not matter."""
         pieces = []
         for source, (rows, places) in self.rows_of(data_step).items():
             pieces += self._sets[source].pieces(rows, places)
-        return self._cut.assemble(pieces, np.ones(len(self._sets), dtype=np.int64), {})
+        return self._plan.assemble(pieces, np.ones(len(self._sets), dtype=np.int64), {})
 
     def rows_of(self, data_step: int) -> dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """By source, which of its rows this process has in a step, and at which places of its share."""
         assert data_step >= 0
-        numbers = self._cut.own_rows(data_step)
+        numbers = self._plan.own_rows(data_step)
         if self._last_row is not None:
             numbers = numbers[numbers < self._last_row]
         source_N, ordinal_N = self._mixture.locate(numbers)
@@ -164,7 +163,7 @@ class ShardLoader:
         """Rows at places ORDER_CHUNK · chunk … of an epoch's order."""
         size = int(self._sizes[source])
         places = np.arange(chunk * ORDER_CHUNK, min((chunk + 1) * ORDER_CHUNK, size))
-        return permute_array(places, size, epoch_key(self._cut.seed, self._names[source], epoch))
+        return permute_array(places, size, epoch_key(self._plan.seed, self._names[source], epoch))
 
 
 def _rows_until_used_up(mixture: Mixture, limits: NDArray[np.int64]) -> int:
@@ -178,55 +177,12 @@ def _rows_until_used_up(mixture: Mixture, limits: NDArray[np.int64]) -> int:
     return low
 
 
-def make_mixture(config: DataConfig, sources: Mapping[str, Sequence[TokenArray]], total_rows: int) -> Mixture:
-    """The mixture of sources by their names' order, from the weights of the configuration.
-
-    Raises:
-        InputError: A weight, or without weights a size, is too small to be seen, or none is above 0.
-    """
-    names = sorted(sources)
-    given = [config.sources.get(name) for name in names]
-    if not any(source is not None and source.weight is not None for source in given):
-        if len(names) == 1:
-            return Mixture(np.ones(1))  # a stream has no size
-        sizes = np.array([sum(array.num_tokens for array in sources[name]) for name in names], dtype=np.float64)
-        for name, units in zip(names, shares(sizes).tolist()):
-            if units == 0:
-                raise InputError(
-                    f"data.sources.{name}.weight=null: by its size it gets less than one row in 10000, that is, none; "
-                    "give every source a weight."
-                )
-        return Mixture(sizes)
-    weights, final = [], []
-    for name, source in zip(names, given):
-        if source is None or source.weight is None:
-            raise InputError(f"data.sources.{name}.weight=null: other sources have weights; give this one too.")
-        weights.append(source.weight)
-        final.append(source.weight if source.final_weight is None else source.final_weight)
-    for what, values in (("weight", weights), ("final_weight", final)):
-        if not 0 < sum(values) < math.inf:
-            raise InputError(
-                f"data.sources.{names[0]}.{what}={values[0]}: the weights of all sources must add up to a number above "
-                "0, and not to infinity."
-            )
-        # Asked of the shares themselves: which of several small weights is rounded down depends on the others.
-        for name, value, units in zip(names, values, shares(np.array(values)).tolist()):
-            if value > 0 and units == 0:
-                raise InputError(f"data.sources.{name}.{what}={value}: is less than one row in 10000; give 0, or more.")
-    begin, end = np.array(weights), np.array(final)
-    unchanged = np.array_equal(begin / begin.sum(), end / end.sum())
-    return Mixture(begin) if unchanged else Mixture(begin, end, total_rows)
-
-
 def validate_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size: int) -> None:
     """Checks that a global batch is a whole number of micro-batches on every rank.
 
     Raises:
         InputError: It is not; the sentence names the nearest size that is.
     """
-    for name, value in (("global_batch_size", global_batch_size), ("micro_batch_size", micro_batch_size)):
-        if value < 1:
-            raise InputError(f"trainer.{name}={value}: must be at least 1 row.")
     unit = micro_batch_size * world_size
     if global_batch_size % unit:
         nearest = max(1, round(global_batch_size / unit)) * unit

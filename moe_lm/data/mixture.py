@@ -14,9 +14,15 @@ Letters: K sources, N rows.
 """
 
 import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
+from moe_lm.data.config import DataConfig, SourceConfig
+from moe_lm.data.shards import TokenArray
+from moe_lm.errors import InputError
 
 FRAME = 1000
 UNITS = 10_000
@@ -123,3 +129,61 @@ class Mixture:
         # The grid of a frame is {shift, shift + step, …}: as many points lie below an end as fit.
         below_FK = -(-(ends_FK - (frame_F % step)[:, None]) // step)
         return np.diff(below_FK, axis=1, prepend=0)
+
+
+def shares_move(sources: Iterable[SourceConfig]) -> bool:
+    """Whether the shares of sources are others at the end of a run than at its beginning.
+
+    The same shares can be written in other numbers (0.1, 0.1, 0.9 and 1, 1, 9), whose quotients differ by rounding. So
+    less than a trillionth of a share is no move; rows follow shares in whole ten-thousandths.
+    """
+    weights, final = _weights(sources)
+    if not weights:
+        return False
+    begin, end = np.array(weights), np.array(final)
+    return not np.allclose(begin / begin.sum(), end / end.sum(), rtol=1e-12, atol=0)
+
+
+def _weights(sources: Iterable[SourceConfig]) -> tuple[list[float], list[float]]:
+    """Weights at the beginning and at the end, of the sources that have one."""
+    weighed = [(source.weight, source.final_weight) for source in sources if source.weight is not None]
+    return [weight for weight, _ in weighed], [weight if final is None else final for weight, final in weighed]
+
+
+def make_mixture(config: DataConfig, sources: Mapping[str, Sequence[TokenArray]], total_rows: int) -> Mixture:
+    """The mixture of sources by their names' order, from the weights of the configuration.
+
+    Raises:
+        InputError: A weight, or without weights a size, is too small to be seen, or none is above 0.
+    """
+    names = sorted(sources)
+    given = [config.sources.get(name) for name in names]
+    if not any(source is not None and source.weight is not None for source in given):
+        if len(names) == 1:
+            return Mixture(np.ones(1))  # a stream has no size
+        sizes = np.array([sum(array.num_tokens for array in sources[name]) for name in names], dtype=np.float64)
+        for name, units in zip(names, shares(sizes).tolist()):
+            if units == 0:
+                raise InputError(
+                    f"data.sources.{name}.weight=null: by its size it gets less than one row in 10000, that is, none; "
+                    "give every source a weight."
+                )
+        return Mixture(sizes)
+    weighed = []
+    for name, source in zip(names, given):
+        if source is None or source.weight is None:
+            raise InputError(f"data.sources.{name}.weight=null: other sources have weights; give this one too.")
+        weighed.append(source)
+    weights, final = _weights(weighed)
+    for what, values in (("weight", weights), ("final_weight", final)):
+        if not 0 < sum(values) < math.inf:
+            raise InputError(
+                f"data.sources.{names[0]}.{what}={values[0]}: the weights of all sources must add up to a number above "
+                "0, and not to infinity."
+            )
+        # Asked of the shares themselves: which of several small weights is rounded down depends on the others.
+        for name, value, units in zip(names, values, shares(np.array(values)).tolist()):
+            if value > 0 and units == 0:
+                raise InputError(f"data.sources.{name}.{what}={value}: is less than one row in 10000; give 0, or more.")
+    begin, end = np.array(weights), np.array(final)
+    return Mixture(begin, end, total_rows) if shares_move(weighed) else Mixture(begin)

@@ -30,7 +30,8 @@ from moe_lm.data.encode import Encoder, start_workers
 from moe_lm.data.prepared import FORMAT, made_tokenizer, open_set
 from moe_lm.data.settings import check_begun, check_sources, settings_of, sizes_of
 from moe_lm.data.sources import Source, beginning_of, open_sources, open_validation
-from moe_lm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from moe_lm.data.tokenizer import Tokenizer, load_tokenizer
+from moe_lm.data.tokenizer_sentencepiece import train_tokenizer
 from moe_lm.data.work import Progress, all_work, as_source, fingerprints_of, join, make_chunks
 from moe_lm.errors import InputError
 from moe_lm.files import write_json

@@ -37,6 +37,13 @@ class Pieces(NamedTuple):
     """Inputs; one token more is read, the last label."""
 
 
+def ranges(first: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The numbers [first, first + count) of each pair, end to end."""
+    ends = np.cumsum(count)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.repeat(first - (ends - count), count) + np.arange(total)
+
+
 class Rows(Protocol):
     """The rows of one array."""
 
@@ -74,7 +81,7 @@ class BestFitRows:
         ends = np.append(array.starts[1:], array.num_tokens)
         targets = ends - array.starts - 1
         whole = targets // sequence_length
-        full_first = np.repeat(array.starts, whole) + sequence_length * _count_within(whole)
+        full_first = np.repeat(array.starts, whole) + sequence_length * ranges(np.zeros_like(whole), whole)
         rest = targets - whole * sequence_length
         has_rest = rest > 0
         rest_first, rest_length = (array.starts + whole * sequence_length)[has_rest], rest[has_rest]
@@ -90,7 +97,7 @@ class BestFitRows:
     def pieces(self, rows_B: NDArray[np.int64]) -> Pieces:
         """All pieces of the rows."""
         count_B = self._begin[rows_B + 1] - self._begin[rows_B]
-        index_P = np.repeat(self._begin[rows_B], count_B) + _count_within(count_B)
+        index_P = ranges(self._begin[rows_B], count_B)
         row_P = np.repeat(np.arange(len(rows_B)), count_B)
         return Pieces(row_P, self._column[index_P], self._first[index_P], self._length[index_P])
 
@@ -119,12 +126,6 @@ def _best_fit(lengths: NDArray[np.int64], room: int) -> tuple[NDArray[np.int64],
                 bisect.insort(rooms, left)
             open_rows[left].append(chosen)
     return row, column
-
-
-def _count_within(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[0 … c-1] for each count c, end to end."""
-    ends = np.cumsum(counts)
-    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
 
 
 class RowSet:

@@ -1,7 +1,6 @@
 """What a prepared set depends on besides its text, and whether what stands in a directory was made from the same."""
 
 import hashlib
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from moe_lm.data.prepared import made_tokenizer, read_manifest
 from moe_lm.data.sources import Source
 from moe_lm.data.tokenizer import load_tokenizer
 from moe_lm.errors import InputError
+from moe_lm.plain import flatten, to_plain
 
 DATA_ONLY_CUT = (
     "sequence_length",
@@ -26,7 +26,7 @@ DATA_ONLY_CUT = (
 
 def settings_of(config: DataConfig, tokenizer_config: TokenizerConfig, template: str | None) -> dict[str, Any]:
     """What the shards depend on, by option."""
-    values = asdict(config)
+    values = to_plain(config)
     for name in DATA_ONLY_CUT if template is None else set(DATA_ONLY_CUT) - {"sequence_length"}:
         del values[name]
     if not values["domains"]:
@@ -41,18 +41,10 @@ def settings_of(config: DataConfig, tokenizer_config: TokenizerConfig, template:
     for place in (values, *values["sources"].values()):
         if place["revision"] is None:
             del place["revision"]  # as in sets that were made when there was none: their chunks' fingerprints hold
-    tokenizer = asdict(tokenizer_config)
+    tokenizer = to_plain(tokenizer_config)
     if tokenizer_config.kind is TokenizerKind.bpe:
         del tokenizer["kind"]  # as in sets that were made when there was no other: their chunks' fingerprints hold
-    flat = _flatten({"data": values, "tokenizer": tokenizer})
-    return {name: value.name if hasattr(value, "name") else value for name, value in sorted(flat.items())}
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+    return dict(sorted(flatten({"data": values, "tokenizer": tokenizer}).items()))
 
 
 def check_begun(settings: dict[str, Any], tokenizer_config: TokenizerConfig, directory: Path) -> bool:

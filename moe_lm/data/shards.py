@@ -139,15 +139,6 @@ class TokenShard(TokenArray):
                 if not self._verified[block]:
                     self._verify_block(block)
 
-    def verify(self) -> None:
-        """Compares every block with its checksum.
-
-        Raises:
-            InputError: The file is not what was written.
-        """
-        for block in range(len(self._verified)):
-            self._verify_block(block)
-
     def _verify_block(self, block: int) -> None:
         content = memoryview(self._raw[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES])  # type: ignore[arg-type]
         if hashlib.sha256(content).hexdigest() != self.header.block_sha256[block]:

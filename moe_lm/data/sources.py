@@ -17,7 +17,7 @@ from moe_lm.data.chat import read_conversation
 from moe_lm.data.config import DataConfig, DataSource, OnBadRow, SourceConfig
 from moe_lm.data.documents import BadRows, Document
 from moe_lm.data.formats import Offset, Reader, Row, read_arrow, read_jsonl, read_parquet, read_text
-from moe_lm.errors import InputError
+from moe_lm.errors import InputError, in_one_line
 
 STDLIB_EXCLUDED_PARTS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
@@ -202,11 +202,16 @@ def open_validation(config: DataConfig) -> Source | None:
     """The source of `data.validation_paths`; null where there are none."""
     if not config.validation_paths:
         return None
-    source = SourceConfig(config.source, config.validation_paths, config.text_field, None, None)
-    source.domain = config.domain or config.source.name
-    source.subset, source.split, source.revision = config.subset, config.split, config.revision
-    if not config.sources:
-        source.domain_field = config.domain_field
+    source = SourceConfig(
+        source=config.source,
+        paths=config.validation_paths,
+        text_field=config.text_field,
+        domain=config.domain or config.source.name,
+        domain_field=None if config.sources else config.domain_field,
+        subset=config.subset,
+        split=config.split,
+        revision=config.revision,
+    )
     return _open("validation", source, config, "data.validation_paths", set())
 
 
@@ -351,7 +356,7 @@ def _huggingface_reader(path: str, source: SourceConfig, option: str) -> Reader:
             except StopIteration:
                 break
             except Exception as error:  # whatever the format's own reader, or the network, raises
-                bad.found("damaged_file", f"{path}, row {number}", f"can not be read further ({_words(error)})")
+                bad.found("damaged_file", f"{path}, row {number}", f"can not be read further ({in_one_line(error)})")
                 return
             number += 1
             if number > first:
@@ -382,11 +387,6 @@ def _load_dataset(path: str, source: SourceConfig, option: str) -> Any:
     except InputError:
         raise
     except ValueError as error:
-        raise InputError(f"{split}: {path} can not be opened so ({_words(error)}).") from error
+        raise InputError(f"{split}: {path} can not be opened so ({in_one_line(error)}).") from error
     except Exception as error:  # no network, no such data set, no permission, a broken file: each its own type
-        raise InputError(f"{option}=[{path}]: this data set can not be opened ({_words(error)}).") from error
-
-
-def _words(error: Exception) -> str:
-    """An exception of a library as part of one sentence."""
-    return " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__
+        raise InputError(f"{option}=[{path}]: this data set can not be opened ({in_one_line(error)}).") from error

@@ -24,7 +24,7 @@ import numpy as np
 
 from moe_lm.data.documents import Document, Split
 from moe_lm.data.encode import Encoded, Encoder
-from moe_lm.data.loader import BatchShape, StepBatch
+from moe_lm.data.loader import BatchPlan, StepBatch
 from moe_lm.data.mixture import Mixture
 from moe_lm.data.permutation import epoch_key, permute_array
 from moe_lm.data.rows import Pieces, Rows, cut
@@ -69,7 +69,7 @@ class SourceStreams:
         source: Source,
         split: Split,
         encoder: Encoder,
-        run: BatchShape,
+        plan: BatchPlan,
         num_streams: int,
         state: dict[str, Any] | None = None,
     ) -> None:
@@ -79,14 +79,14 @@ class SourceStreams:
             source: Where documents come from.
             split: Which of them are held out, and so passed over here.
             encoder: Tokenizes.
-            run: Seed, sequence length, packing, epochs, and which process this is.
+            plan: Seed, sequence length, packing, epochs, and which process this is.
             num_streams: V.
             state: What `state` gave, of this process or of all; null begins at the beginning.
         """
-        self._source, self._split, self._encoder, self._run = source, split, encoder, run
+        self._source, self._split, self._encoder, self._plan = source, split, encoder, plan
         self.num_streams = num_streams
-        self._block_characters = num_streams * max(STREAM_CHARACTERS, 4 * STREAM_ROWS * run.sequence_length)
-        self._cursors = {stream: _Cursor() for stream in range(run.rank, num_streams, run.world_size)}
+        self._block_characters = num_streams * max(STREAM_CHARACTERS, 4 * STREAM_ROWS * plan.sequence_length)
+        self._cursors = {stream: _Cursor() for stream in range(plan.rank, num_streams, plan.world_size)}
         for stream, cursor in self._cursors.items():
             if state is not None:
                 epoch, block, row = state["streams"][str(stream)]
@@ -107,7 +107,7 @@ class SourceStreams:
 
     def num_live(self) -> int:
         """How many of these streams have another row."""
-        if self._run.epochs is None:
+        if self._plan.epochs is None:
             return len(self._cursors)
         return sum(self._advance(stream) for stream in self._cursors)
 
@@ -143,7 +143,7 @@ class SourceStreams:
         number = {name: index for index, name in enumerate(names)}
         domains = np.array([number[domain] for domain in block.domains])
         array = TokenArray(encoded.tokens, starts, domains, names)
-        return array, cut(array, self._run.sequence_length, self._run.packing)
+        return array, cut(array, self._plan.sequence_length, self._plan.packing)
 
     def _deal(self, block: "tuple[int, int, Position | None, list[Document]] | None") -> bool:
         """Gives each stream its documents of a block, unless it has passed that block; false without a block."""
@@ -153,7 +153,7 @@ class SourceStreams:
         if block is None:
             return False
         epoch, number, position, documents = block
-        key = epoch_key(self._run.seed, self._source.name, epoch, number)
+        key = epoch_key(self._plan.seed, self._source.name, epoch, number)
         order = permute_array(np.arange(len(documents)), len(documents), key).tolist()
         hands = _deal_by_length([documents[index] for index in order], self.num_streams)
         if self._reached is not None:
@@ -182,7 +182,7 @@ class SourceStreams:
         """Blocks of training documents, from the earliest that any stream stands in, epoch after epoch."""
         first = min(self._cursors.values(), key=lambda cursor: (cursor.epoch, cursor.block))
         epoch, number, position = first.epoch, first.block, first.position
-        while self._run.epochs is None or epoch < self._run.epochs:
+        while self._plan.epochs is None or epoch < self._plan.epochs:
             documents: list[Document] = []
             characters = 0
             begin, any_documents = position, number > 0
@@ -221,16 +221,16 @@ class StreamLoader:
     num_steps = None
 
     def __init__(
-        self, streams: Sequence[SourceStreams], names: Sequence[str], mixture: Mixture, run: BatchShape
+        self, streams: Sequence[SourceStreams], names: Sequence[str], mixture: Mixture, plan: BatchPlan
     ) -> None:
         """Takes the streams of every source, in the mixture's order."""
-        self._streams, self._names, self._mixture, self._cut = streams, names, mixture, run
+        self._streams, self._names, self._mixture, self._plan = streams, names, mixture, plan
         self._num_streams = streams[0].num_streams
 
     def step(self, data_step: int) -> StepBatch:
         """This process's share of the next data step."""
         live = np.array([streams.num_live() for streams in self._streams])
-        numbers = self._cut.own_rows(data_step)
+        numbers = self._plan.own_rows(data_step)
         sources, _ = self._mixture.locate(numbers)
         pieces: list[tuple[TokenArray, Pieces]] = []
         for place, (number, source) in enumerate(zip(numbers.tolist(), sources.tolist())):
@@ -240,7 +240,7 @@ class StreamLoader:
                 of_row = rows.pieces(np.array([row]))
                 pieces.append((array, of_row._replace(row_P=of_row.row_P + place)))
         state = {name: streams.state() for name, streams in zip(self._names, self._streams)}
-        return self._cut.assemble(pieces, live, state)
+        return self._plan.assemble(pieces, live, state)
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:

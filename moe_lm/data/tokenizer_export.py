@@ -9,15 +9,18 @@ A tokenizer by character is BPE without merges.
 import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moe_lm.data.tokenizer import MODEL_FILE, SPACE, SentencePieceTokenizer
+from moe_lm.data.tokenizer_files import MODEL_FILE, SPACE
 from moe_lm.data.tokenizer_huggingface import write_chat_template
 from moe_lm.errors import InputError
 from moe_lm.files import write_atomically, write_json
 
+if TYPE_CHECKING:  # which is built on this module
+    from moe_lm.data.tokenizer_sentencepiece import SentencePieceTokenizer
 
-def save_tokenizer_files(tokenizer: SentencePieceTokenizer, directory: Path, model_max_length: int) -> None:
+
+def save_tokenizer_files(tokenizer: "SentencePieceTokenizer", directory: Path, model_max_length: int) -> None:
     """Writes tokenizer.model, tokenizer.json, tokenizer_config.json and special_tokens_map.json; where there is one,
     chat_template.jinja.
 
@@ -54,7 +57,7 @@ def save_tokenizer_files(tokenizer: SentencePieceTokenizer, directory: Path, mod
     )
 
 
-def tokenizer_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
+def tokenizer_json(tokenizer: "SentencePieceTokenizer") -> dict[str, Any]:
     """The content of tokenizer.json: tokenizers' BPE with sentencepiece's merges.
 
     Raises:
@@ -69,7 +72,6 @@ def tokenizer_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     if tokenizer.has_dummy_prefix:
         normalizer = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, replace]}
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    controls = [token for token in range(tokenizer.vocab_size) if _is_special(tokenizer, token)]
     return {
         "version": "1.0",
         "truncation": None,
@@ -84,7 +86,7 @@ def tokenizer_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
                 "normalized": False,
                 "special": True,
             }
-            for token in controls
+            for token in sorted(tokenizer.control_ids)
         ],
         "normalizer": normalizer,
         "pre_tokenizer": None,
@@ -115,7 +117,7 @@ def tokenizer_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     }
 
 
-def _merges(tokenizer: SentencePieceTokenizer) -> list[list[str]]:
+def _merges(tokenizer: "SentencePieceTokenizer") -> list[list[str]]:
     """All pairs of pieces whose concatenation is a piece, by the id of the result."""
     ordinary = {tokenizer.piece(token): token for token in tokenizer.text_ids}
     merges = []
@@ -125,11 +127,7 @@ def _merges(tokenizer: SentencePieceTokenizer) -> list[list[str]]:
     return merges
 
 
-def _is_special(tokenizer: SentencePieceTokenizer, token: int) -> bool:
-    return tokenizer.is_control(token) or tokenizer.is_unknown(token)
-
-
-def _check_exportable(tokenizer: SentencePieceTokenizer) -> None:
+def _check_exportable(tokenizer: "SentencePieceTokenizer") -> None:
     """Refuses models whose ids tokenizers' BPE would not reproduce: unigram, user-defined pieces, normalisation."""
     remedy = "use a BPE model with byte_fallback and identity normalisation, or let moe-lm train one."
     scores = [tokenizer.score(token) for token in tokenizer.text_ids]

@@ -10,13 +10,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_lm.data.tokenizer import GOOD_COPY, MODEL_FILE, SentencePieceTokenizer
+from moe_lm.data.chat_template import encode_chat, end_ids
+from moe_lm.data.tokenizer_files import GOOD_COPY, MODEL_FILE
 from moe_lm.data.tokenizer_rendered import token_spans
 from moe_lm.errors import InputError
 from moe_lm.files import write_atomically, write_json
 
 if TYPE_CHECKING:
     import tokenizers
+
+    from moe_lm.data.tokenizer_sentencepiece import SentencePieceTokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -139,8 +142,6 @@ class HuggingFaceTokenizer:
 
     def encode_chat(self, messages: list[dict[str, str]], ask: bool) -> list[int]:
         """Encodes a conversation by the tokenizer's own template; see `chat_template.encode_chat`."""
-        from moe_lm.data.chat_template import encode_chat
-
         return encode_chat(self, messages, ask)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -157,8 +158,6 @@ class HuggingFaceTokenizer:
     @property
     def end_ids(self) -> list[int]:
         """Ids that end a text: the end mark, and what else closes an answer; see `chat_template.end_ids`."""
-        from moe_lm.data.chat_template import end_ids
-
         return end_ids(self)
 
     def save(self, directory: Path, model_max_length: int) -> None:
@@ -180,7 +179,7 @@ class HuggingFaceTokenizer:
         write_chat_template(directory, self.chat_template)
 
 
-def goes_beyond(directory: Path, model: SentencePieceTokenizer) -> bool:
+def goes_beyond(directory: Path, model: "SentencePieceTokenizer") -> bool:
     """Whether the files beside a sentencepiece model have tokens that it lacks, or name other marks than it has.
 
     Raises:

@@ -13,15 +13,19 @@ not cut.
 import bisect
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
-from moe_lm.data.tokenizer import SPACE, SentencePieceTokenizer
+from moe_lm.data.tokenizer_files import SPACE
+
+if TYPE_CHECKING:  # which is built on this module
+    from moe_lm.data.tokenizer_sentencepiece import SentencePieceTokenizer
 
 Spans = list[tuple[int, int]]
 """[begin, end) of characters or of tokens, in order."""
 
 
 def encode_rendered(
-    tokenizer: SentencePieceTokenizer, text: str, breaker: str, spans: Sequence[tuple[int, int]]
+    tokenizer: "SentencePieceTokenizer", text: str, breaker: str, spans: Sequence[tuple[int, int]]
 ) -> tuple[list[int], Spans]:
     """Encodes a rendered conversation with a sentencepiece model; see `Tokenizer.encode_rendered`."""
     # Control strings and the texts between them, in turn; each with its place.
@@ -62,7 +66,7 @@ def token_spans(begins: Sequence[int], ends: Sequence[int], spans: Sequence[tupl
     return [(first, last) for first, last in found if first < last]
 
 
-def _places(tokenizer: SentencePieceTokenizer, ids: list[int], text: str, breaker: str) -> Spans:
+def _places(tokenizer: "SentencePieceTokenizer", ids: list[int], text: str, breaker: str) -> Spans:
     """Characters [begin, end) of each token of a text; a token that is a part of a character has all of it."""
     # The model reads a U+2581 of the text as a space, too.
     read = text.replace(SPACE, " ")

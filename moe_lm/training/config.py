@@ -5,7 +5,6 @@ checkpoint.
 import dataclasses
 import enum
 import re
-from typing import Any
 
 from moe_lm.checkpoint.config import CheckpointConfig
 from moe_lm.data.config import DataConfig, TokenizerConfig
@@ -278,15 +277,6 @@ class RunConfig:
                 f"data.sequence_length={self.data.sequence_length}: must be at most "
                 f"model.max_position_embeddings={self.model.max_position_embeddings}."
             )
-
-
-def to_plain(config: Any) -> dict[str, Any]:
-    """A configuration as nested dictionaries of JSON values; enums by name."""
-    return dataclasses.asdict(config, dict_factory=_plain_values)
-
-
-def _plain_values(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {name: value.name if isinstance(value, enum.Enum) else value for name, value in items}
 
 
 def _require(config: object, section: str, name: str, holds: bool, remedy: str) -> None:

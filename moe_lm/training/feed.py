@@ -10,7 +10,7 @@ import torch
 
 from moe_lm.data.batch import Batch
 from moe_lm.data.encode import Encoder
-from moe_lm.data.loader import BatchShape, Loader, ShardLoader, StepBatch
+from moe_lm.data.loader import BatchPlan, Loader, ShardLoader, StepBatch
 from moe_lm.data.mixture import Mixture
 from moe_lm.data.prefetch import Prefetcher
 from moe_lm.data.prepared import PreparedData
@@ -62,7 +62,7 @@ class Feed:
         self._encoder: Encoder | None = None
         self._sources: list[Source] = []
         trainer = config.trainer
-        run = BatchShape(
+        plan = BatchPlan(
             seed=config.seed,
             global_batch_size=trainer.global_batch_size,
             micro_batch_size=trainer.micro_batch_size,
@@ -78,10 +78,10 @@ class Feed:
         )
         loader: Loader
         if config.data.streaming:
-            loader = StreamLoader(self._streams(config, data, run, state), sorted(data.train), mixture, run)
+            loader = StreamLoader(self._streams(config, data, plan, state), sorted(data.train), mixture, plan)
         else:
             names = sorted(data.train)
-            loader = ShardLoader([data.train[name] for name in names], names, mixture, run)
+            loader = ShardLoader([data.train[name] for name in names], names, mixture, plan)
         ends = loader.num_steps
         self.total_steps = trainer.max_steps if ends is None else min(trainer.max_steps, ends)
         """Steps of the run: as configured, or fewer where the data is known to end before."""
@@ -92,7 +92,7 @@ class Feed:
         self._prefetcher = self._open.enter_context(Prefetcher(loader, progress.data_step))
 
     def _streams(
-        self, config: RunConfig, data: PreparedData, run: BatchShape, state: dict[str, Any]
+        self, config: RunConfig, data: PreparedData, plan: BatchPlan, state: dict[str, Any]
     ) -> list[SourceStreams]:
         workers = 1 if config.data.workers is None else config.data.workers
         encoder = Encoder(data.tokenizer, data.tokenizer_directory, workers)
@@ -101,7 +101,7 @@ class Feed:
         self._sources = open_sources(config.data, without=open_validation(config.data))
         return [
             SourceStreams(
-                source, data.splits[source.name], encoder, run, config.data.num_streams, state.get(source.name)
+                source, data.splits[source.name], encoder, plan, config.data.num_streams, state.get(source.name)
             )
             for source in self._sources
         ]

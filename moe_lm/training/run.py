@@ -16,7 +16,7 @@ from moe_lm.checkpoint.checkpoint import Checkpoint
 from moe_lm.checkpoint.saver import Saver
 from moe_lm.checkpoint.store import SCORE, CheckpointStore
 from moe_lm.checkpoint.tensor_file import CheckpointError
-from moe_lm.data.loader import make_mixture
+from moe_lm.data.mixture import make_mixture
 from moe_lm.data.prepared import PreparedData
 from moe_lm.model.router import Router
 from moe_lm.parallel.layout import Layout
@@ -24,7 +24,8 @@ from moe_lm.parallel.parallelize import parallelize
 from moe_lm.parallel.placement import Placement
 from moe_lm.parallel.runtime import Runtime
 from moe_lm.parallel.shards import ParameterShard
-from moe_lm.training.config import RunConfig, SpikePolicy, to_plain
+from moe_lm.plain import to_plain
+from moe_lm.training.config import RunConfig, SpikePolicy
 from moe_lm.training.feed import Feed
 from moe_lm.training.guards import SpikeDetector
 from moe_lm.training.optimizer import Optimizer

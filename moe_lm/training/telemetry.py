@@ -8,7 +8,7 @@ from moe_lm.errors import InputError
 from moe_lm.evaluation.bits_per_byte import Validation
 from moe_lm.model.accounting import training_flops_per_token
 from moe_lm.model.balancing import load_violation
-from moe_lm.training.config import to_plain
+from moe_lm.plain import to_plain
 from moe_lm.training.feed import Feed, GlobalBatch
 from moe_lm.training.machine import matmul_rate, peak_memory
 from moe_lm.training.run import Run

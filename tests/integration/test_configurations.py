@@ -107,9 +107,11 @@ def test_what_the_order_of_rows_is_computed_from_is_fixed():
     sources = ["data.sources.a.paths=[a]", "data.sources.a.weight=1", "data.sources.b.paths=[b]"]
     sources += ["data=text", "data.sources.b.weight=1"]
     moving = [*sources, "data.sources.b.final_weight=2", "data.sources.a.final_weight=1"]
+    same = [*sources, "data.sources.b.final_weight=0.3", "data.sources.a.final_weight=0.3"]
     for begun, change, fixed in (
         (sources, "data.sources.a.weight=2", True),
         (sources, "trainer.max_steps=5", False),
+        (same, "trainer.max_steps=5", False),
         (moving, "trainer.max_steps=5", True),
         (moving, "data.sources.b.final_weight=3", True),
         ([*moving, "data.streaming=true"], "trainer.max_steps=5", False),

@@ -17,8 +17,8 @@ import moe_lm.checkpoint.store as store
 import moe_lm.commands.model_directory as model_directory
 from moe_lm.cli import main
 from moe_lm.commands.model_source import describe, open_model, open_source
-from moe_lm.data.tokenizer import train_tokenizer
 from moe_lm.data.tokenizer_export import save_tokenizer_files
+from moe_lm.data.tokenizer_sentencepiece import train_tokenizer
 from moe_lm.evaluation.generation import generate
 from moe_lm.files import locked
 from moe_lm.finetune.upcycle import UpcycledModel

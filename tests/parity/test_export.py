@@ -12,8 +12,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_lm.commands.model_source import load_model
-from moe_lm.data.tokenizer import Tokenizer, train_tokenizer
+from moe_lm.data.tokenizer import Tokenizer
 from moe_lm.data.tokenizer_export import save_tokenizer_files
+from moe_lm.data.tokenizer_sentencepiece import train_tokenizer
 from moe_lm.evaluation.generation import generate
 from moe_lm.hf.export import export
 from moe_lm.hf.load import HuggingFaceSource

@@ -21,9 +21,9 @@ LAYERS = {
         *("config", "cli"),
     },
 }
-EVERYWHERE = {"errors", "files", "interrupts", "memory", "process", "transfer"}
+EVERYWHERE = {"errors", "files", "interrupts", "memory", "plain", "process", "transfer"}
 """Leaves: the exceptions whose message is for the user, writing files whole, this process's signals, its memory and its
-place among others, copies to a device."""
+place among others, configurations as plain values, copies to a device."""
 ONLY_IN = {
     "hydra": ["config.py"],
     "omegaconf": ["config.py"],

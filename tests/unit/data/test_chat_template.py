@@ -23,7 +23,8 @@ from moe_lm.data.chat_template import (
     render,
 )
 from moe_lm.data.config import TooLong
-from moe_lm.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from moe_lm.data.tokenizer import Tokenizer, load_tokenizer
+from moe_lm.data.tokenizer_sentencepiece import SentencePieceTokenizer
 from moe_lm.errors import InputError
 
 MIXTRAL = (

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from moe_lm.data.config import DataConfig, DataSource, SourceConfig
-from moe_lm.data.loader import make_mixture
-from moe_lm.data.mixture import FRAME, UNITS, Mixture, shares
+from moe_lm.data.mixture import FRAME, UNITS, Mixture, make_mixture, shares, shares_move
 from moe_lm.data.shards import TokenArray
 from moe_lm.errors import InputError
 
@@ -224,6 +223,25 @@ def test_a_final_weight_makes_a_schedule() -> None:
     assert (changing.counts(22_000) - changing.counts(21_000)).tolist() == [0, 1000]
     same = make_mixture(config_of(a=(1, 2), b=(3, 6)), {"a": [], "b": []}, 20_000)
     assert same.counts(10**12).tolist() == [10**12 // 4, 3 * 10**12 // 4]
+
+
+@pytest.mark.parametrize("scale", [3, 7, 10, 0.3, 1e-12, 1e12])
+@pytest.mark.parametrize("weights", [(0.1, 0.2, 0.5), (0.1, 0.1, 0.9), (0.7, 0.1, 0), (1, 1, 1)])
+def test_the_same_shares_in_other_numbers_do_not_move(weights: tuple[float, ...], scale: float) -> None:
+    """Catches rounding taken for a move, which would fix a run's length, and rows that follow another verdict than what
+    may change of a run does."""
+    config = config_of(**{name: (weight, weight * scale) for name, weight in zip("abc", weights)})
+    sources: dict[str, list[TokenArray]] = {"a": [], "b": [], "c": []}
+    assert not shares_move(config.sources.values())
+    assert np.array_equal(drawn(make_mixture(config, sources, 3000), 3000), drawn(Mixture(np.array(weights)), 3000))
+    a = config.sources["a"]
+    assert a.final_weight is not None
+    a.final_weight *= 1 + 1e-9
+    assert shares_move(config.sources.values())
+
+
+def test_sources_without_weights_do_not_move() -> None:
+    assert not shares_move([]) and not shares_move(config_of(a=(None, None), b=(None, None)).sources.values())
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from moe_lm.data.encode import Encoded, Encoder
 from moe_lm.data.prepare import Part, prepare
 from moe_lm.data.prepared import PreparedData, load
 from moe_lm.errors import InputError, RunError
+from tests.unit.data.conftest import verify
 
 TOKENIZER = TokenizerConfig(vocab_size=400)
 
@@ -63,7 +64,7 @@ def texts_of(data: PreparedData, side: str) -> list[str]:
     shards = data.validation if side == "validation" else [s for of in data.train.values() for s in of]
     texts = []
     for shard in shards:
-        shard.verify()
+        verify(shard)
         ends = np.append(shard.starts[1:], shard.num_tokens)
         texts += [data.tokenizer.decode(shard.tokens[a + 1 : b - 1].tolist()) for a, b in zip(shard.starts, ends)]
     return texts

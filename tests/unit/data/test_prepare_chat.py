@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from moe_lm.data import chunks
 from moe_lm.data.batch import IGNORED, Batch, make_batch
 from moe_lm.data.config import DataConfig, DataSource, OnBadRow, Packing, SourceConfig, TokenizerConfig, TooLong
-from moe_lm.data.loader import BatchShape, ShardLoader, make_mixture, validation_batches
+from moe_lm.data.loader import BatchPlan, ShardLoader, validation_batches
+from moe_lm.data.mixture import make_mixture
 from moe_lm.data.prepare import Part, prepare
 from moe_lm.data.prepared import load
 from moe_lm.data.rows import RowSet
 from moe_lm.data.shards import TokenArray, TokenShard
-from moe_lm.data.tokenizer import SentencePieceTokenizer
+from moe_lm.data.tokenizer_sentencepiece import SentencePieceTokenizer
 from moe_lm.errors import InputError
 from moe_lm.evaluation.compressors import document_bytes
 
@@ -231,8 +232,8 @@ def test_conversations_and_texts_mix(tokenizer_config: TokenizerConfig, tmp_path
     assert data.domains == ["kind0", "kind1", "kind2", "texts"]
     assert all(s.spans is not None for s in data.train["chats"]) and all(s.spans is None for s in data.train["texts"])
     names = sorted(data.train)
-    cut = BatchShape(1, 8, 8, 200, data.tokenizer.pad_id, data.domains)
-    loader = ShardLoader([data.train[n] for n in names], names, make_mixture(config, data.train, 80), cut)
+    plan = BatchPlan(1, 8, 8, 200, data.tokenizer.pad_id, data.domains)
+    loader = ShardLoader([data.train[n] for n in names], names, make_mixture(config, data.train, 80), plan)
     batch = loader.step(0).micro_batches[0]
     is_text = batch.domain_ids == 3
     documents = is_text & batch.routing_mask & (batch.input_ids != data.tokenizer.eos_id)

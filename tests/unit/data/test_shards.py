@@ -19,6 +19,7 @@ from moe_lm.data.rows import RowSet
 from moe_lm.data.shards import BLOCK_BYTES, ShardHeader, ShardWriter, TokenArray, TokenShard
 from moe_lm.errors import InputError
 from moe_lm.files import atomic_file
+from tests.unit.data.conftest import verify
 
 MakeShard = Callable[..., TokenShard]
 PER_BLOCK = BLOCK_BYTES // 2
@@ -67,7 +68,7 @@ def test_shard_holds_each_document_between_marks(make_shard: MakeShard, random_t
     assert shard.num_targets == header.num_bytes + len(random_texts)
     assert shard.tokens.dtype == np.uint16
     assert not shard.tokens.flags.writeable
-    shard.verify()
+    verify(shard)
 
 
 @pytest.mark.parametrize("batches", [1, 2, 7])
@@ -81,7 +82,7 @@ def test_header_is_that_of_the_files_however_they_were_written(tmp_path: Path, b
     assert header.num_tokens == sum(lengths) == len(content) // 2
     shard = TokenShard(tmp_path, "s", header)
     assert np.diff(np.append(shard.starts, shard.num_tokens)).tolist() == lengths
-    shard.verify()
+    verify(shard)
 
 
 def test_a_shard_that_ends_with_a_block_has_no_checksum_too_many(tmp_path: Path) -> None:
@@ -94,7 +95,7 @@ def test_an_empty_shard_opens(tmp_path: Path) -> None:
     """Catches a side of a chunk to which no document fell: an empty file can not be mapped."""
     shard = TokenShard(tmp_path, "s", ShardWriter(tmp_path, "s", 300).finish())
     assert (shard.num_tokens, shard.num_documents, shard.num_targets) == (0, 0, 0)
-    shard.verify()
+    verify(shard)
     for packing in Packing:
         assert RowSet([shard], 8, packing).num_rows == 0
 
@@ -141,7 +142,7 @@ def test_damaged_files_are_refused_at_open(make_shard: MakeShard) -> None:
         with pytest.raises(InputError, match=rf"{kind}.npy: is not what was written"):
             reopen()
         index.write_bytes(whole)
-        reopen().verify()
+        verify(reopen())
     for path in (shard.path, directory / f"{name}.starts.npy"):
         path.rename(directory / "away")
         with pytest.raises(InputError, match="this token shard cannot be read"):
@@ -171,7 +172,7 @@ def test_a_flipped_byte_is_found_before_its_block_is_used(tmp_path: Path, block:
             assert np.array_equal(read_row(shard, row, length)[: last - first], whole[first:last])
     assert refused
     with pytest.raises(InputError, match="not what was written"):
-        shard.verify()
+        verify(shard)
     with pytest.raises(InputError, match="not what was written"):  # a row that spans more than two blocks
         read_row(TokenShard(tmp_path, "s", header), 0, len(whole) - 1)
 

@@ -26,7 +26,7 @@ from moe_lm.data.batch import Batch
 from moe_lm.data.config import DataConfig, DataSource, OnBadRow, Packing, SourceConfig
 from moe_lm.data.documents import Document, Split, SplitWay
 from moe_lm.data.encode import Encoder, encode
-from moe_lm.data.loader import BatchShape, Loader, ShardLoader, StepBatch
+from moe_lm.data.loader import BatchPlan, Loader, ShardLoader, StepBatch
 from moe_lm.data.mixture import Mixture
 from moe_lm.data.shards import TokenArray
 from moe_lm.data.sources import Source, open_sources
@@ -94,20 +94,20 @@ def open_loader(
     kind: str,
     corpora: dict[str, list[Source]],
     mixture: Mixture,
-    cut: BatchShape,
+    plan: BatchPlan,
     num_streams: int,
     state: dict[str, Any],
 ) -> Loader:
     names = ["one", "two"][: mixture.num_sources]
     if kind == "shards":
-        return ShardLoader([[arrays_of(len(name) + ord(name[0]))] for name in names], names, mixture, cut)
+        return ShardLoader([[arrays_of(len(name) + ord(name[0]))] for name in names], names, mixture, plan)
     encoder = Encoder(ByteTokenizer(), Path(), workers=0)
     sources = [replace(source, bad=source.bad) for source in corpora[kind][: len(names)]]
     return StreamLoader(
-        [SourceStreams(s, NOTHING_HELD_OUT, encoder, cut, num_streams, state.get(s.name)) for s in sources],
+        [SourceStreams(s, NOTHING_HELD_OUT, encoder, plan, num_streams, state.get(s.name)) for s in sources],
         names,
         mixture,
-        cut,
+        plan,
     )
 
 
@@ -115,15 +115,15 @@ def run_ranks(
     kind: str,
     corpora: dict[str, list[Source]],
     mixture: Mixture,
-    cut: BatchShape,
+    plan: BatchPlan,
     num_streams: int,
     world_size: int,
     steps: range,
     state: dict[str, Any],
 ) -> Iterator[tuple[list[torch.Tensor], dict[str, Any]]]:
     """The global batch of each step, put together from the ranks' shares, and the state of all behind it."""
-    micro = cut.global_batch_size // world_size
-    shares = [replace(cut, rank=rank, world_size=world_size, micro_batch_size=micro) for rank in range(world_size)]
+    micro = plan.global_batch_size // world_size
+    shares = [replace(plan, rank=rank, world_size=world_size, micro_batch_size=micro) for rank in range(world_size)]
     loaders = [open_loader(kind, corpora, mixture, share, num_streams, state) for share in shares]
     for step in steps:
         given = [loader.step(step) for loader in loaders]
@@ -159,13 +159,13 @@ def test_batches_do_not_depend_on_processes_or_restarts(
         weights = rng.choice((np.ones(1), np.array([1.0, 1.0]), np.array([0.7, 0.3])))
         packing = rng.choice((Packing.sequential, Packing.best_fit))
         length = rng.choice((8, 33, 64))
-        cut = BatchShape(
+        plan = BatchPlan(
             rng.randrange(2**31), batch, batch, length, ByteTokenizer.pad_id, ["all", "one", "two"], True, packing
         )
         rows = 3 * sum(len(text) + 1 for text in make_texts(0)) // length
         last = min(-(-rows // batch), 100)
         change = rng.randrange(1, last)
-        arguments = (kind, corpora, Mixture(weights), cut, num_streams)
+        arguments = (kind, corpora, Mixture(weights), plan, num_streams)
         reference = list(run_ranks(*arguments, 1, range(last), {}))
         first = list(run_ranks(*arguments, before, range(change), {}))
         then = list(run_ranks(*arguments, after, range(change, last), first[-1][1]))
@@ -193,8 +193,8 @@ def test_an_epoch_has_every_token_once(
     monkeypatch.setattr(streams_module, "STREAM_CHARACTERS", 90)
     monkeypatch.setattr(streams_module, "STREAM_ROWS", 1)
     domains = ["all", "one", "two"]
-    cut = BatchShape(5, 4, 4, 24, ByteTokenizer.pad_id, domains, packing=packing, epochs=epochs)
-    loader = open_loader(kind, corpora, Mixture(np.ones(1)), cut, num_streams, {})
+    plan = BatchPlan(5, 4, 4, 24, ByteTokenizer.pad_id, domains, packing=packing, epochs=epochs)
+    loader = open_loader(kind, corpora, Mixture(np.ones(1)), plan, num_streams, {})
     targets: Counter[int] = Counter()
     for step in itertools.count() if loader.num_steps is None else range(loader.num_steps):
         share = loader.step(step)
@@ -215,8 +215,8 @@ def test_an_epoch_has_every_token_once(
 
 def test_a_stream_keeps_to_its_documents(corpora: dict[str, list[Source]]) -> None:
     """Catches rows in which a document goes on as another one, or attention that crosses documents."""
-    cut = BatchShape(5, 4, 4, 24, ByteTokenizer.pad_id, ["one"])
-    loader = open_loader("jsonl", corpora, Mixture(np.ones(1)), cut, 2, {})
+    plan = BatchPlan(5, 4, 4, 24, ByteTokenizer.pad_id, ["one"])
+    loader = open_loader("jsonl", corpora, Mixture(np.ones(1)), plan, 2, {})
     texts = set(make_texts(len("one") + ord("o")))
     joined = "\0".join(texts)
     for step in range(30):
@@ -229,10 +229,10 @@ def test_a_stream_keeps_to_its_documents(corpora: dict[str, list[Source]]) -> No
 
 def test_every_epoch_is_shuffled_anew_and_seeds_differ(corpora: dict[str, list[Source]]) -> None:
     """Catches an order that repeats."""
-    cut = BatchShape(5, 4, 4, 64, ByteTokenizer.pad_id, ["one"])
+    plan = BatchPlan(5, 4, 4, 64, ByteTokenizer.pad_id, ["one"])
     orders = []
     for seed in (5, 6):
-        loader = open_loader("jsonl", corpora, Mixture(np.ones(1)), replace(cut, seed=seed), 1, {})
+        loader = open_loader("jsonl", corpora, Mixture(np.ones(1)), replace(plan, seed=seed), 1, {})
         rows = [tuple(row.tolist()) for step in range(60) for row in loader.step(step).micro_batches[0].input_ids]
         orders.append(rows)
         per_epoch = len(rows) // 3
@@ -247,8 +247,8 @@ def test_held_out_documents_are_never_given(corpora: dict[str, list[Source]]) ->
     held_out = {side.text.split(":")[0] for document, _ in source.read() if (side := split.sides(document)[1])}
     assert len(held_out) > 2
     # Best fit, so that no document's number is cut in two.
-    cut = BatchShape(5, 4, 4, 300, ByteTokenizer.pad_id, ["one"], packing=Packing.best_fit)
-    streams = SourceStreams(source, split, Encoder(ByteTokenizer(), Path(), 0), cut, 2)
+    plan = BatchPlan(5, 4, 4, 300, ByteTokenizer.pad_id, ["one"], packing=Packing.best_fit)
+    streams = SourceStreams(source, split, Encoder(ByteTokenizer(), Path(), 0), plan, 2)
     seen = set()
     for number in range(80):
         array, rows, row = streams.next_row(number % 2)
@@ -265,18 +265,18 @@ def test_fewer_documents_than_streams_are_refused(tmp_path: Path, epochs: int | 
     for number in range(3):
         (tmp_path / f"{number}.txt").write_text(f"to be {number} or not to be {number} " * 40)
     source = open_sources(DataConfig(source=DataSource.text, paths=[str(tmp_path)]))[0]
-    cut = BatchShape(5, 12, 12, 16, ByteTokenizer.pad_id, ["text"], epochs=epochs)
+    plan = BatchPlan(5, 12, 12, 16, ByteTokenizer.pad_id, ["text"], epochs=epochs)
 
     def loader(num_streams: int) -> StreamLoader:
-        streams = SourceStreams(source, NOTHING_HELD_OUT, Encoder(ByteTokenizer(), Path(), 0), cut, num_streams)
-        return StreamLoader([streams], ["text"], Mixture(np.ones(1)), cut)
+        streams = SourceStreams(source, NOTHING_HELD_OUT, Encoder(ByteTokenizer(), Path(), 0), plan, num_streams)
+        return StreamLoader([streams], ["text"], Mixture(np.ones(1)), plan)
 
     with pytest.raises(InputError, match=r"data.num_streams=4: the documents of data.paths reach 3 of"):
         loader(4).step(0)
     state = loader(3).step(0).state["text"]
     state["streams"] = {str(stream): [0, 0, 0] for stream in range(4)}
     # A run that has begun so can not change its streams: it goes on.
-    begun = SourceStreams(source, NOTHING_HELD_OUT, Encoder(ByteTokenizer(), Path(), 0), cut, 4, state)
+    begun = SourceStreams(source, NOTHING_HELD_OUT, Encoder(ByteTokenizer(), Path(), 0), plan, 4, state)
     assert (begun.next_row(3) is None) == (epochs == 1)
     given = loader(3)
     for step in range(4):
@@ -289,8 +289,8 @@ def test_a_source_without_text_is_named(tmp_path: Path) -> None:
     """Catches a stream that reads an empty source over and over again."""
     (tmp_path / "rows.jsonl").write_text('{"text": ""}\n' * 5)
     source = open_sources(DataConfig(source=DataSource.jsonl, paths=[str(tmp_path)]))[0]
-    cut = BatchShape(5, 2, 2, 16, ByteTokenizer.pad_id, ["jsonl"])
-    streams = SourceStreams(source, NOTHING_HELD_OUT, Encoder(ByteTokenizer(), Path(), 0), cut, 2)
+    plan = BatchPlan(5, 2, 2, 16, ByteTokenizer.pad_id, ["jsonl"])
+    streams = SourceStreams(source, NOTHING_HELD_OUT, Encoder(ByteTokenizer(), Path(), 0), plan, 2)
     with pytest.raises(InputError, match=r"data.paths: there is no text to train on"):
         streams.next_row(0)
 
@@ -304,11 +304,11 @@ def test_skipped_rows_do_not_move_a_resumed_stream(tmp_path: Path, monkeypatch: 
     sources = {"one": SourceConfig(paths=[str(tmp_path)])}
     config = DataConfig(source=DataSource.jsonl, sources=sources, on_bad_row=OnBadRow.skip, streaming=True)
     corpora = {"jsonl": open_sources(config)}
-    cut = BatchShape(5, 6, 6, 16, ByteTokenizer.pad_id, ["one"])
-    whole = list(run_ranks("jsonl", corpora, Mixture(np.ones(1)), cut, 6, 1, range(30), {}))
+    plan = BatchPlan(5, 6, 6, 16, ByteTokenizer.pad_id, ["one"])
+    whole = list(run_ranks("jsonl", corpora, Mixture(np.ones(1)), plan, 6, 1, range(30), {}))
     for change in (3, 17, 29):
         again = list(
-            run_ranks("jsonl", corpora, Mixture(np.ones(1)), cut, 6, 2, range(change, 30), whole[change - 1][1])
+            run_ranks("jsonl", corpora, Mixture(np.ones(1)), plan, 6, 2, range(change, 30), whole[change - 1][1])
         )
         for (expected, _), (found, _) in zip(whole[change:], again, strict=True):
             assert all(torch.equal(one, other) for one, other in zip(expected, found))
@@ -334,8 +334,8 @@ def test_the_number_of_processes_must_divide_the_streams() -> None:
 
 def test_state_is_small(corpora: dict[str, list[Source]]) -> None:
     """Catches tokens, or anything else that grows, in a stream's state."""
-    cut = BatchShape(5, 12, 12, 16, ByteTokenizer.pad_id, ["one"])
+    plan = BatchPlan(5, 12, 12, 16, ByteTokenizer.pad_id, ["one"])
     for kind in KINDS[1:]:
-        loader = open_loader(kind, corpora, Mixture(np.ones(1)), cut, 12, {})
+        loader = open_loader(kind, corpora, Mixture(np.ones(1)), plan, 12, {})
         sizes = [len(json.dumps(loader.step(step).state)) for step in range(40)]
         assert max(sizes) < (8000 if kind == "huggingface" else 1000), (kind, max(sizes))

@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lm.data.config import TokenizerKind
-from moe_lm.data.tokenizer import (
+from moe_lm.data.tokenizer import load_tokenizer
+from moe_lm.data.tokenizer_export import save_tokenizer_files
+from moe_lm.data.tokenizer_files import SPACE
+from moe_lm.data.tokenizer_sentencepiece import (
     CHUNK_CHARACTERS,
     CONTROL_SYMBOLS,
-    SPACE,
     SentencePieceTokenizer,
-    load_tokenizer,
     train_tokenizer,
     training_chunks,
 )
-from moe_lm.data.tokenizer_export import save_tokenizer_files
 from moe_lm.errors import InputError
 
 HARD_PIECES = [

@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 
 from moe_lm.data.chat_template import ChatFormat, ChatTokens, encode_conversation
 from moe_lm.data.config import TooLong
-from moe_lm.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from moe_lm.data.tokenizer import load_tokenizer
 from moe_lm.data.tokenizer_huggingface import HuggingFaceTokenizer
+from moe_lm.data.tokenizer_sentencepiece import SentencePieceTokenizer
 from moe_lm.errors import InputError
 from moe_lm.hf.tokenizer_parity import check_tokenizer
 

@@ -17,7 +17,8 @@ from moe_lm.data.config import TooLong
 from moe_lm.data.encode import encode, encode_conversations
 from moe_lm.data.loader import validation_batches
 from moe_lm.data.shards import ShardWriter, TokenShard
-from moe_lm.data.tokenizer import load_tokenizer, train_tokenizer
+from moe_lm.data.tokenizer import load_tokenizer
+from moe_lm.data.tokenizer_sentencepiece import train_tokenizer
 from moe_lm.evaluation.bits_per_byte import evaluate
 from moe_lm.evaluation.compressors import document_bytes, gzip_bits_per_byte, xz_bits_per_byte
 from moe_lm.evaluation.generation import continuation, generate

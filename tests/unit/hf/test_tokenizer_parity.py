@@ -7,7 +7,8 @@ import pytest
 
 from moe_lm.data.chat_template import DEFAULT_TEMPLATE
 from moe_lm.data.config import TokenizerKind
-from moe_lm.data.tokenizer import SentencePieceTokenizer, load_tokenizer, train_tokenizer
+from moe_lm.data.tokenizer import load_tokenizer
+from moe_lm.data.tokenizer_sentencepiece import SentencePieceTokenizer, train_tokenizer
 from moe_lm.hf.receipt import VerificationError
 from moe_lm.hf.tokenizer_parity import check_tokenizer
 from tests.models import write_tokenizer

@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         if error.errno not in _SAID_IN_A_SENTENCE:
             raise
         remedy = "; let yourself read and write it, or give another" if error.errno == errno.EACCES else ""
-        print(f"moe-lm: {error.filename or 'a file'}: {error.strerror}{remedy}.", file=sys.stderr)
+        print(f"moe-lm: {error.filename or 'a file or its disk'}: {error.strerror}{remedy}.", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:  # torch's are of the second kind
         if not _says_memory_is_out(error):

@@ -262,6 +262,8 @@ def _sections_of_base(values: list[_Given]) -> dict[str, Any]:
     from moe_lm.commands.model_source import describe  # it needs this module
 
     model, tokenizer_directory = describe(Path(base).expanduser(), "base")
+    if tokenizer_directory is None and not any(one.name == "tokenizer.path" for one in values):
+        raise InputError(f"base={base}: there is no tokenizer beside it; give tokenizer.path=…, the one that it needs.")
     tokenizer = {} if tokenizer_directory is None else {"tokenizer": {"path": str(tokenizer_directory)}}
     # The penalty is against the router that a run begins with: how the base was trained says nothing about that.
     return _escaped_texts({"model": {**to_plain(model), "router_drift_coef": 0.0}, **tokenizer})

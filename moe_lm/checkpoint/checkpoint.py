@@ -32,6 +32,7 @@ from moe_lm.files import sha256
 
 MIB = 2**20
 
+GONE = "was deleted while it was read, as a run in training deletes older checkpoints"
 LIMITS = {"COMPLETE": 100, "manifest.json": 4 * MIB, "state.json": 16 * MIB, "index.json": 32 * MIB}
 """Largest files of each name that are read, in bytes: JSON takes up to some fifty times its size in memory."""
 
@@ -124,6 +125,8 @@ class Checkpoint:
                 with safe_open(self.path / part.file, framework="pt") as file:
                     whole[here] = file.get_slice(part.key)[there] if there else file.get_tensor(part.key)
         except (SafetensorError, OSError, RuntimeError, TypeError) as error:
+            if not self.path.exists():
+                raise CheckpointError(f"{self.path}: {GONE}; give the command again") from error
             raise CheckpointError(f"{name} can not be read: {error}") from error
         return whole
 

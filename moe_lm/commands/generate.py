@@ -63,7 +63,7 @@ def read_prompts(path: Path, chat: bool = False) -> list[str]:
         InputError: It can not be read, a line is no JSON string or an empty message, or there is none.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"it is no UTF-8 text, see byte {error.start + 1}"
         raise InputError(

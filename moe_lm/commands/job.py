@@ -14,6 +14,7 @@ from moe_lm.commands.resuming import resume
 from moe_lm.commands.run_directory import (
     end_recorded,
     has_checkpoints,
+    keep_whole,
     open_directory,
     open_store,
     save_config,
@@ -92,6 +93,7 @@ def _run(config: RunConfig, make_start: Callable[[Runtime], Start]) -> int:
                 f"{dtype} on {runtime.world_size} x {runtime.device.type}{detailed}; ready after "
                 f"{time.monotonic() - began:.0f} s"
             )
+            training.before_save = lambda: keep_whole(training)
             with end_recorded(training, say):
                 final = _train(training)
                 runtime.on_main(lambda: finish(training, final, say))

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.util
 import json
 import shutil
 import sys
@@ -14,13 +15,14 @@ from moe_lm.checkpoint.saver import said
 from moe_lm.checkpoint.store import CheckpointStore, most_kept, step_of
 from moe_lm.commands.changes import check_allowed, differences, is_fixed
 from moe_lm.config import load_saved, save
+from moe_lm.data.tokenizer_sentencepiece import SentencePieceTokenizer
 from moe_lm.errors import InputError, RunError, Stopped
 from moe_lm.files import locked, write_json
 from moe_lm.hf.export import check_expressible, check_output
 from moe_lm.interrupts import STOPPED
 from moe_lm.model.accounting import count_parameters
 from moe_lm.process import rank, signature, was_restarted
-from moe_lm.training.config import ResumePolicy, RunConfig, SpikePolicy
+from moe_lm.training.config import ResumePolicy, RunConfig, SpikePolicy, TrackerName
 from moe_lm.training.requests import STOP_FILE
 from moe_lm.training.run import Run
 from moe_lm.training.state import expected_tensors
@@ -50,6 +52,8 @@ def open_directory(config: RunConfig, directory: Path, held: ExitStack, beginnin
     if not config.output_dir:
         raise InputError("output_dir='': give a directory; '.' is the present one.")
     check_allowed(config)
+    if config.tracker.name is TrackerName.wandb and importlib.util.find_spec("wandb") is None:
+        raise InputError("tracker=wandb: wandb is not installed here; `pip install wandb`, or leave it out.")
     try:
         created = _create(directory)
         if not held.enter_context(locked(directory)):
@@ -115,6 +119,28 @@ def open_store(training: Run) -> None:
             f"and the export need {needed / 1e6:,.0f} MB, and the disk has {free / 1e6:,.0f} MB free; free some, keep "
             "fewer (checkpoint.keep_last, keep_every, keep_best), or give another output_dir."
         )
+
+
+def keep_whole(training: Run) -> None:
+    """Put back what a run's checkpoints mean nothing without, where somebody has moved or cleaned its directory while
+    it trains; the main process alone.
+    """
+    directory, tokenizer = training.directory, training.data.tokenizer
+    gone = [name for name in (CONFIG_FILE, "tokenizer") if not (directory / name).exists()]
+    if not gone or not training.runtime.is_main:
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        save_config(training.config, directory)
+        if "tokenizer" in gone and isinstance(tokenizer, SentencePieceTokenizer):  # the other kind is its files
+            tokenizer.save(directory / "tokenizer", training.config.data.sequence_length)
+    except OSError:
+        return  # the save will meet it as well, and does as the policy says
+    lost = [name for name in gone if not (directory / name).exists()]
+    warn(
+        f"{directory}: {' and '.join(gone)} went while the run trains (was it moved, or cleaned?); "
+        + (f"{' and '.join(lost)} can not be put back, bring a copy" if lost else "put back, and the run goes on there")
+    )
 
 
 def write_state(training: Run, status: str, **details: Any) -> None:

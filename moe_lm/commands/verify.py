@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from moe_lm.checkpoint.checkpoint import Checkpoint
+from moe_lm.checkpoint.checkpoint import GONE, Checkpoint
 from moe_lm.checkpoint.config import CheckpointConfig
 from moe_lm.checkpoint.store import CheckpointStore
 from moe_lm.checkpoint.tensor_file import CheckpointError
@@ -88,8 +88,8 @@ def _of_checkpoints(path: Path, config: VerifyConfig) -> Receipt | None:
         raise InputError(
             f"against={config.against}: is for an export, and {path} is a native checkpoint; leave it out."
         )
-    paths = _checkpoints(path)
-    damaged = [one for one in paths if not _is_good(one)]
+    paths = [one for one in _checkpoints(path) if _is_there(one)]
+    damaged = [one for one in paths if not _is_good(one) and _is_there(one)]
     if damaged:
         raise RunError(f"checkpoint={path}: {len(damaged)} can not be trusted ({damaged[-1].name})")
     source = open_native(paths[-1])
@@ -112,6 +112,12 @@ def _checkpoints(path: Path) -> list[Path]:
             "directory."
         )
     return paths or [path]
+
+
+def _is_there(path: Path) -> bool:
+    if not path.exists():
+        print(f"{path}: {GONE}")
+    return path.exists()
 
 
 def _is_good(path: Path) -> bool:

@@ -20,6 +20,7 @@ Offset = Any
 ROWS_AT_A_TIME = 256
 """Rows of a columnar file that are decoded at once."""
 
+PARQUET_MARK = b"PAR1"
 ARROW_FILE_MARK = b"ARROW1"
 """How an IPC file begins, which a stream does not."""
 
@@ -50,7 +51,7 @@ def read_text(path: Path, offset: Offset, fields: list[str], bad: BadRows) -> It
         bad.found("empty_file", str(path), "the file is empty", "remove it")
         return
     try:
-        yield Row(str(path), "", {fields[0]: content.decode()}), 1
+        yield Row(str(path), "", {fields[0]: content.decode("utf-8-sig")}), 1
     except UnicodeDecodeError as error:
         bad.found("invalid_utf8", str(path), f"is not UTF-8 text (byte {error.start})", "convert it")
 
@@ -173,7 +174,11 @@ def read_arrow(path: Path, offset: Offset, fields: list[str], bad: BadRows) -> I
     first, begin, place = offset or 0, 0, str(path)
     try:
         with pyarrow.memory_map(str(path)) as source:
-            is_file = source.read(len(ARROW_FILE_MARK)) == ARROW_FILE_MARK
+            mark = source.read(len(ARROW_FILE_MARK))
+            is_file = mark == ARROW_FILE_MARK
+            if mark.startswith(PARQUET_MARK):
+                bad.found("wrong_type", place, "is a Parquet file", "read it as parquet")
+                return
             source.seek(0)
             if is_file:
                 reader = pyarrow.ipc.open_file(source)

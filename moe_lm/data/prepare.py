@@ -256,7 +256,7 @@ def _tokenizer(job: _Job, splits: dict[str, Split], report: Report) -> Tokenizer
         )
         first = next(texts, None)
         if first is None:
-            raise InputError(f"{job.sources[0].option}: there is no text in it; give files with text.")
+            raise InputError(f"{job.sources[0].option}: there is no text to train on in it; give files with more text.")
         tokenizer = train_tokenizer(
             itertools.chain([first], texts),
             job.tokenizer_config.vocab_size,

@@ -382,6 +382,8 @@ def _load_dataset(path: str, source: SourceConfig, option: str) -> Any:
                 if source.split not in saved:
                     raise InputError(f"{split}: {path} has the splits {', '.join(sorted(saved))}; choose one of them.")
                 saved = saved[source.split]
+            elif source.split not in ("train", str(saved.split)):
+                raise InputError(f"{split}: {path} is one split, saved as {saved.split}; leave data.split out.")
             return saved.to_iterable_dataset()
         return datasets.load_dataset(path, source.subset, split=source.split, revision=source.revision, streaming=True)
     except InputError:

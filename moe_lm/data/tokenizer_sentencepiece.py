@@ -283,8 +283,8 @@ def _training_error(error: RuntimeError, vocab_size: int) -> Exception:
     too_high = re.search(r"Vocabulary size too high.*?<= (\d+)", text)
     if "sentences_.empty()" in text or "all_chars_count" in text or (too_high and int(too_high[1]) < MIN_VOCAB_SIZE):
         return InputError(
-            f"tokenizer.vocab_size={vocab_size}: the training text is too small for any tokenizer; "
-            "give more text, or take a tokenizer with tokenizer.path."
+            f"tokenizer.vocab_size={vocab_size}: the training text has too few different words for any tokenizer; "
+            "give more, or take a tokenizer with tokenizer.path."
         )
     if too_high:
         return InputError(

@@ -37,6 +37,7 @@ def check_configuration(directory: Path, config: ModelConfig, tokenizer: TextTok
     ours = load_config(directory)
     for name in [*_SHAPE, *(_ROUTING if config.is_mixture else [])]:
         if (found := getattr(ours, name)) != (meant := getattr(config, name)):
+            found, meant = (getattr(value, "value", value) for value in (found, meant))
             raise VerificationError("configuration", f"{name} is {found} in config.json, and {meant} is meant")
     meant_values = {**to_hf_config(config), "model_type": model_type(config), **token_ids(tokenizer)}
     check = _check_their_configuration(directory, config, meant_values)

@@ -260,10 +260,10 @@ class RunConfig:
     finish: FinishConfig = dataclasses.field(default_factory=FinishConfig)
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.run_name):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", self.run_name):
             raise InputError(
-                f"run_name={self.run_name!r}: use letters, digits, '.', '_' and '-', beginning with a letter or digit; "
-                "directories belong into output_dir."
+                f"run_name={self.run_name!r}: use at most 200 letters, digits, '.', '_' and '-', beginning with a "
+                "letter or digit; directories belong into output_dir."
             )
         if self.seed < 0:
             raise InputError(f"seed={self.seed}: must not be negative.")

@@ -97,6 +97,8 @@ class Run:
         self.environment, self._plain_config = environment(runtime, self.parallel, dtype), to_plain(config)
         self.progress = Progress()
         self.spikes = SpikeDetector(config.guards)
+        self.before_save: Callable[[], None] = lambda: None
+        """Called on every process before a checkpoint is begun."""
         self.data_state: dict[str, Any] = {}
         """Where the data stands besides `progress.data_step`: of this process, or in a checkpoint of all."""
 
@@ -138,6 +140,7 @@ class Run:
         """
         self.saving.finish(pulse)
         state = self._state(feed.whole_state(self.data_state))
+        self.before_save()
         self.saving.begin(saved_slices(self.optimizer, self.load_LE, self.runtime.is_main), state, pulse)
 
     def _state(self, data_state: dict[str, Any]) -> dict[str, Any]:

@@ -38,6 +38,12 @@ class MetricsFile:
         self._waiting = b""
         return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
+    def _open_anew(self) -> None:
+        with contextlib.suppress(OSError):
+            opened = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            os.close(self._file)
+            self._file = opened
+
     def cut_back(self, step: int) -> None:
         """Drop the lines of steps after `step`, and go on from there."""
         cut = self._open(step)
@@ -48,6 +54,8 @@ class MetricsFile:
         """Append one line."""
         # JSON has no NaN: what is not finite becomes null, so that every reader can read the line that matters most.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        if not self._path.exists():  # somebody has moved or removed it, or the whole directory
+            self._open_anew()
         self._waiting += (json.dumps(finite, allow_nan=False) + "\n").encode()
         try:
             self._flush()

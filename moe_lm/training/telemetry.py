@@ -101,7 +101,7 @@ class Telemetry:
             if self._run.config.model.capacity_factor is not None:
                 detail["dropped_assignments"] = result.dropped
             self._write({**values, **detail})
-        self._display.step(step, _figures(values))
+        self._display.step(step, _figures(values, self._run.config.model.is_mixture))
         if not result.applied:
             cause = f"loss {result.cross_entropy:.4g}, gradient norm {result.gradient_norm:.4g}"
             self.line(f"step {step}: update skipped, {cause} ({self._said(data_step)})")
@@ -163,8 +163,9 @@ class Telemetry:
         self._tracker.log(values, values["step"])
 
 
-def _figures(values: dict[str, Any]) -> str:
-    return (
+def _figures(values: dict[str, Any], is_mixture: bool) -> str:
+    said = (
         f"loss {values['loss']:.3f}  lr {values['learning_rate']:.1e}  {values['tokens_per_second']:,.0f} tok/s  "
-        f"MFU {values['flops_utilization']:.0%}  busiest +{values['load_violation']:.0%}"
+        f"MFU {values['flops_utilization']:.0%}"
     )
+    return said + f"  busiest +{values['load_violation']:.0%}" * is_mixture

@@ -248,12 +248,13 @@ def test_values_of_the_wrong_type_say_what_is_wanted(complain, given, expected):
         ("data.paths=[[book.txt]]", "must be a list of texts"),
         ("data.paths=[{a:b}]", "must be a list of texts"),
         ("data=stdlib", "data.source=stdlib reads no paths"),
-        ("run_name=", "use letters, digits"),
+        ("run_name=", "letters, digits"),
+        (f"run_name={'a' * 201}", "use at most 200 letters"),
         ("run_name=../up", "directories belong into output_dir"),
         ("run_name=a/b", "directories belong into output_dir"),
         ("run_name=.hidden", "beginning with a letter or digit"),
-        ('run_name="日本"', "use letters, digits"),
-        ('run_name="a\nb"', "use letters, digits"),
+        ('run_name="日本"', "letters, digits"),
+        ('run_name="a\nb"', "letters, digits"),
     ],
 )
 def test_values_out_of_range_are_named(complain, given, words):

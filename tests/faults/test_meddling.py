@@ -173,6 +173,29 @@ def test_what_is_missing_or_in_the_way_is_named(place, resume, meddle, words):
     assert (place / "runs/half/checkpoints/step-00000006/COMPLETE").exists()
 
 
+@pytest.mark.parametrize("is_moved", [True, False], ids=["moved", "cleaned"])
+def test_a_directory_that_is_meddled_with_while_the_run_trains_is_made_whole(parent, place, resume, is_moved):
+    """Catches a run that splits in two or ends well, and can neither go on nor be used; and a remedy that is none."""
+    run, log = place / "runs/half", place / "meddled.log"
+    pid = parent.start("signalled", [*OPTIONS, "run_name=half"], place, "step", 2, log=log)
+    wait_for(lambda: "now in step" in log.read_text())
+    if is_moved:
+        run.rename(place / "runs/elsewhere")
+    else:
+        for name in ("data", "tokenizer"):
+            shutil.rmtree(run / name)
+        for name in ("config.yaml", "metrics.jsonl"):
+            (run / name).unlink()
+    os.kill(pid, signal.SIGTERM)
+    assert parent.wait(pid) == 75, log.read_text()
+    assert "config.yaml and tokenizer went while the run trains" in log.read_text()
+    code, said = resume()
+    assert code == 0 and "resumed" in said, said
+    assert max(metrics(run)) == 12
+    expected, found = final_tensors(place / "runs/whole"), final_tensors(run)
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 def test_directories_under_the_names_of_requests_are_nobodys_request(place, resume):
     """Catches `stop/` and `save/` that end a run or its start."""
     for name in ("stop", "save"):

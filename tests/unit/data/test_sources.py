@@ -275,6 +275,27 @@ def test_a_missing_split_of_a_saved_data_set_names_those_there(places: dict[str,
         list(source_of("saved splits", places["saved splits"], split="test").read())
 
 
+@pytest.mark.parametrize("saved_as", [None, "valid"])
+def test_another_split_than_the_saved_one_is_refused(tmp_path: Path, saved_as: str | None) -> None:
+    """Catches training on the one split that is there, whichever was asked for."""
+    split = None if saved_as is None else datasets.NamedSplit(saved_as)
+    datasets.Dataset.from_dict({"text": TEXTS}, split=split).save_to_disk(str(tmp_path))
+    assert len(list(source_of("saved", tmp_path).read())) == len(TEXTS)
+    with pytest.raises(InputError, match=rf"data.split=test: .* is one split, saved as {saved_as}; leave data.split"):
+        list(source_of("saved", tmp_path, split="test").read())
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffa".encode())
+    (source,) = open_sources(DataConfig(source=DataSource.text, paths=[str(tmp_path)]))
+    assert [document.text for document, _ in source.read()] == ["a"]
+
+
+def test_a_parquet_file_that_is_read_as_arrow_is_called_so(places: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match=r"0.parquet: is a Parquet file; read it as parquet"):
+        list(open_sources(DataConfig(source=DataSource.arrow, paths=[str(places["parquet"] / "0.parquet")]))[0].read())
+
+
 def test_a_data_set_of_the_hub_is_opened_at_its_revision(monkeypatch: pytest.MonkeyPatch) -> None:
     """The library is replaced: no hub can be reached from a test."""
     asked = []

@@ -179,7 +179,7 @@ def test_vocabulary_too_large_for_the_text_names_the_largest(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("text", ["x", " ", "\t\t", "\n\n", "\x00", "to be or not to be"])
 def test_text_too_small_for_any_tokenizer_is_a_sentence(tmp_path: Path, text: str) -> None:
-    with pytest.raises(InputError, match=r"tokenizer.vocab_size=4096: .* too small for any tokenizer; give more text"):
+    with pytest.raises(InputError, match=r"tokenizer.vocab_size=4096: .* too few different words for any tokenizer"):
         train_tokenizer([text], 4096, tmp_path)
 
 

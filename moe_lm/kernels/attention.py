@@ -221,10 +221,9 @@ def native_begins(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, mask_BST: Tens
     (B, S, N, H), G = q_BSNH.shape, k_BTGH.shape[2]
     if not (k_BTGH.shape == v_BTGH.shape == (B, S, G, H) and N % G == 0):
         return None
-    if not native.supports(q_BSNH, k_BTGH, v_BTGH):
-        return None
-    in_tiles = q_BSNH.dtype is torch.bfloat16
-    if (H % _LANES) if not in_tiles else (S % native.TILE or H % native.TILE or not native.has_amx()):
+    tensors = q_BSNH, k_BTGH, v_BTGH
+    on_vectors = q_BSNH.dtype is torch.float32 and H % _LANES == 0 and native.supports(*tensors)
+    if not (on_vectors or native.takes_tiles((S, H), *tensors)):
         return None
     if mask_BST is None:
         return torch.zeros(B, S, dtype=torch.int32, device=q_BSNH.device)

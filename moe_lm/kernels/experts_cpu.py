@@ -133,14 +133,8 @@ def _groups(end_E: Tensor, also_empty: bool = False) -> Iterator[tuple[int, slic
 
 
 def _take_tiles(x_TD: Tensor, grouping: Grouping, gate_up_proj: Tensor, down_proj: Tensor) -> bool:
-    """Whether the kernels for matrix tiles take these: bf16, every size and every group's a multiple of 32."""
     sizes = *down_proj.shape[1:], *grouping.end_E.tolist()
-    return (
-        x_TD.dtype is torch.bfloat16
-        and all(size % native.TILE == 0 for size in sizes)
-        and native.supports(x_TD, grouping.weight_P, gate_up_proj, down_proj)
-        and native.has_amx()
-    )
+    return native.takes_tiles(sizes, x_TD, grouping.weight_P, gate_up_proj, down_proj)
 
 
 def _tiles_forward(

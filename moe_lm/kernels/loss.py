@@ -93,7 +93,7 @@ def _loss_and_gradients(
     for start in range(0, hidden_TD.shape[0], chunk_rows):
         rows = slice(start, start + chunk_rows)
         hidden = hidden_TD[rows]
-        if _take_tiles(hidden, head_VD):
+        if native.takes_tiles((*hidden.shape, len(head_VD)), hidden, head_VD):
             of_hidden = None if grad_hidden is None else grad_hidden[rows]
             total += _loss_on_tiles(hidden, head_VD, labels_T[rows], of_hidden, grad_head)
             continue
@@ -123,16 +123,6 @@ def _loss_and_gradients(
         if grad_head is not None:
             _add_product(grad_head, gradient, hidden.masked_fill(~kept, 0))
     return total, grad_hidden, grad_head
-
-
-def _take_tiles(hidden_rD: Tensor, head_VD: Tensor) -> bool:
-    """Whether the kernel for matrix tiles takes these: bf16, and every size a multiple of 32."""
-    return (
-        hidden_rD.dtype is torch.bfloat16
-        and all(size % native.TILE == 0 for size in (*hidden_rD.shape, len(head_VD)))
-        and native.supports(hidden_rD, head_VD)
-        and native.has_amx()
-    )
 
 
 def _loss_on_tiles(

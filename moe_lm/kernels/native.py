@@ -12,7 +12,7 @@ wait for each other. A kernel that finds no memory for its scratch ends the proc
 import ctypes
 import functools
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -83,6 +83,16 @@ def has_amx() -> bool:
     """Whether the library has the kernels for Intel's matrix tiles, and may use them."""
     granted = getattr(library(), "amx_granted", None)
     return granted is not None and bool(granted())
+
+
+def takes_tiles(sizes: Iterable[int], *tensors: Tensor) -> bool:
+    """Whether the kernels for matrix tiles take these tensors: bf16, and every size a multiple of `TILE`."""
+    return (
+        tensors[0].dtype is torch.bfloat16
+        and all(size % TILE == 0 for size in sizes)
+        and supports(*tensors)
+        and has_amx()
+    )
 
 
 def described(device: torch.device, dtype: torch.dtype) -> str:

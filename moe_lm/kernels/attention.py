@@ -76,14 +76,14 @@ def attention(
     q_BSNH: Tensor,
     k_BTGH: Tensor,
     v_BTGH: Tensor,
-    mask_BST: Tensor | PackedDocuments | None,
+    visible: Tensor | PackedDocuments | None,
     backend: str | None = None,
 ) -> Tensor:
     """softmax(q·kᵀ / sqrt(H))·v with N/G query heads to each key/value head.
 
     Args:
-        mask_BST: True where a query sees a key (`attention_mask`), never a later one; or documents that say the same
-            (S = T); None for plain causal attention with S = T, or for one query that sees all keys.
+        visible: [B, S, T], true where a query sees a key (`attention_mask`), never a later one; or documents that say
+            the same (S = T); None for plain causal attention with S = T, or for one query that sees all keys.
         backend: "reference", "sdpa", "cpu", "native", "varlen" (for documents), or None to choose by device, dtype,
             mask and size. "native" takes what `native_begins` does.
 
@@ -94,11 +94,12 @@ def attention(
         ValueError: on an unknown backend.
     """
     sizes_BST = (*q_BSNH.shape[:2], k_BTGH.shape[1])
-    if isinstance(mask_BST, PackedDocuments):
+    if isinstance(visible, PackedDocuments):
         if backend in (None, "varlen"):
-            return packed_attention(q_BSNH, k_BTGH, v_BTGH, mask_BST)
-        document_ids_BS = mask_BST.document_ids(sizes_BST[0])
-        mask_BST = attention_mask(document_ids_BS, document_ids_BS, 0, mask_BST.sliding_window)
+            return packed_attention(q_BSNH, k_BTGH, v_BTGH, visible)
+        document_ids_BS = visible.document_ids(sizes_BST[0])
+        visible = attention_mask(document_ids_BS, document_ids_BS, 0, visible.sliding_window)
+    mask_BST = visible
     if mask_BST is None:
         assert sizes_BST[1] in (1, sizes_BST[2]), sizes_BST
     else:

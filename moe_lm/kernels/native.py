@@ -21,9 +21,8 @@ from torch import Tensor
 from moe_lm.kernels import compiled
 from moe_lm.kernels.triton import launch
 
-_AMX = ("amx.inc", "amx_attention.inc", "amx_experts.inc", "amx_linear.inc", "amx_loss.inc", "amx_newton_schulz.inc")
-_INCLUDED = (*_AMX, "few_rows.inc", "fp32_attention.inc", "decode.inc")
-SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", *_INCLUDED)]
+_HERE = Path(__file__).parent
+SOURCES = [_HERE / "native.cpp", *sorted(_HERE.glob("*.inc"))]
 """The first includes the others."""
 
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]

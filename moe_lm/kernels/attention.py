@@ -241,20 +241,20 @@ def _native(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, begins_BS: Tensor) -
 
 
 def _native_forward(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, begins_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """The output, and what the backward needs of each softmax: one number in bf16, in fp32 two; [·, B, N, S]."""
+    """The output, and what the backward needs of each softmax: [1, B, N, S] in bf16, in fp32 [2, B, N, S]."""
     B, S, N, H = q_BSNH.shape
     o_BSNH = torch.empty_like(q_BSNH)
-    kept_2BNS = q_BSNH.new_empty(2 if q_BSNH.dtype is torch.float32 else 1, B, N, S, dtype=torch.float32)
-    pointers, sizes = (q_BSNH, k_BTGH, v_BTGH, begins_BS, o_BSNH, kept_2BNS), (B, S, N, k_BTGH.shape[2], H)
+    kept = q_BSNH.new_empty(2 if q_BSNH.dtype is torch.float32 else 1, B, N, S, dtype=torch.float32)
+    pointers, sizes = (q_BSNH, k_BTGH, v_BTGH, begins_BS, o_BSNH, kept), (B, S, N, k_BTGH.shape[2], H)
     native.run(_NATIVE[q_BSNH.dtype], None, B * S * S * N, *pointers, *sizes, 1 / math.sqrt(H))
-    return o_BSNH, kept_2BNS
+    return o_BSNH, kept
 
 
 class _NativeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_BSNH, k_BTGH, v_BTGH, begins_BS):  # type: ignore[no-untyped-def]
-        o_BSNH, kept_2BNS = _native_forward(q_BSNH, k_BTGH, v_BTGH, begins_BS)
-        ctx.save_for_backward(q_BSNH, k_BTGH, v_BTGH, begins_BS, o_BSNH, kept_2BNS)
+        o_BSNH, kept = _native_forward(q_BSNH, k_BTGH, v_BTGH, begins_BS)
+        ctx.save_for_backward(q_BSNH, k_BTGH, v_BTGH, begins_BS, o_BSNH, kept)
         return o_BSNH
 
     @staticmethod

@@ -66,7 +66,8 @@ class DecoderOutput(NamedTuple):
     hidden_BSD: Tensor
     """Final hidden states, normalised; `OutputHead.factors` says what they are multiplied with."""
     statistics: RoutingStatistics | None
-    """Every layer's routing statistics, stacked: fields [L, E], [L, E], [L]. Null of a dense model, or with a cache."""
+    """Every layer's routing statistics, stacked: [L, E] of what is by expert, [L] of what is one number. Null of a
+    dense model, or with a cache."""
 
 
 class Decoder(nn.Module):

@@ -312,7 +312,7 @@ def test_explicit_attention_in_several_blocks_of_queries(S: int) -> None:
 @pytest.mark.usefixtures("kernels")
 def test_explicit_attention_in_several_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches rows of a batch that read or write another chunk's slice."""
-    monkeypatch.setattr("moe_lm.kernels.attention._SCORES_AT_ONCE", 2 * 10 * 10 * 4)
+    monkeypatch.setattr("moe_lm.kernels.attention_cpu._SCORES_AT_ONCE", 2 * 10 * 10 * 4)
     assert_parity(
         lambda q, k, v: attention(q, k, v, None, "cpu"),
         lambda q, k, v: attention(q, k, v, None, "reference"),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_lm.errors import InputError
 from moe_lm.finetune.config import FinetuneConfig, Method, Part
-from moe_lm.finetune.lora import adapt, initial_adapter, is_adapter
+from moe_lm.finetune.lora import adapt, initial_adapter, is_adapter, part_of
 from moe_lm.model.config import ModelConfig
 from moe_lm.model.decoder import CausalLM
 from moe_lm.model.initialization import generator_of
@@ -117,21 +117,6 @@ def choose_trained(model: CausalLM, config: FinetuneConfig) -> None:
         return
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in parts)
-
-
-def part_of(name: str) -> Part:
-    """The part that a parameter belongs to, by its native name or an adapter's."""
-    for part, mark in (
-        (Part.attention, ".self_attn."),
-        (Part.router, ".mlp.gate."),
-        (Part.experts, ".mlp."),
-        (Part.embedding, "embed_tokens."),
-        (Part.head, "lm_head."),
-    ):
-        if mark in name:
-            return part
-    assert "norm" in name, name
-    return Part.norms
 
 
 def trained_counts(model: ModelConfig, config: FinetuneConfig) -> tuple[dict[Part, int], int]:

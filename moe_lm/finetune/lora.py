@@ -18,10 +18,9 @@ from moe_lm.finetune.config import Part
 from moe_lm.kernels.combine import gather_rows, sum_rows
 from moe_lm.kernels.grouped_linear import grouped_linear
 from moe_lm.kernels.grouping import Grouping
-from moe_lm.model.attention import Attention
 from moe_lm.model.decoder import CausalLM, OutputHead
 from moe_lm.model.linear import Linear
-from moe_lm.model.moe import DenseFeedForward, Experts
+from moe_lm.model.moe import Experts
 from moe_lm.model.router import Router
 
 EMBEDDING = "embed_tokens."
@@ -31,24 +30,24 @@ A, B = "lora_A", "lora_B"
 those of stacked experts `experts.down_proj_lora_A` and `experts.down_proj_lora_B`."""
 
 
-class LoraLinear(Linear):
-    """A linear map with an adapter; `weight` [out, in], `lora_A` [r, in], `lora_B` [out, r]."""
+class _Adapted:
+    """What a module with one parameter has of its adapter."""
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     scale: float
+
+
+class LoraLinear(Linear, _Adapted):
+    """A linear map with an adapter; `weight` [out, in], `lora_A` [r, in], `lora_B` [out, r]."""
 
     def forward(self, x: Tensor) -> Tensor:
         """X [..., in] to [..., out]."""
         return super().forward(x) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
 
 
-class LoraRouter(Router):
+class LoraRouter(Router, _Adapted):
     """A router with an adapter, in fp32 like the router itself; `lora_A` [r, D], `lora_B` [E, r]."""
-
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    scale: float
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """See `Router.logits`."""
@@ -82,12 +81,8 @@ class LoraExperts(Experts):
         return sum_rows(y_PD, token_P, len(x_TD))
 
 
-class LoraEmbedding(nn.Embedding):
+class LoraEmbedding(nn.Embedding, _Adapted):
     """An embedding with an adapter: W + scale · (B·A)ᵀ; `weight` [V, D], `lora_A` [r, V], `lora_B` [D, r]."""
-
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    scale: float
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids [...] to [..., D]."""
@@ -95,12 +90,8 @@ class LoraEmbedding(nn.Embedding):
         return F.embedding(ids, self.weight) + low_rank * self.scale
 
 
-class LoraHead(OutputHead):
+class LoraHead(OutputHead, _Adapted):
     """An output head with an adapter: `weight` [V, D], `lora_A` [r, D], `lora_B` [V, r]."""
-
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    scale: float
 
     def factors(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """See `OutputHead.factors`: with r columns more, which keeps what is too small to add to a bf16 weight."""
@@ -108,61 +99,19 @@ class LoraHead(OutputHead):
         return torch.cat((hidden, low_rank), dim=-1), torch.cat((self.weight, self.lora_B), dim=-1)
 
 
-def add_to_embedding(embedding: nn.Embedding, rank: int, scale: float) -> None:
-    """Give an embedding an adapter, in place."""
-    ids, hidden = embedding.weight.shape
-    _become(embedding, LoraEmbedding, scale)
-    embedding.lora_A = nn.Parameter(embedding.weight.new_empty(rank, ids))
-    embedding.lora_B = nn.Parameter(embedding.weight.new_empty(hidden, rank))
-
-
-def add_to_attention(module: Attention, rank: int, scale: float) -> None:
-    """Give the four projections adapters, in place."""
-    for projection in (module.q_proj, module.k_proj, module.v_proj, module.o_proj):
-        _add_to_linear(projection, rank, scale)
-
-
-def add_to_dense(module: DenseFeedForward, rank: int, scale: float) -> None:
-    """Give the three projections adapters, in place."""
-    for projection in (module.gate_proj, module.up_proj, module.down_proj):
-        _add_to_linear(projection, rank, scale)
-
-
-def add_to_head(head: OutputHead, rank: int, scale: float) -> None:
-    """Give an output head an adapter, in place."""
-    _add_to_linear(head, rank, scale, LoraHead)
-
-
-def _add_to_linear(linear: nn.Linear, rank: int, scale: float, kind: type[nn.Linear] = LoraLinear) -> None:
-    outputs, inputs = linear.weight.shape
-    _become(linear, kind, scale)
-    linear.lora_A = nn.Parameter(linear.weight.new_empty(rank, inputs))
-    linear.lora_B = nn.Parameter(linear.weight.new_empty(outputs, rank))
-
-
-def add_to_router(router: Router, rank: int, scale: float) -> None:
-    """Give a router an adapter, in place."""
-    experts, hidden = router.weight.shape
-    _become(router, LoraRouter, scale)
-    router.lora_A = nn.Parameter(router.weight.new_empty(rank, hidden))
-    router.lora_B = nn.Parameter(router.weight.new_empty(experts, rank))
-
-
-def add_to_experts(experts: Experts, rank: int, scale: float) -> None:
-    """Give every expert adapters, in place."""
-    _become(experts, LoraExperts, scale)
-    for name in ("gate_up_proj", "down_proj"):
-        number, outputs, inputs = getattr(experts, name).shape
-        new = getattr(experts, name).new_empty
-        setattr(experts, f"{name}_{A}", nn.Parameter(new(number, rank, inputs)))
-        setattr(experts, f"{name}_{B}", nn.Parameter(new(number, outputs, rank)))
-
-
-def _become(module: nn.Module, kind: type[nn.Module], scale: float) -> None:
-    """Turn a module into its subclass that has adapters: its parameters stay where everybody finds them."""
-    assert issubclass(kind, type(module))
-    module.__class__ = kind
-    module.scale = scale  # type: ignore[assignment]
+def part_of(name: str) -> Part:
+    """The part that a parameter belongs to, by its native name or an adapter's; of a module, by its name and a dot."""
+    for part, mark in (
+        (Part.attention, ".self_attn."),
+        (Part.router, ".mlp.gate."),
+        (Part.experts, ".mlp."),
+        (Part.embedding, "embed_tokens."),
+        (Part.head, "lm_head."),
+    ):
+        if mark in name:
+            return part
+    assert "norm" in name, name
+    return Part.norms
 
 
 def is_adapter(name: str) -> bool:
@@ -172,7 +121,7 @@ def is_adapter(name: str) -> bool:
 
 def adapter_names(name: str) -> tuple[str, str]:
     """The adapter's two parameters of a parameter."""
-    stem = f"{name.removesuffix('weight')}" if name.endswith(".weight") else f"{name}_"
+    stem = name.removesuffix("weight") if name.rpartition(".")[2] == "weight" else f"{name}_"
     return f"{stem}{A}", f"{stem}{B}"
 
 
@@ -205,21 +154,33 @@ def merged(name: str, weight: Tensor, read: Callable[[str], Tensor], scale: floa
     return weight.float() + scale * (product.t() if EMBEDDING in name else product)
 
 
+_ADAPTED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Embedding: LoraEmbedding,
+    Linear: LoraLinear,
+    Router: LoraRouter,
+    Experts: LoraExperts,
+    OutputHead: LoraHead,
+}
+
+
+def _become(module: nn.Module, kind: type[nn.Module], rank: int, scale: float) -> None:
+    """Turn a module into its subclass that has adapters: its parameters stay where everybody finds them."""
+    assert issubclass(kind, type(module))
+    module.__class__ = kind
+    module.scale = scale  # type: ignore[assignment]
+    for name, weight in list(module.named_parameters(recurse=False)):
+        *stack, outputs, inputs = weight.shape
+        if kind is LoraEmbedding:  # of which ids are the inputs
+            inputs, outputs = outputs, inputs
+        for matrix, shape in zip(adapter_names(name), ((rank, inputs), (outputs, rank)), strict=True):
+            module.register_parameter(matrix, nn.Parameter(weight.new_empty(*stack, *shape)))
+
+
 def adapt(model: CausalLM, parts: Collection[Part], rank: int, scale: float) -> None:
     """Add adapters to the parts of a model, and freeze everything else, in place."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    attention, experts, router = (part in parts for part in (Part.attention, Part.experts, Part.router))
-    if Part.embedding in parts:
-        add_to_embedding(model.model.embed_tokens, rank, scale)
-    if Part.head in parts:
-        add_to_head(model.lm_head, rank, scale)
-    for module in list(model.modules()):
-        if attention and isinstance(module, Attention):
-            add_to_attention(module, rank, scale)
-        elif experts and isinstance(module, Experts):
-            add_to_experts(module, rank, scale)
-        elif experts and isinstance(module, DenseFeedForward):
-            add_to_dense(module, rank, scale)
-        elif router and isinstance(module, Router):
-            add_to_router(module, rank, scale)
+    for name, module in model.named_modules():
+        kind = _ADAPTED.get(type(module))
+        if kind is not None and part_of(f"{name}.") in parts:
+            _become(module, kind, rank, scale)

@@ -97,7 +97,8 @@ class NativeDecoding:
             sliding_window: null for none.
             eps: of the norms.
         """
-        self._layers, self._common, self._eps = layers, common, eps
+        self._common, self._eps = common, eps
+        self._kept = layers  # native code has their addresses alone
         addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in layer] for layer in layers]
         self._layers_at = torch.tensor(addresses, dtype=torch.int64)
         first, (V, D) = layers[0], common.head_VD.shape

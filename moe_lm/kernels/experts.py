@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from moe_lm.kernels import experts_cpu
 from moe_lm.kernels.combine import gather_rows, sum_rows
-from moe_lm.kernels.grouping import Grouping, grouped_mm_takes
+from moe_lm.kernels.grouping import Grouping, grouped_mm_takes, groups
 from moe_lm.kernels.triton import launch
 
 
@@ -66,13 +66,13 @@ def _default_backend(x_TD: Tensor, grouping: Grouping, gate_up_proj: Tensor, dow
 
 
 def _reference(x_TD: Tensor, grouping: Grouping, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
-    y_TD, start = torch.zeros_like(x_TD), 0
+    y_TD = torch.zeros_like(x_TD)
     # unbind, not indexing: its backward stacks once, where indexing fills and adds a full-size zero tensor per expert.
-    for end, gate_up, down in zip(grouping.end_E.tolist(), gate_up_proj.unbind(0), down_proj.unbind(0), strict=True):
-        token_p, weight_p1 = grouping.token_P[start:end], grouping.weight_P[start:end, None]
+    matrices = gate_up_proj.unbind(0), down_proj.unbind(0)
+    for (_, rows), gate_up, down in zip(groups(grouping.end_E, also_empty=True), *matrices, strict=True):
+        token_p, weight_p1 = grouping.token_P[rows], grouping.weight_P[rows, None]
         gate, up = (x_TD.index_select(0, token_p) @ gate_up.t()).chunk(2, dim=-1)
         y_TD = y_TD.index_add(0, token_p, (F.silu(gate) * up) @ down.t() * weight_p1)
-        start = end
     return y_TD
 
 

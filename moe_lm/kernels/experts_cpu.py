@@ -10,7 +10,6 @@ our own (`amx_experts.inc`) pack weights once, take 128 rows at a time through b
 shape.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 
 from moe_lm.kernels import native
 from moe_lm.kernels.combine import sum_rows
-from moe_lm.kernels.grouping import Grouping
+from moe_lm.kernels.grouping import Grouping, groups
 
 _aten = torch.ops.aten
 
@@ -41,7 +40,7 @@ def _forward(
         h_P2F = _tiles_forward(x_TD, grouping, gate_up_proj, down_proj, keeps, y_PD)
     else:
         h_P2F = x_TD.new_empty(len(token_P), gate_up_proj.shape[1])
-        for expert, rows in _groups(end_E):
+        for expert, rows in groups(end_E):
             x_pD = x_TD.index_select(0, token_P[rows])
             h_p2F = torch.mm(x_pD, gate_up_proj[expert].t(), out=h_P2F[rows])
             torch.mm(_swiglu(h_p2F, weight_P[rows]), down_proj[expert].t(), out=y_PD[rows])
@@ -105,7 +104,7 @@ def _backward_by_expert(
     gradients: Gradients,
 ) -> None:
     token_P, weight_P, end_E = grouping
-    for expert, rows in _groups(end_E, also_empty=True):
+    for expert, rows in groups(end_E, also_empty=True):
         if rows.start == rows.stop:
             for gradient in (gradients.gate_up, gradients.down):
                 if gradient is not None:
@@ -123,24 +122,9 @@ def _backward_by_expert(
             torch.mm(grad_h_p2F, gate_up_proj[expert], out=gradients.x_PD[rows])
 
 
-def _groups(end_E: Tensor, also_empty: bool = False) -> Iterator[tuple[int, slice]]:
-    """Each expert that has rows, or each, and where its rows are."""
-    start = 0
-    for expert, end in enumerate(end_E.tolist()):
-        if end > start or also_empty:
-            yield expert, slice(start, end)
-        start = end
-
-
 def _take_tiles(x_TD: Tensor, grouping: Grouping, gate_up_proj: Tensor, down_proj: Tensor) -> bool:
-    """Whether the kernels for matrix tiles take these: bf16, every size and every group's a multiple of 32."""
     sizes = *down_proj.shape[1:], *grouping.end_E.tolist()
-    return (
-        x_TD.dtype is torch.bfloat16
-        and all(size % native.TILE == 0 for size in sizes)
-        and native.supports(x_TD, grouping.weight_P, gate_up_proj, down_proj)
-        and native.has_amx()
-    )
+    return native.takes_tiles(sizes, x_TD, grouping.weight_P, gate_up_proj, down_proj)
 
 
 def _tiles_forward(

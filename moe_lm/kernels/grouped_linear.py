@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_lm.kernels.grouping import grouped_mm_takes
+from moe_lm.kernels.grouping import grouped_mm_takes, groups
 
 
 def grouped_linear(x_RI: Tensor, group_ends_E: Tensor, weight_EOI: Tensor, backend: str | None = None) -> Tensor:
@@ -50,12 +50,10 @@ def _default_backend(x_RI: Tensor, weight_EOI: Tensor) -> str:
 
 
 def _reference(x_RI: Tensor, group_ends_E: Tensor, weight_EOI: Tensor) -> Tensor:
-    parts, start = [], 0
-    for end, weight in zip(group_ends_E.tolist(), weight_EOI.unbind(0), strict=True):
-        parts.append(x_RI[start:end] @ weight.t())
-        start = end
-    parts.append(x_RI.new_zeros(x_RI.shape[0] - start, weight_EOI.shape[1]))
-    return torch.cat(parts)
+    every = zip(groups(group_ends_E, also_empty=True), weight_EOI.unbind(0), strict=True)
+    parts = [x_RI[rows] @ weight.t() for (_, rows), weight in every]
+    past_the_end = x_RI.new_zeros(len(x_RI) - int(group_ends_E[-1]), weight_EOI.shape[1])
+    return torch.cat((*parts, past_the_end))
 
 
 # An operator of its own, as in `experts_cpu.py`, so that activation checkpointing can keep its result.
@@ -63,12 +61,9 @@ def _reference(x_RI: Tensor, group_ends_E: Tensor, weight_EOI: Tensor) -> Tensor
 def _linear_loop(x_RI: Tensor, group_ends_E: Tensor, weight_EOI: Tensor) -> Tensor:
     """A GEMM per expert into slices of one buffer; the gradient of the stacked matrices is written once."""
     y_RO = x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
-    start = 0
-    for expert, end in enumerate(group_ends_E.tolist()):
-        if end > start:
-            torch.mm(x_RI[start:end], weight_EOI[expert].t(), out=y_RO[start:end])
-        start = end
-    y_RO[start:].zero_()
+    for expert, rows in groups(group_ends_E):
+        torch.mm(x_RI[rows], weight_EOI[expert].t(), out=y_RO[rows])
+    y_RO[int(group_ends_E[-1]) :].zero_()
     return y_RO
 
 
@@ -84,18 +79,17 @@ def _backward(ctx: Any, grad_y_RO: Tensor) -> tuple[Tensor | None, ...]:
     grad_y_RO = grad_y_RO.contiguous()
     grad_x_RI = grad_y_RO.new_empty(grad_y_RO.shape[0], weight_EOI.shape[2]) if needs_x else None
     grad_weight = torch.empty_like(weight_EOI) if needs_weight else None
-    start = 0
-    for expert, end in enumerate(group_ends_E.tolist()):
-        rows, start = slice(start, end), end
-        if grad_weight is not None:
-            if end > rows.start:
-                torch.mm(grad_y_RO[rows].t(), x_RI[rows], out=grad_weight[expert])
-            else:
+    for expert, rows in groups(group_ends_E, also_empty=True):
+        if rows.start == rows.stop:
+            if grad_weight is not None:
                 grad_weight[expert].zero_()
-        if grad_x_RI is not None and end > rows.start:
+            continue
+        if grad_weight is not None:
+            torch.mm(grad_y_RO[rows].t(), x_RI[rows], out=grad_weight[expert])
+        if grad_x_RI is not None:
             torch.mm(grad_y_RO[rows], weight_EOI[expert], out=grad_x_RI[rows])
     if grad_x_RI is not None:
-        grad_x_RI[start:].zero_()
+        grad_x_RI[int(group_ends_E[-1]) :].zero_()
     return grad_x_RI, None, grad_weight
 
 

@@ -3,6 +3,7 @@
 Letters: P rows (grouped by expert, each group possibly filled up), E experts.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,15 @@ class Grouping(NamedTuple):
     """Weight of each row, in the compute type; exactly 0 where it fills up."""
     end_E: Tensor
     """int32, the row at which each expert's group ends; what is past the last end counts for nothing."""
+
+
+def groups(end_E: Tensor, also_empty: bool = False) -> Iterator[tuple[int, slice]]:
+    """Each expert that has rows, or each, and where its rows are."""
+    start = 0
+    for expert, end in enumerate(end_E.tolist()):
+        if end > start or also_empty:
+            yield expert, slice(start, end)
+        start = end
 
 
 def row_alignment(device: torch.device, dtype: torch.dtype, rows: int, experts: int = 8) -> int:

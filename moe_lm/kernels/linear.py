@@ -17,23 +17,12 @@ from moe_lm.kernels import native
 
 def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
     """X · weightᵀ for x [..., K], which gives [..., N]."""
-    if not _takes_tiles(x, weight_NK):
+    rows = x.shape[:-1].numel()
+    if x.dim() < 2 or not x.numel() or not native.takes_tiles((rows, *weight_NK.shape), x, weight_NK):
         return F.linear(x, weight_NK)
     x_TK = x.flatten(0, -2)
     y_TN = _with_gradients(x_TK, weight_NK) if torch.is_grad_enabled() else _on_tiles(x_TK, weight_NK)
     return y_TN.unflatten(0, x.shape[:-1])
-
-
-def _takes_tiles(x: Tensor, weight_NK: Tensor) -> bool:
-    """Whether the kernel for matrix tiles takes these: bf16, and every size a multiple of 32."""
-    return (
-        x.dtype is torch.bfloat16
-        and x.dim() > 1
-        and x.numel() > 0
-        and all(size % native.TILE == 0 for size in (*weight_NK.shape, x.numel() // x.shape[-1]))
-        and native.supports(x, weight_NK)
-        and native.has_amx()
-    )
 
 
 def _on_tiles(x_TK: Tensor, weight_NK: Tensor) -> Tensor:

@@ -90,55 +90,33 @@ def _loss_and_gradients(
     total = torch.zeros((), dtype=wide, device=hidden_TD.device)
     grad_hidden = torch.empty_like(hidden_TD) if needs_hidden else None
     grad_head = torch.zeros_like(head_VD, dtype=wide) if needs_head else None
-    for start in range(0, hidden_TD.shape[0], chunk_rows):
+    for start in range(0, len(hidden_TD), chunk_rows):
         rows = slice(start, start + chunk_rows)
-        hidden = hidden_TD[rows]
-        if _take_tiles(hidden, head_VD):
-            of_hidden = None if grad_hidden is None else grad_hidden[rows]
-            total += _loss_on_tiles(hidden, head_VD, labels_T[rows], of_hidden, grad_head)
-            continue
-        logits = hidden @ head_VD.t()
-        if native.supports(logits) or launch.supports(logits):
-            total += _loss_in_place(logits, labels_T[rows], needs_hidden or needs_head)
-            if grad_hidden is not None:
-                torch.mm(logits, head_VD, out=grad_hidden[rows])
-            if grad_head is not None:
-                _add_product(grad_head, logits, hidden)
-            del logits  # before the next are made
-            continue
-        kept = (labels_T[rows] != IGNORED_LABEL).unsqueeze(1)
-        labels = labels_T[rows].unsqueeze(1).where(kept, 0)
-        log_probability = torch.log_softmax(logits.to(wide), dim=-1)
-        total -= log_probability.gather(1, labels).where(kept, 0).sum()
-        if not (needs_hidden or needs_head):
-            continue
-        # d loss / d logits = softmax − one-hot, written over the logits. Ignored rows are taken out of the two
-        # products' D-wide sides, not of this V-wide one.
-        gradient = log_probability.exp_().scatter_add_(1, labels, torch.full_like(labels, -1, dtype=wide))
-        if logits.dtype is not wide:
-            gradient = logits.copy_(gradient)
-        if grad_hidden is not None:
-            torch.mm(gradient, head_VD, out=grad_hidden[rows])
-            grad_hidden[rows].masked_fill_(~kept, 0)
-        if grad_head is not None:
-            _add_product(grad_head, gradient, hidden.masked_fill(~kept, 0))
+        grad_rows = None if grad_hidden is None else grad_hidden[rows]
+        total += _loss_of_chunk(hidden_TD[rows], head_VD, labels_T[rows], grad_rows, grad_head)
     return total, grad_hidden, grad_head
 
 
-def _take_tiles(hidden_rD: Tensor, head_VD: Tensor) -> bool:
-    """Whether the kernel for matrix tiles takes these: bf16, and every size a multiple of 32."""
-    return (
-        hidden_rD.dtype is torch.bfloat16
-        and all(size % native.TILE == 0 for size in (*hidden_rD.shape, len(head_VD)))
-        and native.supports(hidden_rD, head_VD)
-        and native.has_amx()
-    )
+def _loss_of_chunk(
+    hidden_rD: Tensor, head_VD: Tensor, labels_r: Tensor, grad_hidden_rD: Tensor | None, grad_head_VD: Tensor | None
+) -> Tensor:
+    """Sum of the losses; writes one gradient and adds to the other, where they are wanted."""
+    if native.takes_tiles((*hidden_rD.shape, len(head_VD)), hidden_rD, head_VD):
+        return _loss_on_tiles(hidden_rD, head_VD, labels_r, grad_hidden_rD, grad_head_VD)
+    logits_rV = hidden_rD @ head_VD.t()
+    if not (native.supports(logits_rV) or launch.supports(logits_rV)):
+        return _loss_by_torch(logits_rV, hidden_rD, head_VD, labels_r, grad_hidden_rD, grad_head_VD)
+    loss = _loss_in_place(logits_rV, labels_r, grad_hidden_rD is not None or grad_head_VD is not None)
+    if grad_hidden_rD is not None:
+        torch.mm(logits_rV, head_VD, out=grad_hidden_rD)
+    if grad_head_VD is not None:
+        _add_product(grad_head_VD, logits_rV, hidden_rD)
+    return loss
 
 
 def _loss_on_tiles(
     hidden_rD: Tensor, head_VD: Tensor, labels_r: Tensor, grad_hidden_rD: Tensor | None, grad_head_VD: Tensor | None
 ) -> Tensor:
-    """Sum of the losses; writes one gradient and adds to the other, where they are wanted."""
     (r, D), V = hidden_rD.shape, len(head_VD)
     labels_r, losses_r = labels_r.contiguous(), hidden_rD.new_empty(r, dtype=torch.float32)
     room = (2 * V + native.TILE) * D, (r + native.TILE) * V, (r + native.TILE) * D
@@ -158,6 +136,34 @@ def _loss_in_place(logits_rV: Tensor, labels_r: Tensor, gradients: bool) -> Tens
     pointers = logits_rV, labels_r, losses_r
     native.run("cross_entropy", logits_rV.dtype, logits_rV.numel(), *pointers, *logits_rV.shape, gradients)
     return losses_r.sum()
+
+
+def _loss_by_torch(
+    logits_rV: Tensor,
+    hidden_rD: Tensor,
+    head_VD: Tensor,
+    labels_r: Tensor,
+    grad_hidden_rD: Tensor | None,
+    grad_head_VD: Tensor | None,
+) -> Tensor:
+    kept_r1 = (labels_r != IGNORED_LABEL).unsqueeze(1)
+    labels_r1 = labels_r.unsqueeze(1).where(kept_r1, 0)
+    wide = torch.promote_types(logits_rV.dtype, torch.float32)
+    log_probability_rV = torch.log_softmax(logits_rV.to(wide), dim=-1)
+    loss = -log_probability_rV.gather(1, labels_r1).where(kept_r1, 0).sum()
+    if grad_hidden_rD is None and grad_head_VD is None:
+        return loss
+    # d loss / d logits = softmax − one-hot, written over the logits. Ignored rows are taken out of the two products'
+    # D-wide sides, not of this V-wide one.
+    minus_one_r1 = torch.full_like(labels_r1, -1, dtype=wide)
+    gradient_rV = log_probability_rV.exp_().scatter_add_(1, labels_r1, minus_one_r1)
+    if logits_rV.dtype is not wide:
+        gradient_rV = logits_rV.copy_(gradient_rV)
+    if grad_hidden_rD is not None:
+        torch.mm(gradient_rV, head_VD, out=grad_hidden_rD).masked_fill_(~kept_r1, 0)
+    if grad_head_VD is not None:
+        _add_product(grad_head_VD, gradient_rV, hidden_rD.masked_fill(~kept_r1, 0))
+    return loss
 
 
 def _add_product(grad_head_VD: Tensor, gradient_rV: Tensor, hidden_rD: Tensor) -> None:

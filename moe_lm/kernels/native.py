@@ -12,7 +12,7 @@ wait for each other. A kernel that finds no memory for its scratch ends the proc
 import ctypes
 import functools
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -21,9 +21,8 @@ from torch import Tensor
 from moe_lm.kernels import compiled
 from moe_lm.kernels.triton import launch
 
-_AMX = ("amx.inc", "amx_attention.inc", "amx_experts.inc", "amx_linear.inc", "amx_loss.inc", "amx_newton_schulz.inc")
-_INCLUDED = (*_AMX, "few_rows.inc", "fp32_attention.inc", "decode.inc")
-SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", *_INCLUDED)]
+_HERE = Path(__file__).parent
+SOURCES = [_HERE / "native.cpp", *sorted(_HERE.glob("*.inc"))]
 """The first includes the others."""
 
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
@@ -83,6 +82,16 @@ def has_amx() -> bool:
     """Whether the library has the kernels for Intel's matrix tiles, and may use them."""
     granted = getattr(library(), "amx_granted", None)
     return granted is not None and bool(granted())
+
+
+def takes_tiles(sizes: Iterable[int], *tensors: Tensor) -> bool:
+    """Whether the kernels for matrix tiles take these tensors: bf16, and every size a multiple of `TILE`."""
+    return (
+        tensors[0].dtype is torch.bfloat16
+        and all(size % TILE == 0 for size in sizes)
+        and supports(*tensors)
+        and has_amx()
+    )
 
 
 def described(device: torch.device, dtype: torch.dtype) -> str:

@@ -13,11 +13,13 @@ from moe_lm.kernels import native
 from moe_lm.kernels.hardware import has_fast_bf16
 
 _LARGEST = 2**18
-"""Values of a matrix that a thread takes: with its packed form, Gram matrix and polynomial, at most 2.5 MB."""
+"""Values of a matrix that a thread iterates on by itself, on AMX tiles: with the packed form, the Gram matrix and the
+polynomial at most 2.5 MB, which its cache holds."""
 
 _SMALLEST_NORM = 1e-18
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+STEPS = 5
 
 
 def iteration_dtype(device: torch.device) -> torch.dtype:
@@ -25,23 +27,11 @@ def iteration_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_fast_bf16(device) else torch.float32
 
 
-def _takes_tiles(x_MNK: Tensor) -> bool:
-    """Whether each thread can iterate on matrices of its own by the kernel for AMX tiles: they fit into its cache."""
-    return (
-        x_MNK.dtype is torch.bfloat16
-        and x_MNK.shape[1] * x_MNK.shape[2] <= _LARGEST
-        and all(size % native.TILE == 0 for size in x_MNK.shape[1:])
-        and native.supports(x_MNK)
-        and native.has_amx()
-    )
-
-
-def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(g: Tensor) -> Tensor:
     """The nearest (semi-)orthogonal matrix to each matrix of the last two dimensions of `g`, roughly; zero stays zero.
 
     Args:
         g: [..., rows, columns]; leading dimensions are a batch.
-        steps: Newton–Schulz steps.
 
     Returns:
         A tensor of g's shape, in bf16 where that is fast and in fp32 elsewhere.
@@ -56,10 +46,10 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
     norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32).clamp_min(_SMALLEST_NORM)
     x = x.to(iteration_dtype(g.device)).contiguous()
     x = x * norms.reciprocal().to(x.dtype)  # rounding a factor of the whole matrix changes no direction
-    if _takes_tiles(x):
-        native.run("amx_newton_schulz", None, x.numel() * x.shape[1], x, *x.shape, steps, a, b, c)
-        steps = 0
-    for _ in range(steps):
-        gram = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    if x.shape[1] * x.shape[2] <= _LARGEST and native.takes_tiles(x.shape[1:], x):
+        native.run("amx_newton_schulz", None, x.numel() * x.shape[1], x, *x.shape, STEPS, a, b, c)
+    else:
+        for _ in range(STEPS):
+            gram = torch.bmm(x, x.mT)
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).reshape(g.shape)

@@ -89,16 +89,16 @@ class Attention(nn.Module):
         self,
         x_BSD: Tensor,
         rotary: tuple[Tensor, Tensor],
-        mask_BST: Tensor | PackedDocuments | None,
+        visible: Tensor | PackedDocuments | None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """X [B, S, D] to [B, S, D]; `mask_BST` says where a query may look, as in `attention`."""
+        """X [B, S, D] to [B, S, D]; `visible` says where a query may look, as in `attention`."""
         heads = (*x_BSD.shape[:2], -1, self.head_dim)
         q_BSNH = apply_rotary(self.q_proj(x_BSD).view(heads), *rotary)
         k_BSGH = apply_rotary(self.k_proj(x_BSD).view(heads), *rotary)
         v_BSGH = self.v_proj(x_BSD).view(heads)
         if cache is not None:
             k_BSGH, v_BSGH = cache.extend(self.layer, k_BSGH, v_BSGH)
-        o_BSNH = attention(q_BSNH, k_BSGH, v_BSGH, mask_BST)
+        o_BSNH = attention(q_BSNH, k_BSGH, v_BSGH, visible)
         output: Tensor = self.o_proj(o_BSNH.flatten(2))
         return output

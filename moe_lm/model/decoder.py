@@ -50,12 +50,12 @@ class Layer(nn.Module):
         self,
         x_BSD: Tensor,
         rotary: tuple[Tensor, Tensor],
-        mask_BST: Tensor | PackedDocuments | None,
+        visible: Tensor | PackedDocuments | None,
         routing_mask_BS: Tensor | None,
         cache: KeyValueCache | None,
     ) -> tuple[Tensor, RoutingStatistics | None]:
         """X [B, S, D] to [B, S, D], and the statistics of the layer's router, if there is no cache."""
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, mask_BST, cache)
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, visible, cache)
         y_BSD, statistics = self.mlp(self.post_attention_layernorm(x_BSD), routing_mask_BS, cache is None)
         return x_BSD + y_BSD, statistics
 
@@ -66,7 +66,8 @@ class DecoderOutput(NamedTuple):
     hidden_BSD: Tensor
     """Final hidden states, normalised; `OutputHead.factors` says what they are multiplied with."""
     statistics: RoutingStatistics | None
-    """Every layer's routing statistics, stacked: fields [L, E], [L, E], [L]. Null of a dense model, or with a cache."""
+    """Every layer's routing statistics, stacked: [L, E] of what is by expert, [L] of what is one number. Null of a
+    dense model, or with a cache."""
 
 
 class Decoder(nn.Module):
@@ -101,20 +102,20 @@ class Decoder(nn.Module):
         """
         config, length = self.config, input_ids_BS.shape[1]
         x_BSD: Tensor = self.embed_tokens(input_ids_BS)
-        mask_BST: Tensor | PackedDocuments | None
+        visible: Tensor | PackedDocuments | None
         if cache is not None:
             assert document_ids_BS is None and routing_mask_BS is None
             position_ids_BS = cache.position_ids_BT[:, cache.length : cache.length + length]
-            mask_BST = self._mask_of_cache(cache, length)
+            visible = self._mask_of_cache(cache, length)
         else:
             if position_ids_BS is None:
                 position_ids_BS = torch.arange(length, device=input_ids_BS.device).expand_as(input_ids_BS)
-            mask_BST = self._mask(x_BSD, document_ids_BS)
+            visible = self._visible(x_BSD, document_ids_BS)
         rotary = rotary_angles(position_ids_BS, config.width_of_head, config.rope_theta, x_BSD.dtype)
         statistics = []
         for layer in self.layers:
             run = recompute_in_backward(layer, self.recompute) if torch.is_grad_enabled() else layer
-            x_BSD, of_layer = run(x_BSD, rotary, mask_BST, routing_mask_BS, cache)
+            x_BSD, of_layer = run(x_BSD, rotary, visible, routing_mask_BS, cache)
             statistics.append(of_layer)
         if cache is not None:
             cache.length += length
@@ -122,7 +123,7 @@ class Decoder(nn.Module):
         stacked = RoutingStatistics(*map(torch.stack, zip(*statistics))) if config.is_mixture else None
         return DecoderOutput(self.norm(x_BSD), stacked)
 
-    def _mask(self, x_BSD: Tensor, document_ids_BS: Tensor | None) -> Tensor | PackedDocuments | None:
+    def _visible(self, x_BSD: Tensor, document_ids_BS: Tensor | None) -> Tensor | PackedDocuments | None:
         """Where attention may look: [B, S, S], or documents; null where plain causal attention says the same."""
         (B, S, _), window = x_BSD.shape, self.config.sliding_window
         if document_ids_BS is None and (window is None or window >= S):

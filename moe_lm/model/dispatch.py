@@ -74,18 +74,19 @@ class LocalDispatcher:
         return Grouping(token_P, weight_P, end_E)
 
 
-class CapacityDispatcher:
-    """All experts live in this process, and each takes exactly C rows, filled up or cut off: shapes are static.
+class CapacityDispatcher(LocalDispatcher):
+    """All experts live in this process, and each takes exactly C rows, filled up or cut off: shapes are static. Group e
+    is rows e·C to (e + 1)·C.
 
     Of an expert with too many assignments those of least weight are dropped (as Megatron's `probs` policy does, where
     GShard drops the latest): their tokens keep what other experts and the residual stream give them.
     """
 
     def __init__(self, num_experts: int, factor: float):
-        self.num_experts, self.factor = num_experts, factor
+        super().__init__(num_experts)
+        self.factor = factor
 
-    def dispatch(self, x_TD: Tensor, assignments: Assignments) -> tuple[Tensor, Grouping, None]:
-        """See `TokenDispatcher`; group e is rows e·C to (e + 1)·C."""
+    def _group(self, x_TD: Tensor, assignments: Assignments) -> Grouping:
         token_R, expert_R, weight_R = assignments
         capacity = expert_capacity(self.factor, len(token_R), self.num_experts)
         by_weight_R = torch.argsort(weight_R.detach(), descending=True, stable=True)
@@ -102,8 +103,4 @@ class CapacityDispatcher:
         token_P = filling_P.scatter(0, place_R, token_R.index_select(0, order_R))[:-1]
         weight_P = weight_R.new_zeros(num_rows + 1).scatter(0, place_R, weight_R.index_select(0, order_R))[:-1]
         end_E = (experts_E + 1) * capacity
-        return x_TD, Grouping(token_P, weight_P, end_E.to(torch.int32)), None
-
-    def combine(self, y_TD: Tensor, handle: None) -> Tensor:
-        """See `TokenDispatcher`."""
-        return y_TD
+        return Grouping(token_P, weight_P, end_E.to(torch.int32))

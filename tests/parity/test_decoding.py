@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_lm.finetune.lora import add_to_attention
+from moe_lm.finetune.config import Part
+from moe_lm.finetune.lora import adapt
 from moe_lm.model import decoding
 from moe_lm.model.attention import KeyValueCache
 from moe_lm.model.config import ModelConfig, ModelFamily
@@ -181,8 +182,7 @@ def test_many_tokens_at_once_take_the_plain_step(kernels: Kernels, monkeypatch: 
 def test_what_the_native_step_does_not_know_is_left_to_the_model(kernels: Kernels) -> None:
     """Catches adapters that are passed over, and experts that drop no token where the model's own do."""
     adapted = model_of(MIXTURE, torch.float32)
-    for layer in adapted.model.layers:
-        add_to_attention(layer.self_attn, 4, 1.0)
+    adapt(adapted, [Part.attention], 4, 1.0)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora" in name:

@@ -1,6 +1,7 @@
 """Every kernel backend against its slow reference: outputs and all gradients."""
 
 import contextlib
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from moe_lm.kernels.attention import attention, attention_mask
 from moe_lm.kernels.combine import gather_rows, sum_rows
 from moe_lm.kernels.experts import expert_mixture
+from moe_lm.kernels.grouped_linear import grouped_linear
 from moe_lm.kernels.grouping import ROW_ALIGNMENT, Grouping, grouped_mm_takes, row_alignment
 from moe_lm.kernels.loss import linear_cross_entropy
 from moe_lm.kernels.newton_schulz import orthogonalize
@@ -172,6 +174,56 @@ def test_row_alignment_pads_little_and_never_a_decoding_step(kernels: Kernels) -
             assert row_alignment(CPU, bf16, rows, experts) * experts / 2 <= rows / 4
 
 
+# --- a linear map of each expert -------------------------------------------------------------------------------------
+
+
+def linear_inputs(counts: list[int], tail: int, inputs: int = 16, outputs: int = 8) -> tuple[list[Tensor], Tensor]:
+    """Rows and experts' matrices, and where each expert's rows end."""
+    rows, E = sum(counts) + tail, len(counts)
+    tensors = [torch.randn(rows, inputs), torch.randn(E, outputs, inputs) / inputs**0.5]
+    return tensors, torch.tensor(counts).cumsum(0).to(torch.int32)
+
+
+def of_groups(backend: str | None, end_E: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, weight: grouped_linear(x, end_E, weight, backend)
+
+
+@pytest.mark.parametrize("counts", GROUPS.values(), ids=GROUPS.keys())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["reference", "grouped", "cpu", None])
+@pytest.mark.parametrize("tail", [0, 3])
+def test_grouped_linear_matches_the_fp64_reference(
+    tail: int, backend: str | None, dtype: torch.dtype, counts: list[int]
+) -> None:
+    """Catches an adapter's map that an expert takes from another, and a gradient left unwritten where one has no rows.
+    What is past the last end counts for nothing, even if it is not a number."""
+    inputs, end_E = linear_inputs(counts, tail)
+    inputs[0][sum(counts) :] = torch.nan
+    assert_parity(of_groups(backend, end_E), of_groups("reference", end_E), inputs, dtype)
+
+
+def test_the_reference_of_grouped_linear_is_the_formula() -> None:
+    """Catches axes swapped in what all backends are compared with."""
+    (x_RI, weight_EOI), end_E = linear_inputs([2, 0, 3], 1)
+    expected = [weight_EOI[expert] @ x for x, expert in zip(x_RI, [0, 0, 2, 2, 2])]
+    y_RO = of_groups("reference", end_E)(x_RI, weight_EOI)
+    torch.testing.assert_close(y_RO, torch.stack([*expected, torch.zeros(8)]))
+
+
+@pytest.mark.parametrize("backend", ["grouped", "cpu"])
+def test_grouped_linear_in_part(backend: str) -> None:
+    """Catches a backward that needs a frozen matrix (the base of an adapter) or frozen rows to require gradients."""
+    inputs, end_E = linear_inputs([3, 0, 5], 2)
+    upstream = torch.ones(10, 8)
+    expected = output_and_gradients(of_groups("reference", end_E), leaves(*inputs, dtype=torch.float32), upstream)
+    for index in range(2):
+        tensors = [tensor.detach().requires_grad_(position == index) for position, tensor in enumerate(inputs)]
+        of_groups(backend, end_E)(*tensors).backward(upstream)
+        gradient = tensors[index].grad
+        assert gradient is not None
+        assert_close([gradient], [expected[index + 1]], torch.float32)
+
+
 # --- rows of tokens ---------------------------------------------------------------------------------------------------
 
 
@@ -260,7 +312,7 @@ def test_explicit_attention_in_several_blocks_of_queries(S: int) -> None:
 @pytest.mark.usefixtures("kernels")
 def test_explicit_attention_in_several_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches rows of a batch that read or write another chunk's slice."""
-    monkeypatch.setattr("moe_lm.kernels.attention._SCORES_AT_ONCE", 2 * 10 * 10 * 4)
+    monkeypatch.setattr("moe_lm.kernels.attention_cpu._SCORES_AT_ONCE", 2 * 10 * 10 * 4)
     assert_parity(
         lambda q, k, v: attention(q, k, v, None, "cpu"),
         lambda q, k, v: attention(q, k, v, None, "reference"),

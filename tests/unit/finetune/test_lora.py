@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from moe_lm.errors import InputError
-from moe_lm.finetune.base import FromBase, choose_trained, part_of, said_trained, trained_counts
+from moe_lm.finetune.base import FromBase, choose_trained, said_trained, trained_counts
 from moe_lm.finetune.config import LORA_PARTS, FinetuneConfig, Method, Part
-from moe_lm.finetune.lora import adapter_names, initial_adapter, is_adapter, merged
+from moe_lm.finetune.lora import adapter_names, initial_adapter, is_adapter, merged, part_of
 from moe_lm.model.config import ModelConfig, ModelFamily
 from moe_lm.model.decoder import CausalLM
 from moe_lm.model.initialization import initialize

@@ -3,6 +3,7 @@ transformers? Is an export still the model that it was made from?
 """
 
 import os
+import re
 import time
 from pathlib import Path
 
@@ -53,6 +54,8 @@ def _checked_output(output: Path, path: Path) -> Path:
     """The file that the receipt is to be written to, once it can be."""
     if output.is_dir():
         raise InputError(f"output={output}: is a directory; give the name of a file.")
+    if output.exists() and not _is_receipt(output):
+        raise InputError(f"output={output}: is another file than a receipt, and would be lost; give another one.")
     if output.resolve().is_relative_to(path.resolve()):
         raise InputError(f"output={output}: lies in checkpoint={path}, which is left as it is; give another place.")
     if not output.absolute().parent.is_dir():
@@ -60,6 +63,17 @@ def _checked_output(output: Path, path: Path) -> Path:
     if not os.access(output.absolute().parent, os.W_OK):
         raise InputError(f"output={output}: {output.parent} can not be written in; give another place.")
     return output
+
+
+def _is_receipt(path: Path) -> bool:
+    """Whether a file begins as `Receipt.to_json` does; of a large one, no more is read."""
+    if not path.is_file():
+        return False  # a device or a pipe
+    try:
+        with open(path, "rb") as file:
+            return re.match(rb'\{\s*"format": \d+,\s*"tier": "', file.read(200)) is not None
+    except OSError:
+        return False
 
 
 def _of_directory(path: Path, config: VerifyConfig) -> Receipt:
@@ -83,7 +97,11 @@ def _of_directory(path: Path, config: VerifyConfig) -> Receipt:
 
 
 def _of_checkpoints(path: Path, config: VerifyConfig) -> Receipt | None:
-    """One checkpoint, or all of a run; the newest is run against transformers, where its format can express it."""
+    """One checkpoint, or all of a run; the newest is run against transformers, where its format can express it.
+
+    Raises:
+        InputError: It can not, and what only that gives was asked for.
+    """
     if config.against is not None:
         raise InputError(
             f"against={config.against}: is for an export, and {path} is a native checkpoint; leave it out."
@@ -96,10 +114,20 @@ def _of_checkpoints(path: Path, config: VerifyConfig) -> Receipt | None:
     try:
         check_expressible(source.config, "it is not run against transformers")
     except InputError as error:
+        asked = next((f"{name}={value}" for name, value in _only_against_transformers(config) if value), None)
+        if asked is not None:
+            raise InputError(
+                f"{asked}: there is no receipt of this model ({str(error).rstrip('.')}); leave it out."
+            ) from error
         print(f"note: {error}")
         return None
     print(f"\n{paths[-1]}, against transformers:")
     return verify_native(source, config.whole_model)
+
+
+def _only_against_transformers(config: VerifyConfig) -> list[tuple[str, str | None]]:
+    """Options that mean nothing of a model which is not run against transformers."""
+    return [("output", config.output), ("whole_model", "true" if config.whole_model else None)]
 
 
 def _checkpoints(path: Path) -> list[Path]:

@@ -137,6 +137,33 @@ def test_damaged_directories_are_named(finished, tmp_path, refused):
     assert f"{shard}: can not be read" in refused("verify", f"checkpoint={output}")
 
 
+def test_a_receipt_replaces_receipts_and_nothing_else(finished, exported, tmp_path, refused):
+    """Catches a receipt that is written over somebody's paper, or over the weights' own index."""
+    paper = tmp_path / "paper.tex"
+    for content in ("precious", "", '{"format": 2, "tensors": {}}'):
+        paper.write_text(content)
+        said = refused("verify", f"checkpoint={exported}", f"output={paper}")
+        assert said.endswith(f"output={paper}: is another file than a receipt, and would be lost; give another one.")
+        assert paper.read_text() == content
+    assert "is another file than a receipt" in refused("verify", f"checkpoint={finished}", "output=/dev/null")
+    for _ in range(2):
+        assert main(["verify", f"checkpoint={exported}", f"output={tmp_path / 'receipt.json'}"]) == 0
+
+
+def test_a_receipt_that_can_not_be_had_is_refused(tmp_path, refused, monkeypatch):
+    """Catches exit code 0 without the file that was asked for, of a model that is not run against transformers."""
+    write_corpus(tmp_path / "corpus")
+    monkeypatch.chdir(tmp_path)
+    options = [*TINY, "data.paths=[corpus]", "trainer.max_steps=1", "run_name=r", "model.capacity_factor=1.5"]
+    assert main(["pretrain", *options, "finish.export=false", "finish.sample_tokens=1"]) == 0
+    for option in ("output=receipt.json", "whole_model=true"):
+        said = refused("verify", "checkpoint=runs/r", option)
+        assert f"{option}: there is no receipt of this model (model.capacity_factor=1.5: drops tokens" in said
+        assert said.endswith("; leave it out.")
+    for options in ((), ("whole_model=false",)):
+        assert main(["verify", "checkpoint=runs/r", *options]) == 0
+
+
 def test_other_architectures_are_named(tmp_path, refused):
     """Catches a model of another kind that is read as if it were one of ours."""
     shape = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}

@@ -99,7 +99,7 @@ def prepare(
         check_sources([*sources, *as_source(validation)], directory / "data", config.streaming)
         open_set(directory)
         return True
-    _check_outside(directory, config)
+    _check_outside(directory, config, [*sources, *as_source(validation)])
     directory.mkdir(parents=True, exist_ok=True)
     kept = made_tokenizer(directory) if keep_tokenizer and (directory / "tokenizer").is_dir() else None
     if kept is not None and template is not None:
@@ -112,12 +112,22 @@ def prepare(
     return _make(job, part, report, progress)
 
 
-def _check_outside(directory: Path, config: DataConfig) -> None:
-    """Refuse to write among the text: the next reading would take what is made for text.
+def _check_outside(directory: Path, config: DataConfig, sources: list[Source]) -> None:
+    """Refuse to write among the text: the next reading would take what is made for text, and who deletes what is made,
+    to make it anew, would delete the text.
 
     Raises:
-        InputError: The directory lies in one of the configuration's.
+        InputError: The directory lies in one of the configuration's, or a file of theirs where this command writes.
     """
+    made = [(directory / name).resolve() for name in ("data", "tokenizer")]
+    for source in sources:
+        for file in source.files:
+            path = file.path.resolve()
+            if (place := next((one for one in made if path.is_relative_to(one)), None)) and path.exists():
+                raise InputError(
+                    f"{source.option}: {file.path} lies in {place}, which this command makes for itself; write "
+                    "elsewhere, or give the text another place."
+                )
     options = {config.option(name, "paths"): source.paths for name, source in config.resolved_sources().items()}
     for option, paths in {**options, "data.validation_paths": config.validation_paths}.items():
         for path in paths:

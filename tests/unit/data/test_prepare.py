@@ -224,6 +224,33 @@ def test_output_among_the_text_is_refused(config: DataConfig, tmp_path: Path) ->
     assert not (tmp_path / "text/two/deep").exists() and len(list((tmp_path / "text/one").iterdir())) == 5
 
 
+def test_text_where_the_set_would_be_written_is_refused(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches shards among the user's text, and then the advice to delete them together."""
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("data", "tokenizer"):
+        (tmp_path / "text").rename(tmp_path / name)
+        for paths in ([name], [f"{name}/one"], [f"{name}/one/3.jsonl"], [f"{name}/**/*.jsonl"]):
+            config.sources = {"one": SourceConfig(paths=paths)}
+            with pytest.raises(
+                InputError, match=rf"data.sources.one.paths: .*jsonl lies in .*/{name}, which this comm"
+            ):
+                prepare(config, TOKENIZER, Path())
+        (tmp_path / name).rename(tmp_path / "text")
+        assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "data").symlink_to("text")
+    config.sources = {"one": SourceConfig(paths=["text"])}
+    with pytest.raises(InputError, match=r"lies in .*/text, which this command makes for itself"):
+        prepare(config, TOKENIZER, Path())
+    (tmp_path / "data").unlink()
+    held_out = dataclasses.replace(config, validation_paths=["data/0.jsonl"])
+    (tmp_path / "text/two").rename(tmp_path / "data")
+    with pytest.raises(InputError, match=r"data.validation_paths: .*/data/0.jsonl lies in .*/data, which"):
+        prepare(held_out, TOKENIZER, Path())
+
+
 def test_a_second_call_does_nothing(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches work that is done again, and files that are touched."""
     prepare(config, TOKENIZER, tmp_path / "set")

@@ -1,10 +1,12 @@
 """What a run does after its last step: compare, sample, export, and say where everything is."""
 
+import math
 from collections.abc import Callable
 
 from moe_lm.commands.export import export_adapter, said_base, write_export
 from moe_lm.commands.model_source import MergedSource, open_model, open_source
 from moe_lm.commands.run_directory import write_state
+from moe_lm.errors import RunError
 from moe_lm.evaluation.bits_per_byte import Validation
 from moe_lm.evaluation.compressors import document_bytes, gzip_bits_per_byte, xz_bits_per_byte
 from moe_lm.evaluation.generation import continuation, generate
@@ -19,7 +21,17 @@ MOST_COMPRESSED = 100_000_000
 
 
 def finish(training: Run, validation: Validation, say: Say) -> None:
-    """Compare, sample, export, and say where everything is."""
+    """Compare, sample, export, and say where everything is.
+
+    Raises:
+        RunError: The model is not one that gives finite figures.
+    """
+    if not math.isfinite(validation.loss):
+        raise RunError(
+            f"the validation loss after step {training.progress.step} is {validation.loss}: the run has diverged, and "
+            "nothing is exported; lower optimizer.learning_rate, or lengthen schedule.warmup_steps, and start anew "
+            "with another run_name=."
+        )
     wanted, directory, data = training.config.finish, training.directory, training.data
     figures = validation._asdict()
     size = sum(shard.header.num_bytes for shard in data.validation)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_lm.data.tokenizer import Tokenizer
+from moe_lm.errors import RunError
 from moe_lm.model.attention import KeyValueCache
 from moe_lm.model.decoder import CausalLM
 from moe_lm.model.decoding import decoding_step
@@ -36,6 +37,9 @@ def generate(
         top_k: sample among this many most probable tokens; null means all.
         seeds: what each prompt's sampling is seeded with; empty means 0, 1, 2 … A text does not depend on the others.
         choices: ids that may be generated besides `end_ids`; null means all of the model's vocabulary.
+
+    Raises:
+        RunError: The model's logits are not finite.
     """
     weight = model.lm_head.weight
     longest = max(map(len, prompts))
@@ -76,11 +80,24 @@ def continuation(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int]
 
 def _choose(logits_BC: Tensor, temperature: float, top_k: int | None, generators: Sequence[torch.Generator]) -> Tensor:
     if temperature < 1e-30:  # 0, or so little that fp32 would divide by it
-        return torch.from_numpy(logits_BC.numpy().argmax(axis=1))  # torch's own goes value by value
+        index_B = torch.from_numpy(logits_BC.numpy().argmax(axis=1))  # torch's own goes value by value
+        _check_finite(logits_BC.gather(1, index_B[:, None]))
+        return index_B
     if top_k is not None and top_k < logits_BC.shape[1]:
         least_B1 = logits_BC.topk(top_k).values[:, -1:]
         logits_BC = logits_BC.masked_fill(logits_BC < least_B1, float("-inf"))
-    # The maximum goes first: a tiny temperature must not divide logits into infinities.
-    scaled_BC = (logits_BC - logits_BC.amax(dim=1, keepdim=True)) / temperature
+    most_B1 = logits_BC.amax(dim=1, keepdim=True)
+    _check_finite(most_B1)
+    # The maximum goes first: a tiny temperature must not divide logits into infinities, nor a huge one be infinite.
+    scaled_BC = (logits_BC - most_B1) / min(temperature, torch.finfo(torch.float32).max)
     probability_BC = scaled_BC.softmax(dim=1)
     return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(probability_BC, generators, strict=True)])
+
+
+def _check_finite(most_B1: Tensor) -> None:
+    """Refuse logits by their maximum, which is NaN where any of them is."""
+    if not most_B1.isfinite().all():
+        raise RunError(
+            "the model's logits are not finite (NaN or infinite), so no text can be made: it has diverged in training, "
+            "or its type is too narrow for it; take an earlier checkpoint, or precision=fp32."
+        )

@@ -1,6 +1,9 @@
 """Validations of a run: of a part of the validation set now and then, of all of it at its end."""
 
+import math
+
 from moe_lm.data.loader import validation_batches
+from moe_lm.errors import RunError
 from moe_lm.evaluation.bits_per_byte import Validation, evaluate
 from moe_lm.training.run import Run
 from moe_lm.training.telemetry import Telemetry
@@ -31,8 +34,20 @@ def validate(run: Run, max_rows: int | None, pulse: Pulse) -> Validation | None:
 
 
 def validate_start(run: Run, telemetry: Telemetry, pulse: Pulse) -> None:
-    """Find out how good the model is that the run began from; all of the validation set, as at its end."""
+    """Find out how good the model is that the run began from; all of the validation set, as at its end.
+
+    Raises:
+        RunError: Its loss is not finite, so there is nothing to go on from.
+    """
     if (figures := validate(run, None, pulse)) is not None:
+        if not math.isfinite(figures.loss):
+            raise run.runtime.failed_everywhere(
+                RunError(
+                    f"the base's validation loss is {figures.loss} before the first step: it has diverged in training, "
+                    "or trainer.precision is too narrow for it; take another base, or an earlier checkpoint of it, or "
+                    "trainer.precision=fp32."
+                )
+            )
         run.progress.start_loss = figures.loss
         telemetry.validation(figures, complete=True)
 
@@ -41,4 +56,6 @@ def estimate(run: Run, telemetry: Telemetry, pulse: Pulse) -> None:
     """Find out how good the model is by now, on a part of the validation set."""
     if (figures := validate(run, run.config.trainer.eval_sequences, pulse)) is not None:
         run.progress.validated(figures.bits_per_byte)
+        if not math.isfinite(figures.bits_per_byte):
+            run.progress.bits_per_byte = None  # checkpoints keep it as JSON, which has no NaN
         telemetry.validation(figures, complete=False)

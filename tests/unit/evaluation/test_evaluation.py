@@ -1,5 +1,6 @@
 """Bits per byte, compressors and sampling."""
 
+import copy
 import dataclasses
 import gzip
 import json
@@ -19,6 +20,7 @@ from moe_lm.data.loader import validation_batches
 from moe_lm.data.shards import ShardWriter, TokenShard
 from moe_lm.data.tokenizer import load_tokenizer
 from moe_lm.data.tokenizer_sentencepiece import train_tokenizer
+from moe_lm.errors import RunError
 from moe_lm.evaluation.bits_per_byte import evaluate
 from moe_lm.evaluation.compressors import document_bytes, gzip_bits_per_byte, xz_bits_per_byte
 from moe_lm.evaluation.generation import continuation, generate
@@ -150,6 +152,26 @@ def test_an_end_mark_can_be_generated_whatever_the_choices(held_out):
     (best,) = _sampled(model)
     others = [token for token in range(400) if token != best]
     assert generate(model, [[1, 7, 9]], 4, end_ids=[best], choices=others) == [[]]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_refused(held_out, value, temperature):
+    """Catches a traceback of torch's sampling, and an empty text, of a model that has diverged."""
+    model = copy.deepcopy(held_out[0])
+    with torch.no_grad():
+        model.model.norm.weight.fill_(value)
+    with pytest.raises(RunError, match="logits are not finite"):
+        _sampled(model, temperature=temperature, top_k=5)
+
+
+def test_a_huge_temperature_is_an_even_choice(held_out):
+    """Catches a traceback where what top-k left out is divided by infinity, and is then no number."""
+    model, *_ = held_out
+    with torch.no_grad():
+        allowed = set(model.logits(model(torch.tensor([[1, 7, 9]])).hidden_BSD[0, -1]).topk(3).indices.tolist())
+    assert {_sampled(model, temperature=1e300, top_k=3, seeds=[s])[0] for s in range(60)} == allowed
+    assert len(_sampled(model, 4, temperature=1e300)) == 4
 
 
 def test_a_continuation_keeps_its_first_space(tmp_path):

@@ -23,6 +23,9 @@ from moe_lm.data.rows import Pieces, RowSet
 from moe_lm.data.shards import TokenArray
 from moe_lm.errors import InputError
 
+ENDLESS = 2**48
+"""Rows of a source that no run comes to the end of; so many times the number of shares still fit into 64 bits."""
+
 ORDER_CHUNK = 4096
 """Places of an epoch's order that are computed at a time: numpy's calls cost more than a few numbers."""
 
@@ -128,7 +131,9 @@ class ShardLoader:
         self._sets = [RowSet(shards, plan.sequence_length, plan.packing) for shards in sources]
         self._sizes = np.array([rows.num_rows for rows in self._sets], dtype=np.int64)
         assert self._sizes.all(), "a source without a row is refused before"
-        self._last_row = None if plan.epochs is None else _rows_until_used_up(mixture, self._sizes * plan.epochs)
+        self._last_row = (
+            None if plan.epochs is None else _rows_until_used_up(mixture, _limits(self._sizes, plan.epochs))
+        )
         self.num_steps = None if self._last_row is None else -(-self._last_row // plan.global_batch_size)
 
     def step(self, data_step: int) -> StepBatch:
@@ -164,6 +169,11 @@ class ShardLoader:
         size = int(self._sizes[source])
         places = np.arange(chunk * ORDER_CHUNK, min((chunk + 1) * ORDER_CHUNK, size))
         return permute_array(places, size, epoch_key(self._plan.seed, self._names[source], epoch))
+
+
+def _limits(sizes: NDArray[np.int64], epochs: int) -> NDArray[np.int64]:
+    """Rows that so many epochs have of each source, or as many as matter."""
+    return np.array([min(size * epochs, ENDLESS) for size in sizes.tolist()], dtype=np.int64)
 
 
 def _rows_until_used_up(mixture: Mixture, limits: NDArray[np.int64]) -> int:

@@ -97,6 +97,16 @@ def test_a_process_has_the_rows_of_its_remainder(arrays: list[TokenArray], world
             assert len(numbers) == 12 // world_size
 
 
+def test_more_epochs_than_anybody_reads_do_not_end_at_once(arrays: list[TokenArray], other: list[TokenArray]) -> None:
+    """Catches a product that leaves 64 bits: a run of no step that says that its data has ended, or a traceback."""
+    for sources, weights in (((arrays,), None), ((arrays, other), (1, 9999))):
+        endless = loader(*sources, weights=weights)
+        for epochs in (10**9, 10**17, 10**40):
+            steps = loader(*sources, weights=weights, epochs=epochs)
+            assert steps.num_steps is not None and steps.num_steps > 10**8
+            assert rows_of(steps, 7) == rows_of(endless, 7)
+
+
 def test_counts_are_those_of_the_batch(arrays: list[TokenArray]) -> None:
     steps = loader(arrays, epochs=3)
     for data_step in range(steps.num_steps or 0):

@@ -374,7 +374,9 @@ def _load_dataset(path: str, source: SourceConfig, option: str) -> Any:
     datasets.disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     datasets.logging.set_verbosity_error()
-    split = f"{option.removesuffix('paths')}split={source.split}"
+    prefix = option.removesuffix("paths")
+    split = f"{prefix}split={source.split}"
+    chosen = split if source.subset is None else f"{prefix}subset={source.subset}, {split}"
     try:
         if any(os.path.exists(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
             saved = datasets.load_from_disk(path)
@@ -389,6 +391,6 @@ def _load_dataset(path: str, source: SourceConfig, option: str) -> Any:
     except InputError:
         raise
     except ValueError as error:
-        raise InputError(f"{split}: {path} can not be opened so ({in_one_line(error)}).") from error
+        raise InputError(f"{chosen}: {path} can not be opened so ({in_one_line(error)}).") from error
     except Exception as error:  # no network, no such data set, no permission, a broken file: each its own type
         raise InputError(f"{option}=[{path}]: this data set can not be opened ({in_one_line(error)}).") from error

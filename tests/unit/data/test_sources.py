@@ -259,7 +259,7 @@ def test_a_python_without_sources_is_a_sentence(tmp_path: Path) -> None:
     [
         ({"split": "valid"}, r"data.split=valid: .* can not be opened so"),
         ({"text_field": "body"}, r"data.text_field=body: .* has no such column \(its columns: lang, n, text\)"),
-        ({"subset": "nope"}, r"data.split=train: .* can not be opened so"),
+        ({"subset": "nope"}, r"data.subset=nope, data.split=train: .* can not be opened so"),
         ({"revision": "v1"}, r"data.revision=v1: .* is a directory, which has no revisions; leave it out"),
     ],
 )

@@ -10,10 +10,11 @@ from torch import Tensor
 from moe_lm.commands.config import UpcycleConfig
 from moe_lm.commands.model_directory import copy_tokenizer, new_model_directory, said_tokenizer, save_parameters
 from moe_lm.commands.model_source import check_outside, open_source
-from moe_lm.errors import RunError
+from moe_lm.errors import InputError, RunError
 from moe_lm.files import write_json
 from moe_lm.finetune.upcycle import UpcycledModel, UpcyclePlan
 from moe_lm.hf.parity import TOLERANCE, tolerance_of_logits
+from moe_lm.memory import total_memory
 from moe_lm.model.accounting import count_parameters
 from moe_lm.model.streamed import streamed_logits
 
@@ -31,6 +32,7 @@ def run(config: UpcycleConfig) -> int:
     checkpoint = Path(config.checkpoint).expanduser().absolute()
     model = UpcycledModel(open_source(checkpoint), plan)
     check_outside(output, model.base)
+    _check_memory(model)
     with new_model_directory(output) as directory:
         copy_tokenizer(model.tokenizer_directory, directory, model.config)
         origin = {"command": "upcycle", "checkpoint": str(checkpoint)}
@@ -39,6 +41,21 @@ def run(config: UpcycleConfig) -> int:
         write_json(directory / RECEIPT, receipt)
     _report(model, receipt, output)
     return 0
+
+
+def _check_memory(model: UpcycledModel) -> None:
+    """Refuse more experts than there is memory for: those of a layer are one parameter, which is made as a whole.
+
+    Raises:
+        InputError: There are more, in whatever type.
+    """
+    config = model.config
+    of_layer = 2 * 2 * config.num_experts * config.intermediate_size * config.hidden_size  # gate and up, in 16 bits
+    if of_layer > (memory := total_memory()):
+        raise InputError(
+            f"num_experts={config.num_experts}: those of one layer take {of_layer / 2**30:,.0f} GiB at least, and this "
+            f"machine has {memory / 2**30:,.0f} GiB of memory; give fewer."
+        )
 
 
 def _compare(model: UpcycledModel, directory: Path) -> dict[str, Any]:

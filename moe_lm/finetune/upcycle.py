@@ -33,6 +33,9 @@ from moe_lm.model.decoder import CausalLM
 from moe_lm.model.initialization import generator_of, initial_value
 from moe_lm.model.source import ModelSource
 
+MOST_NOISE = 1000.0
+"""Standard deviations. Beyond them nothing is left of the base, and far beyond them no type holds the sum."""
+
 _OF_EXPERTS = re.compile(r"(model\.layers\.\d+\.mlp\.)(gate\.weight|experts\.gate_up_proj|experts\.down_proj)")
 
 
@@ -52,6 +55,8 @@ class UpcyclePlan:
     def __post_init__(self) -> None:
         if self.noise < 0:
             raise InputError(f"noise={self.noise}: must not be negative.")
+        if self.noise > MOST_NOISE:
+            raise InputError(f"noise={self.noise}: must be at most {MOST_NOISE:.0f}; 0.01 tells copies apart.")
         if not 0 <= self.reinitialize <= 1:
             raise InputError(f"reinitialize={self.reinitialize}: must be a share from 0 to 1.")
 
@@ -228,6 +233,11 @@ def _upcycled_config(base: ModelConfig, plan: UpcyclePlan) -> ModelConfig:
     for name, value in (("num_experts", plan.num_experts), ("num_experts_per_tok", chosen)):
         if value < 1:
             raise InputError(f"{name}={value}: must be at least 1.")
+    if chosen > plan.num_experts and plan.num_experts_per_tok is None:
+        raise InputError(
+            f"num_experts={plan.num_experts}: a token is sent to {chosen} experts where num_experts_per_tok is not "
+            f"given; give at least {chosen}, or num_experts_per_tok=1."
+        )
     if chosen > plan.num_experts:
         raise InputError(f"num_experts_per_tok={chosen}: must be at most num_experts={plan.num_experts}.")
     size = base.intermediate_size

@@ -312,6 +312,15 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, mixtral, capsys, valu
         assert "model.norm.weight holds values that are not finite" in said
 
 
+def test_a_mixture_that_is_not_finite_is_refused(tmp_path, llama, monkeypatch, capsys):
+    """Catches a mixture that is written though it computes no numbers: a huge noise once made one."""
+    original = UpcycledModel._base_experts
+    monkeypatch.setattr(UpcycledModel, "_base_experts", lambda *args: original(*args) * 1e25)
+    assert main(["upcycle", f"checkpoint={llama}", f"output={tmp_path / 'up'}", "noise=0.1"]) == 1
+    assert "logits that are not finite; nothing was written" in capsys.readouterr().err
+    assert not (tmp_path / "up").exists() and not list(tmp_path.glob(".tmp-*"))
+
+
 def test_faults_of_the_checkpoint_leave_nothing_behind(tmp_path, mixtral, capsys):
     """Catches half an import under the name of a whole one, and a traceback where a sentence belongs."""
     arguments = ("import", f"checkpoint={mixtral}", f"output={tmp_path / 'native'}")
@@ -400,6 +409,10 @@ def test_other_mistakes_are_sentences(tmp_path, mixtral, llama, tokenizer, capsy
     options = ("upcycle", f"checkpoint={mixtral}", out)
     assert "num_experts=6: the base has 4 experts" in _refused(capsys, tmp_path, *options, "num_experts=6")
     options = ("upcycle", f"checkpoint={llama}", out)
+    assert "num_experts=1: a token is sent to 2" in _refused(capsys, tmp_path, *options, "num_experts=1")
+    for number in (10**8, 10**30):
+        said = _refused(capsys, tmp_path, *options, f"num_experts={number}")
+        assert f"num_experts={number}: those of one layer take " in said and "GiB of memory; give fewer." in said
     assert "at most num_experts=4" in _refused(capsys, tmp_path, *options, "num_experts=4", "num_experts_per_tok=5")
     _run("import", f"checkpoint={mixtral}", f"output={tmp_path / 'native'}")
     assert "is a native checkpoint already" in _refused(

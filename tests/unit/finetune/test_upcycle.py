@@ -175,9 +175,15 @@ def test_each_parameter_says_what_it_is_made_of():
         (MIXTURE, {"num_experts": 6, "num_experts_per_tok": 2}, "num_experts_per_tok=2: copies of an expert"),
         (MIXTURE, {"num_experts": 0}, "num_experts=0: must be at least 1"),
         (DENSE, {"num_experts": 0}, "num_experts=0: must be at least 1"),
+        (
+            DENSE,
+            {"num_experts": 1},
+            "num_experts=1: a token is sent to 2 experts where num_experts_per_tok is not given",
+        ),
         (DENSE, {"num_experts": 4, "num_experts_per_tok": 5}, "num_experts_per_tok=5: must be at most num_experts=4"),
         (DENSE, {"num_experts": 4, "num_experts_per_tok": 0}, "num_experts_per_tok=0: must be at least 1"),
         (DENSE, {"num_experts": 4, "noise": -0.1}, "noise=-0.1: must not be negative"),
+        (DENSE, {"num_experts": 4, "noise": 1e39}, "noise=1e+39: must be at most 1000; 0.01 tells copies apart"),
         (DENSE, {"num_experts": 4, "reinitialize": 1.5}, "reinitialize=1.5: must be a share"),
         (
             DENSE,

@@ -6,6 +6,7 @@ processes. Letters: L layers, E experts.
 
 import collections
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ def read_steps(path: Path, last: int | None = None, field: str = "trace") -> lis
     assert last is None or last >= 1, last
     file = path / "metrics.jsonl" if path.is_dir() else path
     try:
-        steps = list(collections.deque(_expert_counts(file), maxlen=last))
+        most = None if last is None else min(last, sys.maxsize)
+        steps = list(collections.deque(_expert_counts(file), maxlen=most))
     except FileNotFoundError as error:
         raise InputError(f"{field}={path}: there is no {file}; give a run directory or its metrics.jsonl.") from error
     except OSError as error:

@@ -8,17 +8,23 @@ from collections.abc import Callable
 
 def rank() -> int:
     """Number of this process in its job; known before any process group exists."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
 
 
 def world_size() -> int:
     """Number of processes that the launcher started; known before any process group exists."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
 
 
 def was_restarted() -> bool:
     """Whether torchrun has started this job again, after a process of it had gone."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _number("TORCHELASTIC_RESTART_COUNT", 0) > 0
+
+
+def _number(name: str, default: int) -> int:
+    """A variable of the launcher's; what is no number is for `Runtime` to refuse, and stops no sentence before."""
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else default
 
 
 def signature() -> str:

@@ -32,10 +32,20 @@ the preparation of much text by the main process takes; processes that have gone
 hang by the watchdog."""
 
 
+NUMBERS_OF_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+"""Variables of the environment by which a launcher tells processes of each other."""
+
+
 class Runtime:
     """This process among its peers."""
 
     def __init__(self, device: str = "auto"):
+        """Join the other processes of the launcher, if there is one.
+
+        Raises:
+            InputError: There is no such device, or the launcher's variables do not say which process this is.
+        """
+        _check_launcher()
         if device == "cuda" and not torch.cuda.is_available():
             raise InputError("trainer.device=cuda: no CUDA device is visible here; use trainer.device=auto or cpu.")
         on_cpu = device == "cpu" or not torch.cuda.is_available()
@@ -206,6 +216,23 @@ class Runtime:
         if len(content):
             dist.broadcast(content, 0)
         return bytes(content.tolist()).decode()
+
+
+def _check_launcher() -> None:
+    """Refuse a part of a launcher's variables, such as a shell script sets or a batch system leaves behind."""
+    remedy = "unset WORLD_SIZE to run one process, or start several with torchrun or accelerate launch"
+    for name in NUMBERS_OF_LAUNCHER:
+        value = os.environ.get(name)
+        if value is not None and not value.isdecimal():
+            raise InputError(f"{name}={value} in the environment: must be a whole number; {remedy}.")
+    rank, world_size = process.rank(), process.world_size()
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if world_size > 1 and missing:
+        raise InputError(
+            f"WORLD_SIZE={world_size} in the environment: {' and '.join(missing)} must be set beside it; {remedy}."
+        )
+    if not 0 <= rank < world_size:
+        raise InputError(f"RANK={rank} in the environment: must be less than WORLD_SIZE={world_size}; {remedy}.")
 
 
 def _as_text(failure: Exception | None) -> str:

@@ -71,7 +71,7 @@ def complain(place, capsys):
     def run(*arguments: str) -> str:
         before = _content(place)
         assert cli.main(list(arguments)) == 2
-        message = capsys.readouterr().err
+        message = capsys.readouterr().err.replace("moe-lm (rank 3): ", "moe-lm: ")
         assert message.startswith("moe-lm: ") and message.endswith("\n") and message.count("\n") == 1, message
         assert "Traceback" not in message and "object at 0x" not in message and len(message) < 1000, message
         assert _content(place) == before, "something was left behind"
@@ -462,6 +462,31 @@ def test_a_device_that_is_not_there_is_named(complain):
     """Catches torch's own error after the data were prepared; each command names its own field."""
     assert complain("pretrain", *TEXT, "trainer.device=cuda").startswith("trainer.device=cuda: no CUDA device")
     assert complain("generate", "checkpoint=nothing", "device=cuda").startswith("device=cuda: no CUDA device")
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"WORLD_SIZE": "foo"}, "WORLD_SIZE=foo in the environment: must be a whole number; unset WORLD_SIZE"),
+        ({"RANK": "-1"}, "RANK=-1 in the environment: must be a whole number"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 in the environment: RANK and MASTER_ADDR and MASTER_PORT must be set"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "29500"}, "MASTER_ADDR must be set beside it"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "http"},
+            "MASTER_PORT=http in the environment: must be a whole number",
+        ),
+        ({"RANK": "3"}, "RANK=3 in the environment: must be less than WORLD_SIZE=1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_a_part_of_a_launchers_variables_is_named(complain, monkeypatch, environment, words):
+    """Catches a traceback of torch's rendezvous, or an hour's wait for processes that nobody has started."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    assert words in complain("pretrain", *TEXT)
 
 
 # Directories

@@ -12,7 +12,11 @@ from moe_lm import process
 
 @pytest.mark.parametrize(
     ("environment", "rank", "world_size", "signature"),
-    [({}, 0, 1, "moe-lm"), ({"RANK": "3", "WORLD_SIZE": "4"}, 3, 4, "moe-lm (rank 3)")],
+    [
+        ({}, 0, 1, "moe-lm"),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, 3, 4, "moe-lm (rank 3)"),
+        ({"RANK": "one", "WORLD_SIZE": "-2"}, 0, 1, "moe-lm"),  # refused later, in a sentence that begins so
+    ],
 )
 def test_the_launcher_says_which_process_this_is(monkeypatch, environment, rank, world_size, signature):
     """Catches a process without a launcher that takes itself for one of many, and a sentence without a name."""

@@ -122,8 +122,8 @@ def _check_outside(directory: Path, config: DataConfig, sources: list[Source]) -
     made = [(directory / name).resolve() for name in ("data", "tokenizer")]
     for source in sources:
         for file in source.files:
-            path = file.path.resolve()
-            if (place := next((one for one in made if path.is_relative_to(one)), None)) and path.exists():
+            real = file.path.resolve()
+            if (place := next((one for one in made if real.is_relative_to(one)), None)) and real.exists():
                 raise InputError(
                     f"{source.option}: {file.path} lies in {place}, which this command makes for itself; write "
                     "elsewhere, or give the text another place."

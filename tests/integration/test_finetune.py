@@ -210,6 +210,25 @@ def test_a_run_goes_on_with_a_copy_of_its_base(place):
     assert "good" in moe_lm("verify", "checkpoint=runs/moved/checkpoints/step-00000016", cwd=place).stdout
 
 
+def test_a_model_that_diverged_is_no_base(place):
+    """Catches NaN in state.json, which is no JSON, exit code 0, and a traceback out of sampling."""
+    options = [*TINY, "data.paths=[corpus]", "trainer.max_steps=8", "run_name=diverged", "finish.export=false"]
+    options += ["optimizer=adamw", "optimizer.learning_rate=1e18", "schedule.warmup_steps=20"]
+    done = moe_lm("pretrain", *options, cwd=place, check=False)
+    sentence = "moe-lm: the validation loss after step 8 is nan: the run has diverged, and nothing is exported;"
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(sentence), done.stderr
+    for temperature in (0, 0.8):
+        sampling = ["checkpoint=runs/diverged", "prompt=line", f"temperature={temperature}"]
+        done = moe_lm("generate", *sampling, cwd=place, check=False)
+        assert done.returncode == 1 and done.stderr.startswith("moe-lm: the model's logits are not finite")
+        assert len(done.stderr.splitlines()) == 1
+    done = _finetune(place, "onward", base="runs/diverged", check=False)
+    assert done.returncode == 1 and done.stderr.startswith("moe-lm: the base's validation loss is nan before the first")
+    states = [*place.glob("runs/diverged/**/state.json"), *place.glob("runs/onward/**/state.json")]
+    assert len(states) == 4 and not any("NaN" in state.read_text() for state in states)
+    assert json.loads((place / "runs/onward/state.json").read_text())["status"] == "failed"
+
+
 def test_a_directory_of_another_command_is_named(place, lora):
     """Catches a whole file that is called broken, and the advice to remove a run or a model."""
     small = [*TINY, "data.paths=[corpus]", "trainer.max_steps=12"]

@@ -10,13 +10,16 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from moe_lm.commands.config import PrepareConfig
+from moe_lm.data.config import DataConfig
 from moe_lm.data.prepare import Part, prepare
+from moe_lm.data.settings import DATA_ONLY_CUT
 from moe_lm.errors import InputError
 
 
 def run(config: PrepareConfig) -> int:
     """Make the set, or say that it is there."""
     assert config.output is not None
+    _check_weights(config.data)
     directory = Path(config.output).expanduser()
     complete = (directory / "data" / "manifest.json").exists()
     part = Part(*config.slice)
@@ -35,7 +38,35 @@ def run(config: PrepareConfig) -> int:
         print(f"{directory} is prepared already, from the same text and with the same settings")
     elif done:
         print(f"prepared: {directory} (train on it with data=prepared data.paths=[{directory}])")
+    if left_out := _options_of_training(config.data):
+        print(f"note: {' and '.join(left_out)}: how rows are cut is no part of a set; give it to `pretrain` as well")
     return 0
+
+
+def _check_weights(config: DataConfig) -> None:
+    """Refuse shares of a mixture, which a set does not keep; of streams they are asked for with the rest.
+
+    Raises:
+        InputError: There is one.
+    """
+    weighed = [(name, source.weight) for name, source in config.sources.items() if source.weight is not None]
+    if weighed and not config.streaming:
+        name, weight = weighed[0]
+        raise InputError(
+            f"data.sources.{name}.weight={weight}: a prepared set keeps all of its text and no weights; leave it out, "
+            "and give it to `pretrain`."
+        )
+
+
+def _options_of_training(config: DataConfig) -> list[str]:
+    """Options that were given, as far as their values show it, and change nothing in a set."""
+    kept = {"workers", "sequence_length"} if config.has_chat else {"workers"}
+    defaults = DataConfig()
+    return [
+        f"data.{name}"
+        for name in DATA_ONLY_CUT
+        if name not in kept and getattr(config, name) != getattr(defaults, name)
+    ]
 
 
 class PreparationDisplay:

@@ -449,6 +449,21 @@ def test_data_that_can_not_be_trained_on_leaves_nothing_behind(complain, options
         assert word in said
 
 
+def test_what_a_set_does_not_keep_is_said(complain, place, capsys):
+    """Catches weights and the packing that somebody believes to be in the set that was made with them."""
+    options = ["prepare", "data=text", "tokenizer.vocab_size=500", "output=set"]
+    mixed = ["data.sources.a.paths=book.txt", "data.sources.a.weight=2"]
+    said = complain(*options, *mixed)
+    assert said.startswith("data.sources.a.weight=2.0: a prepared set keeps all of its text and no weights;")
+    cut = ["data.packing=best_fit", "data.sequence_length=64", "data.workers=0"]
+    assert cli.main([*options, "data.paths=book.txt", *cut]) == 0
+    assert (
+        "\nnote: data.sequence_length and data.packing: how rows are cut is no part of a set" in capsys.readouterr().out
+    )
+    assert cli.main([*options, "data.paths=book.txt", "data.workers=0"]) == 0
+    assert "note:" not in capsys.readouterr().out
+
+
 def test_prepared_data_survives_a_later_mistake(place, capsys):
     """Catches a mistake that deletes a directory which was there before."""
     (place / "runs/stdlib/data").mkdir(parents=True)

@@ -14,12 +14,21 @@ from moe_lm.data.shards import TokenShard
 from moe_lm.data.tokenizer import Tokenizer, load_tokenizer
 from moe_lm.errors import InputError
 from moe_lm.files import sha256
+from moe_lm.plain import to_plain
 
 FORMAT = 2
 """Version of the files; raised when a change makes old ones unreadable."""
 
 VALIDATION = "validation.paths"
 """Stands for a source's name, which can not have a dot, for `data.validation_paths`."""
+
+
+CHOSEN_BEFORE = (
+    *("text_field", "domain", "domain_field", "domains", "subset", "split", "revision"),
+    *("on_bad_row", "too_long"),
+)
+"""Fields that chose the text of a set, and say nothing when it is trained on. Not `validation_fraction`, which an
+experiment may bring along."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +63,8 @@ def load(
         keep_tokenizer: Whether one that stands there must be the same, and stays.
 
     Raises:
-        InputError: A file is missing or not what was written, sets have different tokenizers, or there is too little
-            text for one row.
+        InputError: A file is missing or not what was written, sets have different tokenizers, an option would choose
+            other text than theirs, or there is too little text for one row.
     """
     is_prepared = config.source is DataSource.prepared
     opened = [open_set(Path(path).expanduser()) for path in (config.paths if is_prepared else [str(directory)])]
@@ -72,6 +81,8 @@ def load(
                 "another name, by data.sources.NAME."
             )
     if is_prepared:
+        if not keep_tokenizer:  # one that goes on keeps the options that it was started with
+            _check_chosen(config)
         if tokenizer_config.path is not None:
             asked = load_tokenizer(Path(tokenizer_config.path).expanduser())
             if asked.fingerprint != first.tokenizer.fingerprint:
@@ -93,6 +104,24 @@ def load(
         else:
             first.tokenizer.save(directory / "tokenizer", config.sequence_length)
     return _join(opened, config, directory)
+
+
+def _check_chosen(config: DataConfig) -> None:
+    """Refuse what chooses text, unless all of the sets were prepared with the same.
+
+    Raises:
+        InputError: It is there.
+    """
+    manifests = [read_manifest(Path(path).expanduser() / "data" / "manifest.json") for path in config.paths]
+    given, usual = to_plain(config), to_plain(DataConfig())
+    for name in CHOSEN_BEFORE:
+        if given[name] == usual[name]:
+            continue
+        if any(manifest["settings"].get(f"data.{name}", usual[name]) != given[name] for manifest in manifests):
+            raise InputError(
+                f"data.{name}={given[name]}: the text of a prepared set was chosen when it was prepared; leave it out, "
+                "or prepare the text anew with it."
+            )
 
 
 def made_tokenizer(directory: Path) -> Tokenizer:

@@ -380,6 +380,22 @@ def test_sets_are_mixed_by_their_sources_names(config: DataConfig, tmp_path: Pat
         load(twice, TOKENIZER, tmp_path / "run")
 
 
+def test_a_set_is_not_chosen_from_anew(config: DataConfig, tmp_path: Path) -> None:
+    """Catches options about the text that are ignored, as it was chosen before; the same ones again are no mistake, and
+    a run that goes on is not stopped by them."""
+    config = dataclasses.replace(config, on_bad_row=OnBadRow.skip)
+    prepare(config, TOKENIZER, tmp_path / "set")
+    of_set = DataConfig(source=DataSource.prepared, paths=[str(tmp_path / "set")], sequence_length=16)
+    load(dataclasses.replace(of_set, on_bad_row=OnBadRow.skip), TokenizerConfig(), tmp_path / "same")
+    for options in ({"text_field": "body"}, {"domain_field": "kind"}, {"split": "test"}, {"domains": ["a"]}):
+        asked, (name, value) = dataclasses.replace(of_set, **options), *options.items()
+        with pytest.raises(
+            InputError, match=rf"^data.{name}=.*{value[0]}.*: the text of a prepared set was chosen when"
+        ):
+            load(asked, TokenizerConfig(), tmp_path / "run")
+        load(asked, TokenizerConfig(), tmp_path / "run", keep_tokenizer=True)
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "chunk", "missing", "starts"])
 def test_damage_is_found_before_tokens_are_used(config: DataConfig, tmp_path: Path, damage: str) -> None:
     """Catches a flipped bit or a short file that is trained on."""

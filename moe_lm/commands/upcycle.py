@@ -53,7 +53,7 @@ def _check_memory(model: UpcycledModel) -> None:
     of_layer = 2 * 2 * config.num_experts * config.intermediate_size * config.hidden_size  # gate and up, in 16 bits
     if of_layer > (memory := total_memory()):
         raise InputError(
-            f"num_experts={config.num_experts}: those of one layer take {of_layer / 2**30:,.0f} GiB at least, and this "
+            f"num_experts={config.num_experts}: those of one layer take {of_layer // 2**30:,} GiB at least, and this "
             f"machine has {memory / 2**30:,.0f} GiB of memory; give fewer."
         )
 

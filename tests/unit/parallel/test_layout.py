@@ -114,6 +114,15 @@ def test_axes_that_do_not_fit_are_refused(mode, world, axes, words):
     assert all(word in str(refused.value) for word in words), refused.value
 
 
+@pytest.mark.parametrize("mode", ["fsdp_ep", "hsdp_ep"])
+def test_a_dense_model_has_no_experts_to_place(mode):
+    """Catches an axis of experts that a dense model is cut along, or ignores."""
+    config = ParallelConfig(ParallelMode[mode], dp_replicate=2 if mode == "hsdp_ep" else None)
+    model = dataclasses.replace(MODEL, family=ModelFamily.dense)
+    with pytest.raises(InputError, match=f"^parallel={mode}: a dense model has no experts .*; choose parallel=fsdp.$"):
+        choose_layout(config, model, Machine(4, 4, 80 * 10**9), LARGE)
+
+
 @pytest.mark.parametrize("field", ["ep", "dp_replicate"])
 def test_an_axis_has_at_least_one_process(field):
     """Catches a division by zero."""

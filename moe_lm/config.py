@@ -8,7 +8,9 @@ that a misspelling is answered with the nearest valid name, with a leading `+` o
 import dataclasses
 import difflib
 import enum
+import errno
 import math
+import os
 import re
 import types
 import typing
@@ -54,6 +56,12 @@ FROM_BASE = ("finetune",)
 
 OF_BASE = ("model", "tokenizer.kind", "tokenizer.vocab_size", "tokenizer.training_bytes")
 """Options that those have no use for."""
+
+
+_PATHS = {"output_dir", "output", "checkpoint", "against", "base", "trace", "prompts", "tokenizer.path"} | {
+    *("data.paths", "data.validation_paths", "data.chat_template", "parallel.placement_file")
+}
+"""Options that are paths, besides those of the sources of a mixture."""
 
 
 def config_directory() -> Path:
@@ -202,6 +210,8 @@ def _parse(command: str, arguments: list[str]) -> tuple[list[str], list[_Given]]
             value = _parse_value(argument)
         if name in choices and value not in choices[name]:
             raise InputError(f"{argument}: there is no such {name}; choose from {', '.join(choices[name])}.")
+        if name in _PATHS or re.fullmatch(r"data\.sources\..*\.paths", name):
+            _check_paths(argument, value if isinstance(value, list) else [value])
         given[name] = _Given(argument, name, value, kind)
     groups = [f"{name}={one.value}" for name, one in given.items() if name in choices]
     return groups, [one for name, one in given.items() if name not in choices]
@@ -222,6 +232,21 @@ def _parse_value(argument: str) -> Any:
     if override.is_sweep_override():
         raise InputError(f"{argument}: a command runs one configuration; start one process for each value.")
     return override.value()
+
+
+def _check_paths(argument: str, paths: list[Any]) -> None:
+    """Refuse what no file can be named; whether one is there is for its reader to say."""
+    for path in paths:
+        try:
+            os.stat(Path(path).expanduser())
+        except RuntimeError as error:
+            home = Path(path).parts[0]
+            raise InputError(f"{argument}: {home} is no home directory here; write ./{path} if it is a name.") from error
+        except OSError as error:
+            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+                raise InputError(f"{argument}: can not be a path ({error.strerror}); give another.") from error
+        except (TypeError, ValueError):  # no text, or none that the system takes: its own checks speak
+            continue
 
 
 def _merge(command: str, arguments: list[str]) -> Any:

@@ -279,6 +279,27 @@ def test_rows_too_long_for_their_mask_are_named(complain):
     assert named and int(named[1].replace(",", "")) > length**2 / 2**30 and "a smaller data.sequence_length" in said
 
 
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        *(("pretrain", name) for name in ("output_dir", "data.paths", "data.validation_paths", "data.sources.a.paths")),
+        *(("pretrain", name) for name in ("data.chat_template", "tokenizer.path", "parallel.placement_file")),
+        *(("finetune", "base"), ("prepare", "output"), ("plan placement", "trace"), ("plan placement", "output")),
+        *(("generate", "checkpoint"), ("generate", "prompts"), ("verify", "against"), ("export", "base")),
+    ],
+)
+def test_paths_that_can_not_be_are_named(complain, place, command, option):
+    """Catches a traceback of `pathlib` for a home directory of nobody, a name too long, or a link to itself."""
+    (place / "loop").symlink_to("loop")
+    for path, words in (
+        ("~nouser/x", "~nouser is no home directory here; write ./~nouser/x if it is a name."),
+        ("a" * 300, "can not be a path (File name too long); give another."),
+        ("loop/x", "can not be a path (Too many levels of symbolic links); give another."),
+    ):
+        given = f'{option}=[book.txt,"{path}"]' if option.endswith("paths") else f"{option}={path}"
+        assert complain(*command.split(), given) == f"{given}: {words}"
+
+
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize(
     "field", ["optimizer.learning_rate", "optimizer.max_grad_norm", "model.rope_theta", "model.router_z_loss_coef"]

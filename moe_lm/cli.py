@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _says_path_leads_nowhere(error: Exception) -> bool:
-    """Whether `pathlib` met a link to itself, or `~` of nobody: of options both are refused before, of saved ones not."""
+    """Whether `pathlib` met a link to itself, or `~` of nobody: an option is refused before, a saved path is not."""
     return str(error).startswith(("Symlink loop from ", "Could not determine home directory"))
 
 

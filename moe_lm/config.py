@@ -12,6 +12,7 @@ import errno
 import math
 import os
 import re
+import shlex
 import types
 import typing
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationValidationError, OmegaConfBaseException
 
 from moe_lm.commands.config import (
@@ -207,7 +208,7 @@ def _parse(command: str, arguments: list[str]) -> tuple[list[str], list[_Given]]
         if kind in (str, str | None):
             value = None if text == "null" and kind is not str else text
         else:
-            value = _parse_value(argument)
+            value = _parse_value(argument, kind)
         if name in choices and value not in choices[name]:
             raise InputError(f"{argument}: there is no such {name}; choose from {', '.join(choices[name])}.")
         if name in _PATHS or re.fullmatch(r"data\.sources\..*\.paths", name):
@@ -217,21 +218,39 @@ def _parse(command: str, arguments: list[str]) -> tuple[list[str], list[_Given]]
     return groups, [one for name, one in given.items() if name not in choices]
 
 
-def _parse_value(argument: str) -> Any:
+def _parse_value(argument: str, kind: Any) -> Any:
     """The value by Hydra's grammar: numbers, true, null, [lists]."""
+    key, _, text = argument.partition("=")
+    is_list = typing.get_origin(kind) is list
     try:
-        override = OverridesParser.create().parse_override(argument)
+        # Under a name that the grammar knows, since the user's own may hold what it chokes on.
+        override = OverridesParser.create().parse_override(f"value={_quoted_entries(text) if is_list else text}")
     except HydraException as error:
-        key, _, value = argument.partition("=")
-        quoted = value.replace('"', '\\"')
-        remedy = f"quote the value, as in '{key}=\"{quoted}\"'"
-        if value.startswith("[") and value.endswith("]"):
-            entries = ",".join(f'"{entry.strip()}"' for entry in value[1:-1].replace('"', "").split(","))
-            remedy = f"quote its entries, as in '{key}=[{entries}]'"
-        raise InputError(f"{argument}: can not be parsed; {remedy}.") from error
-    if override.is_sweep_override():
-        raise InputError(f"{argument}: a command runs one configuration; start one process for each value.")
-    return override.value()
+        if kind is None:
+            return text  # of a group, whose choices are known
+        if not is_list:
+            raise InputError(f"{argument}: must be {_expected(kind)}.") from error
+        raise InputError(f"{argument}: can not be parsed; {_how_to_quote(key, text)}.") from error
+    if not override.is_sweep_override():
+        return override.value()
+    if is_list and "(" not in text:
+        raise InputError(f"{argument}: give a list, as in {key}=[{text}].")
+    raise InputError(f"{argument}: a command runs one configuration; start one process for each value.")
+
+
+def _quoted_entries(text: str) -> str:
+    """A list of texts with quotes around what the grammar would read as a number or a boolean, and write anew."""
+    quoted, bare = r"""(["'])(?:\\.|(?!\1).)*\1""", r"(?:(?<=[\[,])|^)\s*(?!null\b)([\w.+-]+)\s*(?=[\],]|$)"
+    return re.sub(f"{quoted}|{bare}", lambda match: f'"{match[2]}"' if match[2] else match[0], text)
+
+
+def _how_to_quote(key: str, text: str) -> str:
+    """What to write, in a shell, for a list that can not be parsed."""
+    what, entries = "the value", [text.replace('"', '\\"')]
+    if is_list := text.startswith("[") and text.endswith("]"):
+        what, entries = "its entries", [entry.strip() for entry in text[1:-1].replace('"', "").split(",")]
+    listed = ",".join(f'"{entry}"' for entry in entries if entry or not is_list)
+    return f"quote {what}, as in " + shlex.quote(f"{key}=[{listed}]" if is_list else f"{key}={listed}")
 
 
 def _check_paths(argument: str, paths: list[Any]) -> None:
@@ -240,8 +259,8 @@ def _check_paths(argument: str, paths: list[Any]) -> None:
         try:
             os.stat(Path(path).expanduser())
         except RuntimeError as error:
-            home = Path(path).parts[0]
-            raise InputError(f"{argument}: {home} is no home directory here; write ./{path} if it is a name.") from error
+            remedy = f"is no home directory here; write ./{path} if it is a name"
+            raise InputError(f"{argument}: {Path(path).parts[0]} {remedy}.") from error
         except OSError as error:
             if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
                 raise InputError(f"{argument}: can not be a path ({error.strerror}); give another.") from error
@@ -269,11 +288,12 @@ def _merge(command: str, arguments: list[str]) -> Any:
             value = [value]  # data.paths=book.txt means the list of one
         if isinstance(value, str) and kind in (str, str | None):
             value = _escaped(value)
+        if isinstance(value, list):  # whose entries may be interpolations
+            value = [_escaped(entry) if entry == MISSING else entry for entry in value]
         if kind in (bool, bool | None) and not isinstance(value, bool | None) and "${" not in str(value):
             raise InputError(f"{argument}: must be {_expected(kind)}.")  # OmegaConf would take 2, and `off`
         try:
-            _open_section(merged, schema, name)
-            OmegaConf.update(merged, name, value)
+            _section(merged, schema, name)[name.rpartition(".")[2]] = value
         except OmegaConfBaseException as error:
             raise InputError(f"{argument}: must be {_expected(kind)}.") from error
     return merged
@@ -294,20 +314,23 @@ def _sections_of_base(values: list[_Given]) -> dict[str, Any]:
     return _escaped_texts({"model": {**to_plain(model), "router_drift_coef": 0.0}, **tokenizer})
 
 
-def _open_section(merged: Any, schema: Any, name: str) -> None:
-    """Gives a mapping the section that a dotted name leads into, if it is a new one."""
-    node, parts = merged, name.split(".")
-    for index, part in enumerate(parts[:-2]):
-        node, kind = node[part], {field.name: field.type for field in dataclasses.fields(schema)}[part]
-        if (named := named_sections(kind)) is not None:
-            if parts[index + 1] not in node:
-                node[parts[index + 1]] = OmegaConf.structured(named)
-            return
-        schema = kind
+def _section(node: Any, schema: Any, name: str) -> Any:
+    """The section that an option stands in; one of a mapping is made where it is new."""
+    for part in name.split(".")[:-1]:
+        if (named := named_sections(schema)) is not None:
+            schema = named
+            if part not in node:
+                node[part] = OmegaConf.structured(named)
+        else:
+            schema = {field.name: field.type for field in dataclasses.fields(schema)}[part]
+        node = node[part]
+    return node
 
 
 def _escaped(text: str) -> str:
-    """Text that OmegaConf gives back as it stands: `${` would be an interpolation."""
+    """Text that OmegaConf gives back as it stands: `${` would be an interpolation, and `???` a value still to come."""
+    if text == MISSING:
+        return f"${{oc.decode:\"'{MISSING}'\"}}"
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 

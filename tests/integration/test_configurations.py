@@ -123,7 +123,10 @@ def test_what_the_order_of_rows_is_computed_from_is_fixed():
         assert bool(differences(load("pretrain", begun), new)) == fixed, (begun, change)
 
 
-@pytest.mark.parametrize("text", ["cost ${x}", "a\\${b", "${seed}", "\\\\${a}", "{x: 1}", "null", "1", "ä\nb", "- x"])
+TEXTS = ["cost ${x}", "a\\${b", "${seed}", "\\\\${a}", "{x: 1}", "null", "1", "ä\nb", "- x", "???"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
 def test_text_of_any_kind_survives_saving(text, tmp_path):
     """Catches an interpolation, a number or a list that comes out of a text when its configuration is written down."""
     config = load("pretrain", [f"finish.sample_prompt={text}", f"tracker.project={text}x"])

@@ -35,7 +35,7 @@ A trainer for Mixtral-style mixture-of-experts language models.
 commands:
 {commands}
 
-`moe-lm COMMAND --help` shows every option of a command with its value and meaning.
+`moe-lm COMMAND --help`, or `moe-lm help COMMAND`, shows every option of a command with its value and meaning.
 Exit codes: 0 done, 1 error, 2 bad configuration or input, 75 stopped and resumable."""
 
 
@@ -148,6 +148,8 @@ def wait_briefly_for_threads() -> None:
 
 
 def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["help"] and arguments[1:]:
+        return _run([*arguments[1:], "--help"])
     if not arguments or arguments[0] in (*_HELP, "help"):
         print(USAGE.format(commands=_listed(list(COMMANDS))))
         return 0

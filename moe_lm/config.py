@@ -404,11 +404,14 @@ def _reason(error: OmegaConfBaseException) -> str:
 
 
 def nearest(name: str, names: list[str]) -> str:
-    """`, did you mean …?`, by the whole name or by its last part."""
+    """`, did you mean …?`, by the whole name, or by its last part, first among those that have its words in theirs."""
     name = name.partition("@")[0]  # Hydra's way to place a group elsewhere
+    last = name.rsplit(".", 1)[-1]
     by_last = {n.rsplit(".", 1)[-1]: n for n in names}
+    with_its_words = [n for n in by_last if set(n.split("_")) >= set(last.split("_"))]
     close = difflib.get_close_matches(name, names, 1, 0.6)
-    close = close or [by_last[n] for n in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last, 1, 0.6)]
+    close = close or [by_last[n] for n in difflib.get_close_matches(last, with_its_words, 1, 0.0)]
+    close = close or [by_last[n] for n in difflib.get_close_matches(last, by_last, 1, 0.6)]
     return f"; did you mean {close[0]!r}?" if close else "; `--help` lists all options."
 
 

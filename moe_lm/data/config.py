@@ -193,6 +193,8 @@ class DataConfig:
             raise InputError(f"data.epochs={self.epochs}: must be at least 1, or null to repeat without end.")
         if self.workers is not None and not 0 <= self.workers <= 1024:
             raise InputError(f"data.workers={self.workers}: must be between 0 and 1024, or null.")
+        if self.domain == "":
+            raise InputError("data.domain='': give a name, or null for the kind of source.")
         self._check_sources()
         self._check_chat()
         if self.source is DataSource.prepared and self.streaming:

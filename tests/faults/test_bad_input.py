@@ -102,6 +102,8 @@ def _content(place: Path) -> set[Path]:
         ("experimnt", "experiment"),
         ("model@other", "model"),
         ("Trainer.Max_Steps", "trainer.max_steps"),
+        ("steps", "trainer.max_steps"),
+        ("ep", "parallel.ep"),
     ],
 )
 def test_misspelt_options_get_the_nearest_name(complain, prefix, given, nearest):
@@ -230,6 +232,9 @@ def test_values_of_the_wrong_type_say_what_is_wanted(complain, given, expected):
         ("schedule.warmup_steps=-1", "must not be negative"),
         ("schedule.final_factor=2", "must lie in [0, 1]"),
         ("checkpoint.interval=-1", "must be 0"),
+        ("trainer.step_timeout=-1", "from 0 to 604800"),
+        ("trainer.stop_deadline=0", "from 1 to 604800"),
+        ("data.domain=", "give a name, or null"),
         ("checkpoint.keep_last=0", "must be at least 1"),
         ("finish.sample_tokens=0", "must be at least 1"),
         ("seed=-1", "must not be negative"),
@@ -632,6 +637,7 @@ def test_a_source_is_required(complain, command):
         ("precision=int8", "precision=int8: must be one of auto, bf16, fp32"),
         ("batch_size=0", "batch_size=0: must be at least 1"),
         ("prompts=none.jsonl", "prompts=none.jsonl: can not be read"),
+        ("prompts=", "prompts='': give a file, or null"),
     ],
 )
 def test_sampling_options_out_of_range_are_named(complain, given, words):
@@ -641,7 +647,11 @@ def test_sampling_options_out_of_range_are_named(complain, given, words):
 
 @pytest.mark.parametrize(
     ("given", "words"),
-    [("dtype=fp16", "dtype=fp16: must be one of fp32, bf16"), ("output=", "output='': give a directory")],
+    [
+        ("dtype=fp16", "dtype=fp16: must be one of fp32, bf16"),
+        ("output=", "output='': give a directory"),
+        ("base=", "base='': give the directory"),
+    ],
 )
 def test_export_options_out_of_range_are_named(complain, given, words):
     """Catches a type that nobody writes, and an output that is the present directory by accident."""

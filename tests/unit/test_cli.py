@@ -11,7 +11,7 @@ import pytest
 
 from moe_lm import cli
 from moe_lm.commands.help import describe, field_documentation
-from moe_lm.config import SCHEMAS, field_types, group_choices, load_values
+from moe_lm.config import OF_BASE, SCHEMAS, field_types, group_choices, load_values
 from moe_lm.kernels import native
 
 HEAVY = ("torch", "hydra", "omegaconf", "transformers", "accelerate", "datasets", "wandb", "numpy", "yaml")
@@ -60,6 +60,9 @@ def test_help_of_a_command_lists_every_field_with_its_meaning(command, flag, cap
     assert cli.main([command, flag]) == 0
     lines = capsys.readouterr().out.splitlines()
     for name in field_types(SCHEMAS[command]):
+        if command == "finetune" and name in OF_BASE:
+            assert not any(line.startswith(f"  {name}=") for line in lines), "it is refused"
+            continue
         places = [i for i, line in enumerate(lines) if line.startswith(f"  {name}=")]
         assert len(places) == 1, name
         meaning = lines[places[0] + 1]
@@ -98,6 +101,14 @@ def test_help_shows_the_values_that_would_hold(capsys):
     out = capsys.readouterr().out
     assert "  model.hidden_size=256\n" in out and "  model.vocab_size=4096\n" in out  # an interpolation, resolved
     assert "  model.sliding_window=null\n" in out and "  tracker.name=none\n" in out
+
+
+def test_help_before_a_command_is_that_of_the_command(capsys):
+    """Catches the list of commands as the answer to `moe-lm help pretrain`."""
+    for command in ("verify", "plan placement", "plan"):
+        assert cli.main([*command.split(), "--help"]) == 0
+        expected = capsys.readouterr().out
+        assert cli.main(["help", *command.split()]) == 0 and capsys.readouterr().out == expected
 
 
 def test_version_is_that_of_the_package(capsys):

@@ -13,8 +13,10 @@ import math
 import os
 import re
 import shlex
+import sys
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,14 @@ from moe_lm.commands.config import (
     UpcycleConfig,
     VerifyConfig,
 )
+from moe_lm.data.config import DataSource
 from moe_lm.errors import InputError
 from moe_lm.files import write_atomically
 from moe_lm.finetune.config import FinetuneRunConfig
+from moe_lm.model.config import LoadBalancing
 from moe_lm.plain import to_plain
-from moe_lm.training.config import RunConfig
+from moe_lm.process import rank
+from moe_lm.training.config import OptimizerName, RunConfig, ScheduleName, TrackerName
 
 SCHEMAS: dict[str, type] = {
     "prepare": PrepareConfig,
@@ -65,6 +70,38 @@ _PATHS = {"output_dir", "output", "checkpoint", "against", "base", "trace", "pro
 """Options that are paths, besides those of the sources of a mixture."""
 
 
+_IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
+    ("schedule.final_factor", lambda c: c.schedule.name is ScheduleName.constant, "with schedule=constant"),
+    ("schedule.decay_fraction", lambda c: c.schedule.name is not ScheduleName.wsd, "without schedule=wsd"),
+    ("optimizer.muon_momentum", lambda c: c.optimizer.name is not OptimizerName.muon, "without optimizer=muon"),
+    (
+        "model.router_aux_loss_coef model.load_balancing_source",
+        lambda c: c.model.is_mixture and c.model.load_balancing is LoadBalancing.none,
+        "with model.load_balancing=none",
+    ),
+    (
+        "model.num_experts model.num_experts_per_tok model.capacity_factor model.load_balancing "
+        "model.load_balancing_source model.router_aux_loss_coef model.router_z_loss_coef model.router_drift_coef",
+        lambda c: not c.model.is_mixture and not isinstance(c, FinetuneRunConfig),  # there they are refused
+        "with model=dense",
+    ),
+    ("tracker.project tracker.mode", lambda c: c.tracker.name is TrackerName.none, "with tracker=none"),
+    ("finish.sample_tokens", lambda c: c.finish.sample_prompt is None, "without finish.sample_prompt"),
+    ("data.num_streams", lambda c: not c.data.streaming, "without data.streaming=true"),
+    (
+        "data.too_long data.route_prompts",
+        lambda c: not c.data.has_chat and c.data.source is not DataSource.prepared,
+        "without conversations (data.source=chat)",
+    ),
+    (
+        "data.subset data.split data.revision",
+        lambda c: DataSource.huggingface not in c.data.kinds,
+        "without data.source=huggingface",
+    ),
+]
+"""Options that a configuration has no use for: their names, when that is so, and how it is said."""
+
+
 def config_directory() -> Path:
     """The YAML groups: inside the installed package, or in the checkout that this package runs from."""
     package = Path(__file__).parent
@@ -74,15 +111,26 @@ def config_directory() -> Path:
 
 def load(command: str, arguments: list[str]) -> Any:
     """Compose a command's configuration from its overrides; `InputError` for whatever the user got wrong."""
-    return _build(SCHEMAS[command], _merge(command, arguments))
+    groups, given = _parse(command, arguments)
+    config = _build(SCHEMAS[command], _merge(command, groups, given))
+    _note_what_has_no_effect(config, {one.name for one in given})
+    return config
 
 
 def load_values(command: str, arguments: list[str]) -> dict[str, Any]:
     """The same as nested dictionaries of JSON values, without the checks across fields; null where nothing is given."""
     try:
-        return _container(_merge(command, arguments))
+        return _container(_merge(command, *_parse(command, arguments)))
     except OmegaConfBaseException as error:
         raise InputError(_readable(error)) from error
+
+
+def _note_what_has_no_effect(config: Any, given: set[str]) -> None:
+    """Say which options were given in vain: never those of a group or an experiment, which suits more than one use."""
+    for names, is_idle, why in _IDLE if rank() == 0 else ():
+        for name in names.split():
+            if name in given and is_idle(config):
+                print(f"moe-lm: note: {name} has no effect {why}", file=sys.stderr)
 
 
 def to_dataclass(schema: type, values: Any) -> Any:
@@ -268,10 +316,9 @@ def _check_paths(argument: str, paths: list[Any]) -> None:
             continue
 
 
-def _merge(command: str, arguments: list[str]) -> Any:
+def _merge(command: str, groups: list[str], values: list[_Given]) -> Any:
     """The schema, filled from the groups' files, then from the values given, each checked as it is set."""
     schema = SCHEMAS[command]
-    groups, values = _parse(command, arguments)
     try:
         composed = _compose(command, groups)
         own = {field.name for field in dataclasses.fields(schema)}

@@ -492,7 +492,7 @@ WEIGHTS = ["data.sources.a.weight=1", "data.sources.b.weight=100000"]
             ["data.sources.a.weight=1.0: is less than one row in 10000"],
         ),
         ([*MIXED, "data.sources.a.weight=-1"], ["data.sources.a.weight=-1.0: must not be negative"]),
-        (["data=jsonl", "data.sources.a/b.paths=rows.jsonl"], ["data.sources.a/b.paths=rows.jsonl"]),
+        (["data=jsonl", "data.paths=[]", "data.sources.a/b.paths=rows.jsonl"], ["data.sources.a/b: name a source"]),
         (["data.epochs=0"], ["data.epochs=0: must be at least 1"]),
         (["data.num_streams=0"], ["data.num_streams=0: must be between 1 and 1024"]),
         (["data.workers=-1"], ["data.workers=-1: must be between 0"]),

@@ -460,7 +460,7 @@ WEIGHTS = ["data.sources.a.weight=1", "data.sources.b.weight=100000"]
         (["data.paths=nope/*.txt"], ["data.paths", "'nope/*.txt'", "matches no file"]),
         (["data.paths=nothing"], ["data.paths", "'nothing'", "holds no"]),
         (["data.paths=empty.txt"], ["data.paths: ", "empty.txt: the file is empty"]),
-        (["data.paths=tiny.txt"], ["tokenizer.vocab_size=500", "too small"]),
+        (["data.paths=tiny.txt"], ["tokenizer.vocab_size=500", "too few different words"]),
         (["data.paths=latin1.txt"], ["data.paths", "latin1.txt", "not UTF-8"]),
         (['data.paths="no\nsuch"'], ["data.paths", "'no such'", "does not exist"]),
         (["data=jsonl", "data.paths=broken.jsonl"], ["broken.jsonl, line 2", "not valid JSON"]),

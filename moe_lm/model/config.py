@@ -45,7 +45,7 @@ class ModelConfig:
 
     family: ModelFamily = ModelFamily.mixture
     """`mixture`: routed experts (Mixtral). `dense`: one SwiGLU per layer (Mistral); the expert fields are then
-    unused."""
+    unused. model=dense sets a whole shape as well, this alone does not."""
     vocab_size: int = 32000
     """Rows of the embedding and of the output head; at least the tokenizer's vocabulary."""
     hidden_size: int = 4096

@@ -16,7 +16,6 @@ import shlex
 import sys
 import types
 import typing
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +34,13 @@ from moe_lm.commands.config import (
     UpcycleConfig,
     VerifyConfig,
 )
-from moe_lm.data.config import DataSource
+from moe_lm.commands.no_effect import given_in_vain
 from moe_lm.errors import InputError
 from moe_lm.files import write_atomically
 from moe_lm.finetune.config import FinetuneRunConfig
-from moe_lm.model.config import LoadBalancing
 from moe_lm.plain import to_plain
 from moe_lm.process import rank
-from moe_lm.training.config import OptimizerName, RunConfig, ScheduleName, TrackerName
+from moe_lm.training.config import RunConfig
 
 SCHEMAS: dict[str, type] = {
     "prepare": PrepareConfig,
@@ -64,42 +62,11 @@ OF_BASE = ("model", "tokenizer.kind", "tokenizer.vocab_size", "tokenizer.trainin
 """Options that those have no use for."""
 
 
-_PATHS = {"output_dir", "output", "checkpoint", "against", "base", "trace", "prompts", "tokenizer.path"} | {
-    *("data.paths", "data.validation_paths", "data.chat_template", "parallel.placement_file")
-}
+_PATHS = (
+    *("output_dir", "output", "checkpoint", "against", "base", "trace", "prompts", "tokenizer.path"),
+    *("data.paths", "data.validation_paths", "data.chat_template", "parallel.placement_file"),
+)
 """Options that are paths, besides those of the sources of a mixture."""
-
-
-_IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
-    ("schedule.final_factor", lambda c: c.schedule.name is ScheduleName.constant, "with schedule=constant"),
-    ("schedule.decay_fraction", lambda c: c.schedule.name is not ScheduleName.wsd, "without schedule=wsd"),
-    ("optimizer.muon_momentum", lambda c: c.optimizer.name is not OptimizerName.muon, "without optimizer=muon"),
-    (
-        "model.router_aux_loss_coef model.load_balancing_source",
-        lambda c: c.model.is_mixture and c.model.load_balancing is LoadBalancing.none,
-        "with model.load_balancing=none",
-    ),
-    (
-        "model.num_experts model.num_experts_per_tok model.capacity_factor model.load_balancing "
-        "model.load_balancing_source model.router_aux_loss_coef model.router_z_loss_coef model.router_drift_coef",
-        lambda c: not c.model.is_mixture and not isinstance(c, FinetuneRunConfig),  # there they are refused
-        "with model=dense",
-    ),
-    ("tracker.project tracker.mode", lambda c: c.tracker.name is TrackerName.none, "with tracker=none"),
-    ("finish.sample_tokens", lambda c: c.finish.sample_prompt is None, "without finish.sample_prompt"),
-    ("data.num_streams", lambda c: not c.data.streaming, "without data.streaming=true"),
-    (
-        "data.too_long data.route_prompts",
-        lambda c: not c.data.has_chat and c.data.source is not DataSource.prepared,
-        "without conversations (data.source=chat)",
-    ),
-    (
-        "data.subset data.split data.revision",
-        lambda c: DataSource.huggingface not in c.data.kinds,
-        "without data.source=huggingface",
-    ),
-]
-"""Options that a configuration has no use for: their names, when that is so, and how it is said."""
 
 
 def config_directory() -> Path:
@@ -113,7 +80,8 @@ def load(command: str, arguments: list[str]) -> Any:
     """Compose a command's configuration from its overrides; `InputError` for whatever the user got wrong."""
     groups, given = _parse(command, arguments)
     config = _build(SCHEMAS[command], _merge(command, groups, given))
-    _note_what_has_no_effect(config, {one.name for one in given})
+    for sentence in given_in_vain(config, {one.name for one in given}) if rank() == 0 else ():
+        print(f"moe-lm: note: {sentence}", file=sys.stderr)
     return config
 
 
@@ -123,14 +91,6 @@ def load_values(command: str, arguments: list[str]) -> dict[str, Any]:
         return _container(_merge(command, *_parse(command, arguments)))
     except OmegaConfBaseException as error:
         raise InputError(_readable(error)) from error
-
-
-def _note_what_has_no_effect(config: Any, given: set[str]) -> None:
-    """Say which options were given in vain: never those of a group or an experiment, which suits more than one use."""
-    for names, is_idle, why in _IDLE if rank() == 0 else ():
-        for name in names.split():
-            if name in given and is_idle(config):
-                print(f"moe-lm: note: {name} has no effect {why}", file=sys.stderr)
 
 
 def to_dataclass(schema: type, values: Any) -> Any:

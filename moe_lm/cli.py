@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from moe_lm.errors import InputError, RunError, Stopped
 from moe_lm.interrupts import STOPPED, interrupts
-from moe_lm.process import rank, signature, world_size
+from moe_lm.process import open_standard_streams, rank, signature, world_size
 
 COMMANDS = {
     "prepare": "make a tokenizer and token shards of text, once, for any number of runs",
@@ -35,7 +35,7 @@ A trainer for Mixtral-style mixture-of-experts language models.
 commands:
 {commands}
 
-`moe-lm COMMAND --help` shows every option of a command with its value and meaning.
+`moe-lm COMMAND --help`, or `moe-lm help COMMAND`, shows every option of a command with its value and meaning.
 Exit codes: 0 done, 1 error, 2 bad configuration or input, 75 stopped and resumable."""
 
 
@@ -43,13 +43,14 @@ _HELP = ("-h", "--help")
 
 _SAID_IN_A_SENTENCE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
-    *(errno.ENOTDIR, errno.EISDIR),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENOTCONN),
 )
 """Errors of the file system that are no bug of this program."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the return value is the process's exit code."""
+    open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character that it can not encode ends nothing
             stream.reconfigure(errors="backslashreplace")
@@ -87,12 +88,20 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"moe-lm: {error.filename or 'a file or its disk'}: {error.strerror}{remedy}.", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:  # torch's are of the second kind
+        if _says_path_leads_nowhere(error):
+            print(f"moe-lm: {str(error).rstrip('.')}; give another path.", file=sys.stderr)
+            return 1
         if not _says_memory_is_out(error):
             raise
         remedy = "take less at once (trainer.micro_batch_size, data.sequence_length, batch_size) or a smaller model"
         what = " ".join(str(error).split()) or "of the machine"
         print(f"moe-lm: memory ran out ({what}); {remedy}.", file=sys.stderr)
         return 1
+
+
+def _says_path_leads_nowhere(error: Exception) -> bool:
+    """Whether `pathlib` met a link to itself, or `~` of nobody: an option is refused before, a saved path is not."""
+    return str(error).startswith(("Symlink loop from ", "Could not determine home directory"))
 
 
 def _says_memory_is_out(error: Exception) -> bool:
@@ -139,6 +148,8 @@ def wait_briefly_for_threads() -> None:
 
 
 def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["help"] and arguments[1:]:
+        return _run([*arguments[1:], "--help"])
     if not arguments or arguments[0] in (*_HELP, "help"):
         print(USAGE.format(commands=_listed(list(COMMANDS))))
         return 0
@@ -169,6 +180,10 @@ def _run_command(command: str, arguments: list[str], choices: list[str]) -> int:
         close = difflib.get_close_matches(command, [*choices, *sorted(firsts - set(choices))], 1)
         hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(choices)}."
         raise InputError(f"{command!r} is not a command; {hint}")
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise InputError("the working directory is gone; change to one that is there.") from error
     if any(a in _HELP for a in arguments):
         from moe_lm.commands.help import print_help
 

@@ -8,8 +8,12 @@ that a misspelling is answered with the nearest valid name, with a leading `+` o
 import dataclasses
 import difflib
 import enum
+import errno
 import math
+import os
 import re
+import shlex
+import sys
 import types
 import typing
 from pathlib import Path
@@ -18,7 +22,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationValidationError, OmegaConfBaseException
 
 from moe_lm.commands.config import (
@@ -30,10 +34,12 @@ from moe_lm.commands.config import (
     UpcycleConfig,
     VerifyConfig,
 )
+from moe_lm.commands.no_effect import given_in_vain
 from moe_lm.errors import InputError
 from moe_lm.files import write_atomically
 from moe_lm.finetune.config import FinetuneRunConfig
 from moe_lm.plain import to_plain
+from moe_lm.process import rank
 from moe_lm.training.config import RunConfig
 
 SCHEMAS: dict[str, type] = {
@@ -56,6 +62,13 @@ OF_BASE = ("model", "tokenizer.kind", "tokenizer.vocab_size", "tokenizer.trainin
 """Options that those have no use for."""
 
 
+_PATHS = (
+    *("output_dir", "output", "checkpoint", "against", "base", "trace", "prompts", "tokenizer.path"),
+    *("data.paths", "data.validation_paths", "data.chat_template", "parallel.placement_file"),
+)
+"""Options that are paths, besides those of the sources of a mixture."""
+
+
 def config_directory() -> Path:
     """The YAML groups: inside the installed package, or in the checkout that this package runs from."""
     package = Path(__file__).parent
@@ -65,13 +78,17 @@ def config_directory() -> Path:
 
 def load(command: str, arguments: list[str]) -> Any:
     """Compose a command's configuration from its overrides; `InputError` for whatever the user got wrong."""
-    return _build(SCHEMAS[command], _merge(command, arguments))
+    groups, given = _parse(command, arguments)
+    config = _build(SCHEMAS[command], _merge(command, groups, given))
+    for sentence in given_in_vain(config, {one.name for one in given}) if rank() == 0 else ():
+        print(f"moe-lm: note: {sentence}", file=sys.stderr)
+    return config
 
 
 def load_values(command: str, arguments: list[str]) -> dict[str, Any]:
     """The same as nested dictionaries of JSON values, without the checks across fields; null where nothing is given."""
     try:
-        return _container(_merge(command, arguments))
+        return _container(_merge(command, *_parse(command, arguments)))
     except OmegaConfBaseException as error:
         raise InputError(_readable(error)) from error
 
@@ -199,35 +216,69 @@ def _parse(command: str, arguments: list[str]) -> tuple[list[str], list[_Given]]
         if kind in (str, str | None):
             value = None if text == "null" and kind is not str else text
         else:
-            value = _parse_value(argument)
+            value = _parse_value(argument, kind)
         if name in choices and value not in choices[name]:
             raise InputError(f"{argument}: there is no such {name}; choose from {', '.join(choices[name])}.")
+        if name in _PATHS or re.fullmatch(r"data\.sources\..*\.paths", name):
+            _check_paths(argument, value if isinstance(value, list) else [value])
         given[name] = _Given(argument, name, value, kind)
     groups = [f"{name}={one.value}" for name, one in given.items() if name in choices]
     return groups, [one for name, one in given.items() if name not in choices]
 
 
-def _parse_value(argument: str) -> Any:
+def _parse_value(argument: str, kind: Any) -> Any:
     """The value by Hydra's grammar: numbers, true, null, [lists]."""
+    key, _, text = argument.partition("=")
+    is_list = typing.get_origin(kind) is list
     try:
-        override = OverridesParser.create().parse_override(argument)
+        # Under a name that the grammar knows, since the user's own may hold what it chokes on.
+        override = OverridesParser.create().parse_override(f"value={_quoted_entries(text) if is_list else text}")
     except HydraException as error:
-        key, _, value = argument.partition("=")
-        quoted = value.replace('"', '\\"')
-        remedy = f"quote the value, as in '{key}=\"{quoted}\"'"
-        if value.startswith("[") and value.endswith("]"):
-            entries = ",".join(f'"{entry.strip()}"' for entry in value[1:-1].replace('"', "").split(","))
-            remedy = f"quote its entries, as in '{key}=[{entries}]'"
-        raise InputError(f"{argument}: can not be parsed; {remedy}.") from error
-    if override.is_sweep_override():
-        raise InputError(f"{argument}: a command runs one configuration; start one process for each value.")
-    return override.value()
+        if kind is None:
+            return text  # of a group, whose choices are known
+        if not is_list:
+            raise InputError(f"{argument}: must be {_expected(kind)}.") from error
+        raise InputError(f"{argument}: can not be parsed; {_how_to_quote(key, text)}.") from error
+    if not override.is_sweep_override():
+        return override.value()
+    if is_list and "(" not in text:
+        raise InputError(f"{argument}: give a list, as in {key}=[{text}].")
+    raise InputError(f"{argument}: a command runs one configuration; start one process for each value.")
 
 
-def _merge(command: str, arguments: list[str]) -> Any:
+def _quoted_entries(text: str) -> str:
+    """A list of texts with quotes around what the grammar would read as a number or a boolean, and write anew."""
+    quoted, bare = r"""(["'])(?:\\.|(?!\1).)*\1""", r"(?:(?<=[\[,])|^)\s*(?!null\b)([\w.+-]+)\s*(?=[\],]|$)"
+    return re.sub(f"{quoted}|{bare}", lambda match: f'"{match[2]}"' if match[2] else match[0], text)
+
+
+def _how_to_quote(key: str, text: str) -> str:
+    """What to write, in a shell, for a list that can not be parsed."""
+    what, entries = "the value", [text.replace('"', '\\"')]
+    if is_list := text.startswith("[") and text.endswith("]"):
+        what, entries = "its entries", [entry.strip() for entry in text[1:-1].replace('"', "").split(",")]
+    listed = ",".join(f'"{entry}"' for entry in entries if entry or not is_list)
+    return f"quote {what}, as in " + shlex.quote(f"{key}=[{listed}]" if is_list else f"{key}={listed}")
+
+
+def _check_paths(argument: str, paths: list[Any]) -> None:
+    """Refuse what no file can be named; whether one is there is for its reader to say."""
+    for path in paths:
+        try:
+            os.stat(Path(path).expanduser())
+        except RuntimeError as error:
+            remedy = f"is no home directory here; write ./{path} if it is a name"
+            raise InputError(f"{argument}: {Path(path).parts[0]} {remedy}.") from error
+        except OSError as error:
+            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+                raise InputError(f"{argument}: can not be a path ({error.strerror}); give another.") from error
+        except (TypeError, ValueError):  # no text, or none that the system takes: its own checks speak
+            continue
+
+
+def _merge(command: str, groups: list[str], values: list[_Given]) -> Any:
     """The schema, filled from the groups' files, then from the values given, each checked as it is set."""
     schema = SCHEMAS[command]
-    groups, values = _parse(command, arguments)
     try:
         composed = _compose(command, groups)
         own = {field.name for field in dataclasses.fields(schema)}
@@ -244,11 +295,12 @@ def _merge(command: str, arguments: list[str]) -> Any:
             value = [value]  # data.paths=book.txt means the list of one
         if isinstance(value, str) and kind in (str, str | None):
             value = _escaped(value)
+        if isinstance(value, list):  # whose entries may be interpolations
+            value = [_escaped(entry) if entry == MISSING else entry for entry in value]
         if kind in (bool, bool | None) and not isinstance(value, bool | None) and "${" not in str(value):
             raise InputError(f"{argument}: must be {_expected(kind)}.")  # OmegaConf would take 2, and `off`
         try:
-            _open_section(merged, schema, name)
-            OmegaConf.update(merged, name, value)
+            _section(merged, schema, name)[name.rpartition(".")[2]] = value
         except OmegaConfBaseException as error:
             raise InputError(f"{argument}: must be {_expected(kind)}.") from error
     return merged
@@ -269,20 +321,23 @@ def _sections_of_base(values: list[_Given]) -> dict[str, Any]:
     return _escaped_texts({"model": {**to_plain(model), "router_drift_coef": 0.0}, **tokenizer})
 
 
-def _open_section(merged: Any, schema: Any, name: str) -> None:
-    """Gives a mapping the section that a dotted name leads into, if it is a new one."""
-    node, parts = merged, name.split(".")
-    for index, part in enumerate(parts[:-2]):
-        node, kind = node[part], {field.name: field.type for field in dataclasses.fields(schema)}[part]
-        if (named := named_sections(kind)) is not None:
-            if parts[index + 1] not in node:
-                node[parts[index + 1]] = OmegaConf.structured(named)
-            return
-        schema = kind
+def _section(node: Any, schema: Any, name: str) -> Any:
+    """The section that an option stands in; one of a mapping is made where it is new."""
+    for part in name.split(".")[:-1]:
+        if (named := named_sections(schema)) is not None:
+            schema = named
+            if part not in node:
+                node[part] = OmegaConf.structured(named)
+        else:
+            schema = {field.name: field.type for field in dataclasses.fields(schema)}[part]
+        node = node[part]
+    return node
 
 
 def _escaped(text: str) -> str:
-    """Text that OmegaConf gives back as it stands: `${` would be an interpolation."""
+    """Text that OmegaConf gives back as it stands: `${` would be an interpolation, and `???` a value still to come."""
+    if text == MISSING:
+        return f"${{oc.decode:\"'{MISSING}'\"}}"
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
@@ -356,11 +411,14 @@ def _reason(error: OmegaConfBaseException) -> str:
 
 
 def nearest(name: str, names: list[str]) -> str:
-    """`, did you mean …?`, by the whole name or by its last part."""
+    """`, did you mean …?`, by the whole name, or by its last part, first among those that have its words in theirs."""
     name = name.partition("@")[0]  # Hydra's way to place a group elsewhere
+    last = name.rsplit(".", 1)[-1]
     by_last = {n.rsplit(".", 1)[-1]: n for n in names}
+    with_its_words = [n for n in by_last if set(n.split("_")) >= set(last.split("_"))]
     close = difflib.get_close_matches(name, names, 1, 0.6)
-    close = close or [by_last[n] for n in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last, 1, 0.6)]
+    close = close or [by_last[n] for n in difflib.get_close_matches(last, with_its_words, 1, 0.0)]
+    close = close or [by_last[n] for n in difflib.get_close_matches(last, by_last, 1, 0.6)]
     return f"; did you mean {close[0]!r}?" if close else "; `--help` lists all options."
 
 

@@ -2,8 +2,25 @@
 
 import contextlib
 import os
+import sys
 import threading
 from collections.abc import Callable
+
+
+def open_standard_streams() -> None:
+    """Lead input and output that were closed (`>&-`) to /dev/null.
+
+    Otherwise the next file that is opened, say a checkpoint's, gets the descriptor of what is printed.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest that is free, which is this one
+            os.set_inheritable(opened, True)
+    # Python gives no stream to a descriptor that it found closed.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 def rank() -> int:

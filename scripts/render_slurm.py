@@ -50,11 +50,20 @@ def _positive(text: str) -> int:
     return number
 
 
+def _not_negative(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("must not be negative")
+    return number
+
+
 def main() -> None:
     """Fill in the template from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=_positive, default=1, help="machines")
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of each, one process for each; 0 for CPUs")
+    parser.add_argument(
+        "--gpus-per-node", type=_not_negative, default=8, help="GPUs of each, one process for each; 0 for CPUs"
+    )
     parser.add_argument("--processes-per-node", type=_positive, help="where it is not the number of GPUs")
     parser.add_argument("--time", default="24:00:00", help="limit of one job; the run goes on in the next")
     parser.add_argument(
@@ -72,7 +81,7 @@ def main() -> None:
         parser.error(f"--time {given.time!r}: must be written as SLURM does, such as 24:00:00")
     if wrong := [option for option in given.options if "=" not in option]:
         parser.error(f"{wrong[0]!r}: options of `moe-lm pretrain` are written NAME=VALUE")
-    values = dict(option.split("=", 1) for option in given.options)
+    values = dict(option.lstrip("+").split("=", 1) for option in given.options)
     name = values.get("run_name", values.get("experiment", "stdlib"))
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         parser.error(f"run_name={name!r}: use letters, digits, '.', '_' and '-'")

@@ -127,6 +127,8 @@ class ExportConfig:
         _require_given("checkpoint", self.checkpoint)
         if self.output == "":
             raise InputError("output='': give a directory, or null for `hf` in the run's directory.")
+        if self.base == "":
+            raise InputError("base='': give the directory where the base is now, or null if it was not moved.")
         if self.max_shard_bytes < SMALLEST_SHARD:
             raise InputError(
                 f"max_shard_size={self.max_shard_size}: must be a size such as 500MB, 4GB or 4GiB, of 10KB at least."
@@ -204,6 +206,8 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         _require_given("checkpoint", self.checkpoint)
+        if self.prompts == "":
+            raise InputError("prompts='': give a file, or null.")
         if self.prompts is not None and self.prompt:
             raise InputError(f"prompt={self.prompt!r}: leave it out, or prompts={self.prompts}.")
         if self.chat and self.prompts is None and not self.prompt.strip():

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from moe_lm.config import ANY_NAME, SCHEMAS, group_choices, load_values, named_sections, written
+from moe_lm.config import ANY_NAME, FROM_BASE, OF_BASE, SCHEMAS, group_choices, load_values, named_sections, written
 
 
 def print_help(command: str, summary: str, arguments: list[str]) -> None:
@@ -24,6 +24,8 @@ def print_help(command: str, summary: str, arguments: list[str]) -> None:
             print(f"  {group}={'|'.join(names)}")
     print("\noptions, with their values" + (f" under {' '.join(arguments)}" if arguments else "") + ":\n")
     for name, value, meaning in describe(SCHEMAS[command], load_values(command, arguments)):
+        if command in FROM_BASE and name in OF_BASE and value is not None:
+            continue
         if value is None:
             print(f"\n{name}: {meaning}")
             continue

@@ -30,6 +30,7 @@ from moe_lm.data.prepared import PreparedData, load
 from moe_lm.data.tokenizer import Tokenizer, load_tokenizer
 from moe_lm.errors import InputError
 from moe_lm.evaluation.bits_per_byte import Validation
+from moe_lm.finetune.config import FinetuneRunConfig
 from moe_lm.interrupts import STOPPED, interrupts
 from moe_lm.model.accounting import count_parameters
 from moe_lm.parallel.peers import BEAT
@@ -140,9 +141,10 @@ def _prepare(config: RunConfig, directory: Path, runtime: Runtime, say: Say) -> 
         runtime.on_main(lambda: load(config.data, config.tokenizer, directory, keep_tokenizer=keep))
         data = load(config.data, config.tokenizer, directory, keep_tokenizer=keep)
     _check_vocabulary(config, data.tokenizer)
-    if config.data.source is DataSource.prepared and config.model.vocab_size > data.tokenizer.vocab_size:
+    given = config.data.source is DataSource.prepared or config.tokenizer.path is not None
+    if given and not isinstance(config, FinetuneRunConfig) and config.model.vocab_size > data.tokenizer.vocab_size:
         ids = data.tokenizer.vocab_size
-        say(f"note: model.vocab_size={config.model.vocab_size}, and the set's tokenizer has {ids} ids")
+        say(f"note: the tokenizer has {ids} ids, and the model {config.model.vocab_size} rows (model.vocab_size)")
     return data
 
 

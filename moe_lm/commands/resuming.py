@@ -39,7 +39,9 @@ def resume(training: Run, has_data: bool, say: Callable[[str], None]) -> bool:
     longer = max_steps > checkpoint.state["config"]["trainer"]["max_steps"]
     if training.runtime.decide(lambda: is_finished(training.directory, step)) and not longer:
         name, done = training.config.run_name, f"({step} steps)"
-        say(f"run {name} is finished {done}: see {training.directory}; another run_name= starts a new one")
+        unmade = training.config.finish.export and not (training.directory / "hf").exists()
+        export = f"; `moe-lm export checkpoint={training.directory}` writes its hf/" if unmade else ""
+        say(f"run {name} is finished {done}: see {training.directory}{export}; another run_name= starts a new one")
         return False
     if step > max_steps:
         raise InputError(f"trainer.max_steps={max_steps}: must be at least {step}, the step that the run stands at.")

@@ -209,7 +209,8 @@ def _check_same_run(config: RunConfig, directory: Path) -> None:
     begun = load_saved(type(config), directory / CONFIG_FILE)
     if changed := differences(begun, config):
         fields = "; ".join(f"{name}={change}" for name, change in changed.items())
-        insist = f"[{','.join(changed)}]" if len(changed) <= 4 else "[…], with the name of each"
+        names = list(dict.fromkeys([*config.resume.allow_change, *changed]))
+        insist = f"[{','.join(names)}]" if len(names) <= 4 else "[…], with the name of each"
         insist = f", or insist with resume.allow_change={insist}"
         if "base" in changed:
             insist += " if the base is a copy with the same weights"

@@ -193,6 +193,8 @@ class DataConfig:
             raise InputError(f"data.epochs={self.epochs}: must be at least 1, or null to repeat without end.")
         if self.workers is not None and not 0 <= self.workers <= 1024:
             raise InputError(f"data.workers={self.workers}: must be between 0 and 1024, or null.")
+        if self.domain == "":
+            raise InputError("data.domain='': give a name, or null for the kind of source.")
         self._check_sources()
         self._check_chat()
         if self.source is DataSource.prepared and self.streaming:
@@ -255,10 +257,15 @@ class DataConfig:
             raise InputError("data.streaming=true: conversations are prepared, not streamed; leave it out.")
 
     @property
+    def kinds(self) -> set[DataSource | None]:
+        """The kinds of all sources, and of what is validated on."""
+        of_validation = {self.source} if self.validation_paths else set()
+        return {source.source for source in self.resolved_sources().values()} | of_validation
+
+    @property
     def has_chat(self) -> bool:
         """Whether any source, or the validation's, holds conversations that are still to be rendered."""
-        kinds = {source.source for source in self.resolved_sources().values()}
-        return DataSource.chat in kinds or (bool(self.validation_paths) and self.source is DataSource.chat)
+        return DataSource.chat in self.kinds
 
     def resolved_sources(self) -> dict[str, SourceConfig]:
         """The sources by name, each with its kind, fields and domain filled in; a single source is named by its

@@ -45,7 +45,7 @@ class ModelConfig:
 
     family: ModelFamily = ModelFamily.mixture
     """`mixture`: routed experts (Mixtral). `dense`: one SwiGLU per layer (Mistral); the expert fields are then
-    unused."""
+    unused. model=dense sets a whole shape as well, this alone does not."""
     vocab_size: int = 32000
     """Rows of the embedding and of the output head; at least the tokenizer's vocabulary."""
     hidden_size: int = 4096
@@ -113,8 +113,9 @@ class ModelConfig:
             _require(self, name, getattr(self, name) >= 0, "must not be negative")
         for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
             _require(self, name, getattr(self, name) > 0, "must be greater than 0")
-        factor = self.capacity_factor
+        factor, routes = self.capacity_factor, self.family is ModelFamily.mixture
         _require(self, "capacity_factor", factor is None or factor > 0, "must be greater than 0, or null")
+        _require(self, "capacity_factor", factor is None or routes, "a dense model routes nothing; leave it out")
         window, below = self.sliding_window, "must be less than 2147483648"
         _require(self, "max_position_embeddings", self.max_position_embeddings < 2**31, below)
         _require(self, "sliding_window", window is None or window >= 1, "must be at least 1")

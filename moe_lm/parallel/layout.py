@@ -95,6 +95,8 @@ def choose_layout(config: ParallelConfig, model: ModelConfig, machine: Machine, 
                 f"parallel=single: {world} processes were started; start one, or choose parallel=replicated, fsdp or "
                 "fsdp_ep."
             )
+        if config.mode is ParallelMode.single:
+            _refuse_unused(config, mode, "dp_replicate", "ep")
         return Layout(), why
     if mode is ParallelMode.replicated:
         _refuse_unused(config, mode, "dp_replicate", "ep")
@@ -110,7 +112,9 @@ def _choose_mode(
 ) -> tuple[ParallelMode, str]:
     world, memory = machine.world_size, machine.memory
     if world == 1:
-        return ParallelMode.single, ""
+        unused = [f"parallel.{name}" for name in ("dp_replicate", "ep") if getattr(config, name) not in (None, 1)]
+        why = f"parallel=single, for one process was started; {' and '.join(unused)} not used" if unused else ""
+        return ParallelMode.single, why
     if config.dp_replicate is not None:
         return ParallelMode.hsdp_ep, "parallel=hsdp_ep, for parallel.dp_replicate is given"
     if config.ep is not None:

@@ -82,7 +82,7 @@ class OptimizerConfig:
 
     name: OptimizerName = OptimizerName.adamw
     """`adamw`, or `muon`: orthogonalised momentum for matrices (each expert by itself), AdamW for embedding, head,
-    gate, norms."""
+    gate, norms. optimizer=muon sets a learning rate for it as well, this alone does not."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
     weight_decay: float = 0.1
@@ -113,7 +113,7 @@ class ScheduleConfig:
 
     name: ScheduleName = ScheduleName.cosine
     """`cosine` falls from the end of warm-up; `wsd` (warm-up, stable, decay) holds, then falls linearly; `constant`
-    holds."""
+    holds. schedule=wsd sets a decay for it as well, this alone does not."""
     warmup_steps: int = 100
     """Steps of linear warm-up: step n has n / warmup_steps of the rate. A shorter run is all warm-up."""
     decay_fraction: float = 0.2
@@ -162,9 +162,9 @@ class TrainerConfig:
         for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_interval", "eval_sequences"):
             _require(self, "trainer", name, getattr(self, name) >= 1, "must be at least 1")
         _require(self, "trainer", "eval_interval", self.eval_interval >= 0, "must not be negative")
-        limit = f"must be a number of seconds up to a week, {WEEK}"
-        _require(self, "trainer", "step_timeout", 0 <= self.step_timeout <= WEEK, limit)
-        _require(self, "trainer", "stop_deadline", 1 <= self.stop_deadline <= WEEK, limit)
+        for name, least in (("step_timeout", 0), ("stop_deadline", 1)):
+            limit = f"must be a number of seconds from {least} to {WEEK}, a week"
+            _require(self, "trainer", name, least <= getattr(self, name) <= WEEK, limit)
 
 
 @dataclasses.dataclass

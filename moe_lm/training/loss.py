@@ -33,7 +33,7 @@ class LossShares(NamedTuple):
     dropped: Tensor
     """Assignments beyond the experts' capacity, over all layers."""
     count_LE: Tensor
-    """Assignments to each expert of each layer; [0, 0] for a dense model."""
+    """Assignments to each expert of each layer; [0, 1] for a dense model."""
 
 
 def loss_shares(

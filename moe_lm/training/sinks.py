@@ -102,7 +102,7 @@ class Display:
             text = TextColumn("{task.description}", table_column=Column(no_wrap=True))
             columns = (MofNCompleteColumn(), BarColumn(None), text, TimeRemainingColumn(compact=True))
             self._progress = Progress(*columns, console=self._console, expand=True)
-            self._task = self._progress.add_task("")
+            self._task = self._progress.add_task("", total=None)
             self._progress.start()
 
     def begin(self, max_steps: int, first_step: int) -> None:

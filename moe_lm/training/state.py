@@ -131,9 +131,10 @@ def progress_of(checkpoint: Checkpoint) -> Progress:
             raise CheckpointError(f"state.json: has no {name} of a run")
     try:
         progress = Progress(**checkpoint.state["progress"])
+        counts = [progress.step, progress.data_step, progress.updates, *progress.skipped_data_steps]
     except TypeError as error:
         raise CheckpointError(f"state.json: says no valid progress of a run ({error})") from error
-    if not are_sizes([progress.step, progress.data_step, progress.updates, *progress.skipped_data_steps]):
+    if not are_sizes(counts):
         raise CheckpointError("state.json: the progress of a run is counted in whole numbers")
     if named_step(checkpoint.path) not in (None, progress.step):
         raise CheckpointError(f"was saved at step {progress.step}, whatever its name says")

@@ -5,6 +5,7 @@ import functools
 import gzip
 import os
 import re
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pyarrow
@@ -16,9 +17,14 @@ from moe_lm import cli, config
 from moe_lm.checkpoint.config import CheckpointConfig
 from moe_lm.checkpoint.store import CheckpointStore, TensorSlice
 from moe_lm.config import load, save
+from moe_lm.data.prepare import prepare
+from moe_lm.data.prepared import open_set
 from moe_lm.errors import InputError
 from moe_lm.model.config import ModelConfig
 from moe_lm.model.decoder import CausalLM
+from moe_lm.plain import to_plain
+from moe_lm.training.progress import Progress
+from tests.models import write_tokenizer
 
 TEXT = [
     "data=text",
@@ -57,6 +63,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "rows.jsonl").write_text(good * 300)
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(os.urandom(9000).hex().encode() + good.encode())[:-9])
     (tmp_path / "tail.jsonl").write_text(good + good[:-4])
+    (tmp_path / "blank.jsonl").write_text('{"text": ""}\n' * 30)
     for name, text in (("null", "null"), ("nul", '"a\\u0000"'), ("surrogate", '"a\\ud800"')):
         (tmp_path / f"{name}.jsonl").write_text(good + '{"text": ' + text + "}\n")
     parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "other.parquet")
@@ -102,6 +109,8 @@ def _content(place: Path) -> set[Path]:
         ("experimnt", "experiment"),
         ("model@other", "model"),
         ("Trainer.Max_Steps", "trainer.max_steps"),
+        ("steps", "trainer.max_steps"),
+        ("ep", "parallel.ep"),
     ],
 )
 def test_misspelt_options_get_the_nearest_name(complain, prefix, given, nearest):
@@ -230,7 +239,14 @@ def test_values_of_the_wrong_type_say_what_is_wanted(complain, given, expected):
         ("schedule.warmup_steps=-1", "must not be negative"),
         ("schedule.final_factor=2", "must lie in [0, 1]"),
         ("checkpoint.interval=-1", "must be 0"),
+        ("trainer.step_timeout=-1", "from 0 to 604800"),
+        ("trainer.stop_deadline=0", "from 1 to 604800"),
+        ("data.domain=", "give a name, or null"),
         ("checkpoint.keep_last=0", "must be at least 1"),
+        ("checkpoint.keep_every=-1", "must be 0 (none) or a number of steps"),
+        ("parallel.placement=file", "parallel.placement_file=null: parallel.placement=file needs the file"),
+        ("parallel.placement_file=p.json", "is not read with parallel.placement=contiguous; set parallel.pl"),
+        ("resume.allow_change=[trainer.max_step]", "there is no option 'trainer.max_step'; did you mean 'trainer.m"),
         ("finish.sample_tokens=0", "must be at least 1"),
         ("seed=-1", "must not be negative"),
         ("data.sequence_length=1", "must be at least 2"),
@@ -263,6 +279,14 @@ def test_values_out_of_range_are_named(complain, given, words):
     assert words in said and re.match(r"[a-z0-9_.]+='?.*'?: ", said), "a field with its value comes first"
 
 
+def test_a_model_that_memory_can_not_hold_is_named(complain):
+    """Catches a run that is killed while it makes its weights."""
+    said = complain("pretrain", *TEXT, f"model.num_hidden_layers={10**7}")
+    named = re.match(r"model: ([\d.]+) B parameters need ([\d,]+) GiB for weights, gradients, moments", said)
+    assert named and int(named[2].replace(",", "")) > 8 * float(named[1])
+    assert "choose a smaller model, or share it among more processes (parallel=fsdp_ep)" in said
+
+
 def test_rows_that_memory_can_not_hold_are_named(complain):
     """Catches a run that is killed in its first step, when all of its text is prepared."""
     rows = 10**9
@@ -277,6 +301,27 @@ def test_rows_too_long_for_their_mask_are_named(complain):
     said = complain("pretrain", *TEXT, *long, "trainer.micro_batch_size=1", "trainer.global_batch_size=1")
     named = re.match(rf"trainer.micro_batch_size=1: so many rows of {length} tokens need ([\d,]+) GiB", said)
     assert named and int(named[1].replace(",", "")) > length**2 / 2**30 and "a smaller data.sequence_length" in said
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        *(("pretrain", name) for name in ("output_dir", "data.paths", "data.validation_paths", "data.sources.a.paths")),
+        *(("pretrain", name) for name in ("data.chat_template", "tokenizer.path", "parallel.placement_file")),
+        *(("finetune", "base"), ("prepare", "output"), ("plan placement", "trace"), ("plan placement", "output")),
+        *(("generate", "checkpoint"), ("generate", "prompts"), ("verify", "against"), ("export", "base")),
+    ],
+)
+def test_paths_that_can_not_be_are_named(complain, place, command, option):
+    """Catches a traceback of `pathlib` for a home directory of nobody, a name too long, or a link to itself."""
+    (place / "loop").symlink_to("loop")
+    for path, words in (
+        ("~nouser/x", "~nouser is no home directory here; write ./~nouser/x if it is a name."),
+        ("a" * 300, "can not be a path (File name too long); give another."),
+        ("loop/x", "can not be a path (Too many levels of symbolic links); give another."),
+    ):
+        given = f'{option}=[book.txt,"{path}"]' if option.endswith("paths") else f"{option}={path}"
+        assert complain(*command.split(), given) == f"{given}: {words}"
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
@@ -333,6 +378,7 @@ def test_sweeps_are_refused(complain, value):
         '"x"',
         "${HOME}",
         "\\\\${x}",
+        "???",
     ],
 )
 def test_text_is_taken_as_it_stands(value):
@@ -374,6 +420,40 @@ def test_values_that_can_not_be_parsed_say_so(complain, value):
     assert said.startswith(f"trainer.max_steps={value}: ") and ("can not be parsed" in said or "whole number" in said)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("trainer.max_steps=(10)", "must be a whole number."),
+        ("trainer.max_steps==3", "must be a whole number."),
+        ("finish.export=(true", "must be true or false."),
+        ("trainer.device=(cpu)", "must be one of auto, cpu, cuda."),
+        ("model=(dense)", "there is no such model; choose from dense, mixtral_8x7b, mixture."),
+        ("data.paths=a,b", "give a list, as in data.paths=[a,b]."),
+        ("data.paths=[a,]", """can not be parsed; quote its entries, as in 'data.paths=["a"]'."""),
+        ("data.paths=it's", """can not be parsed; quote the value, as in 'data.paths="it'"'"'s"'."""),
+        ("data.paths=glob(*)", "a command runs one configuration; start one process for each value."),
+    ],
+)
+def test_what_is_advised_is_what_helps(complain, given, said):
+    """Catches advice that leads to the next complaint, or that no shell takes."""
+    assert complain("pretrain", *TEXT, given) == f"{given}: {said}"
+
+
+@pytest.mark.parametrize("name", ["ä", "a b", "a[0]", ""])
+def test_a_source_is_named_as_it_was_given(complain, name):
+    """Catches a remedy for the value where the name of a source is what can not be."""
+    said = complain("pretrain", "data=text", f"data.sources.{name}.paths=[book.txt]")
+    assert said == f"data.sources.{name}: name a source with letters, digits, '_' and '-'."
+
+
+@pytest.mark.parametrize("entry", ["2024.10", "1e3", "007", "true", "False", "nan", "-5", "a.txt", "a b", "???", "1_0"])
+def test_entries_of_a_list_of_texts_are_taken_as_they_stand(entry):
+    """Catches the directory 2024.10 that is looked for as 2024.1, and a `true` that is refused as no text."""
+    for given, expected in ((f"[{entry}]", [entry]), (entry, [entry]), (f"[ x, {entry} ,\"1, 2\",'3']", None)):
+        paths = load("pretrain", ["data=text", f"data.paths={given}"]).data.paths
+        assert paths == (expected or ["x", entry, "1, 2", "3"])
+
+
 def test_of_an_option_given_twice_the_last_counts(complain):
     """Catches a list of options to which a script can not append; also for groups, whatever the prefix."""
     arguments = [*TEXT, "seed=-3", "+seed=4", "model=mixture", "model=dense"]
@@ -399,7 +479,7 @@ WEIGHTS = ["data.sources.a.weight=1", "data.sources.b.weight=100000"]
         (["data.paths=nope/*.txt"], ["data.paths", "'nope/*.txt'", "matches no file"]),
         (["data.paths=nothing"], ["data.paths", "'nothing'", "holds no"]),
         (["data.paths=empty.txt"], ["data.paths: ", "empty.txt: the file is empty"]),
-        (["data.paths=tiny.txt"], ["tokenizer.vocab_size=500", "too small"]),
+        (["data.paths=tiny.txt"], ["tokenizer.vocab_size=500", "too few different words"]),
         (["data.paths=latin1.txt"], ["data.paths", "latin1.txt", "not UTF-8"]),
         (['data.paths="no\nsuch"'], ["data.paths", "'no such'", "does not exist"]),
         (["data=jsonl", "data.paths=broken.jsonl"], ["broken.jsonl, line 2", "not valid JSON"]),
@@ -423,6 +503,11 @@ WEIGHTS = ["data.sources.a.weight=1", "data.sources.b.weight=100000"]
         (["data=jsonl", "data.paths=surrogate.jsonl"], ["surrogate.jsonl, line 2", "lone surrogate at character 1"]),
         (["data=huggingface", "data.paths=nothing"], ["data.paths=[nothing]", "can not be opened"]),
         (["data=prepared", "data.paths=nothing"], ["data.paths: nothing is no prepared set"]),
+        (["data=prepared", "data.paths=nope"], ["data.paths: 'nope' does not exist (looked from "]),
+        (
+            ["data=jsonl", "data.paths=blank.jsonl", "data.workers=0"],
+            ["data.paths: there is no text in it; give files with text"],
+        ),
         (["data=jsonl", "data.paths=rows.jsonl", "data.sources.a.paths=rows.jsonl"], ["data.paths=['rows.jsonl']"]),
         ([*MIXED, "data.sources.a.paths=nope.jsonl"], ["data.sources.a.paths: 'nope.jsonl' does not exist"]),
         ([*MIXED, "data.sources.a.paths=broken.jsonl"], ["data.sources.a.paths: ", "broken.jsonl, line 2"]),
@@ -431,7 +516,7 @@ WEIGHTS = ["data.sources.a.weight=1", "data.sources.b.weight=100000"]
             ["data.sources.a.weight=1.0: is less than one row in 10000"],
         ),
         ([*MIXED, "data.sources.a.weight=-1"], ["data.sources.a.weight=-1.0: must not be negative"]),
-        (["data=jsonl", "data.sources.a/b.paths=rows.jsonl"], ["data.sources.a/b.paths=rows.jsonl"]),
+        (["data=jsonl", "data.paths=[]", "data.sources.a/b.paths=rows.jsonl"], ["data.sources.a/b: name a source"]),
         (["data.epochs=0"], ["data.epochs=0: must be at least 1"]),
         (["data.num_streams=0"], ["data.num_streams=0: must be between 1 and 1024"]),
         (["data.workers=-1"], ["data.workers=-1: must be between 0"]),
@@ -504,10 +589,29 @@ def test_a_part_of_a_launchers_variables_is_named(complain, monkeypatch, environ
     assert words in complain("pretrain", *TEXT)
 
 
+def test_a_tokenizer_with_more_ids_than_the_model_is_named(complain, place):
+    """Catches an id that no row of the embedding stands for, found when a batch holds it."""
+    write_tokenizer(place / "characters")
+    said = complain("pretrain", *TEXT, "tokenizer.path=characters", "model.vocab_size=19")
+    assert said == "model.vocab_size=19: must be at least the tokenizer's vocabulary, 20."
+
+
+def test_a_stream_whose_text_has_changed_is_named(complain, place):
+    """Catches a stream that goes on, by what its checkpoint remembers, in the middle of another text."""
+    options = [*TEXT, "data.streaming=true", "data.workers=0"]
+    loaded = load("pretrain", options)
+    prepare(loaded.data, loaded.tokenizer, place / "runs/stdlib")
+    with (place / "book.txt").open("a") as book:
+        book.write("one more line\n")
+    said = complain("pretrain", *options)
+    assert said.startswith("data.paths: its files are not those that runs/stdlib began to stream; bring the old text")
+    assert said.endswith("or give another run_name=.")
+
+
 # Directories
 
 
-@pytest.mark.parametrize("directory", ["book.txt", "book.txt/runs", "/proc/nope", "x" * 256])
+@pytest.mark.parametrize("directory", ["book.txt", "book.txt/runs", "/proc/nope"])
 def test_an_output_directory_that_can_not_be_written_is_named(complain, directory):
     """Catches a run that is lost at its first save."""
     said = complain("pretrain", *TEXT, f"output_dir={directory}")
@@ -527,13 +631,17 @@ def test_a_foreign_export_directory_is_refused_before_training(complain, place):
 def run(place: Path) -> Path:
     """The directory of a run that was begun with the options of `TEXT`: a configuration and a checkpoint."""
     directory = place / "runs/stdlib"
-    shape = {"vocab_size": 40, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    _save_model(directory / "checkpoints", vocab_size=40)
+    save(load("pretrain", TEXT), directory / "config.yaml")
+    return directory
+
+
+def _save_model(checkpoints: Path, vocab_size: int) -> None:
+    shape = {"vocab_size": vocab_size, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     shape |= {"num_attention_heads": 1, "num_key_value_heads": 1, "num_experts": 2}
     model = CausalLM(ModelConfig(**shape))
     slices = [TensorSlice.whole(f"model/{name}", value.detach()) for name, value in model.named_parameters()]
-    CheckpointStore(directory / "checkpoints", CheckpointConfig()).save(1, slices, {"config": {"model": shape}})
-    save(load("pretrain", TEXT), directory / "config.yaml")
-    return directory
+    CheckpointStore(checkpoints, CheckpointConfig()).save(1, slices, {"config": {"model": shape}})
 
 
 def test_a_run_of_another_configuration_names_the_fields(complain, run):
@@ -572,7 +680,88 @@ def test_checkpoints_without_a_configuration_are_not_resumed(complain, run):
     assert "config.yaml: is missing; bring it back" in complain("pretrain", *TEXT)
 
 
+@pytest.fixture
+def prepared(run: Path) -> Path:
+    """The same run with its data, whose checkpoint says what a run's does and holds tensors of another model."""
+    loaded = load("pretrain", TEXT)
+    prepare(replace(loaded.data, workers=0), loaded.tokenizer, run)
+    data = open_set(run)
+    state = {"progress": asdict(Progress(step=1)), "losses": [], "data": {}, "environment": {"processes": 1}}
+    state |= {"config": to_plain(loaded), "corpus_fingerprint": data.corpus_fingerprint}
+    state |= {"tokenizer_fingerprint": data.tokenizer.fingerprint}
+    store = CheckpointStore(run / "checkpoints", CheckpointConfig())
+    store.save(1, [TensorSlice.whole("model/other", torch.zeros(1))], state)
+    return run
+
+
+def test_a_run_without_a_checkpoint_to_trust_is_not_begun_anew(complain, prepared):
+    """Catches a run that starts again from nothing, and replaces what could have been mended."""
+    (prepared / "checkpoints/step-00000001/state.json").write_text("{}")
+    said = complain("pretrain", *TEXT, "data.workers=0")
+    assert said == (
+        "runs/stdlib/checkpoints: none of its checkpoints can be trusted; bring a good copy back, or give another "
+        "run_name= to start anew."
+    )
+
+
+def test_a_checkpoint_of_another_model_is_not_gone_on_with(complain, prepared):
+    """Catches tensors of another run, whole by themselves, that are loaded as far as they fit."""
+    said = complain("pretrain", *TEXT, "data.workers=0")
+    assert said.startswith("runs/stdlib/checkpoints/step-00000001: model/") and "is missing; " in said
+    assert said.endswith("; what changes these can not be insisted on.")
+
+
 # Other commands
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("part=0/4", "part=0/4: must be i/n with i from 1 to n, such as 2/8."),
+        ("part=5/4", "part=5/4: must be i/n with i from 1 to n"),
+        ("part=2", "part=2: must be i/n with i from 1 to n"),
+        ("data=prepared", "data.source=prepared: is prepared already; give the text that it shall be made of."),
+        (
+            "data.streaming=true",
+            "data.streaming=true: a stream is not prepared; leave it out, or give it to `pretrain`",
+        ),
+        ("output=book.txt/set", "output=book.txt/set: can not be written (book.txt/set: Not a directory); make room"),
+    ],
+)
+def test_what_can_not_be_prepared_is_named(complain, given, words):
+    """Catches a share of the work that nobody does, and a set that is made of another or of nothing."""
+    options = ["data=text", "data.paths=book.txt", "data.workers=0", "output=set"]
+    assert complain("prepare", *options, given).startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("against=", "against='': give a path, or null."),
+        ("output=", "output='': give a path, or null."),
+        ("against=nothing", "against=nothing: is for an export, and runs/stdlib is a native checkpoint; leave it out."),
+        ("output=nothing", "output=nothing: is a directory; give the name of a file."),
+        ("output=runs/stdlib/x.json", "output=runs/stdlib/x.json: lies in checkpoint=runs/stdlib, which is left as it"),
+        ("output=nope/x.json", "output=nope/x.json: there is no directory nope; make it, or give another one."),
+    ],
+)
+def test_a_receipt_that_has_no_place_is_named(complain, run, given, words):
+    """Catches hours of checks whose receipt can not be written, or lies in what it is about."""
+    assert complain("verify", "checkpoint=runs/stdlib", given).startswith(words)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_no_generator_takes_is_named(complain, seed):
+    """Catches torch's own error after the base was read."""
+    said = complain("upcycle", "checkpoint=nothing", "output=x", f"seed={seed}")
+    assert said == f"seed={seed}: must not be negative, and must be below 2**63."
+
+
+def test_a_base_without_its_tokenizer_is_named(complain, place):
+    """Catches a base that goes on learning with ids of another tokenizer."""
+    _save_model(place / "bare/checkpoints", vocab_size=4096)
+    said = complain("finetune", "base=bare", "data=text", "data.paths=book.txt")
+    assert said == "tokenizer.path=null: there is no tokenizer beside bare; give the one it needs."
 
 
 @pytest.mark.parametrize("command", ["export", "generate"])
@@ -582,7 +771,7 @@ def test_checkpoints_without_a_configuration_are_not_resumed(complain, run):
         ("checkpoint=nope", "checkpoint=nope: there is no such directory"),
         ("checkpoint=book.txt", "checkpoint=book.txt: is no directory; give the one that it lies in"),
         ("checkpoint=nothing", "checkpoint=nothing: holds no complete checkpoint"),
-        (f"checkpoint={'x' * 256}", "there is no such directory"),
+        (f"checkpoint={'x' * 256}", "can not be a path (File name too long)"),
         ("checkpoint=", "checkpoint: is required"),
         ("checkpoint=null", "checkpoint: is required"),
         ("+checkpoint=nope", "checkpoint=nope: there is no such directory"),
@@ -616,6 +805,7 @@ def test_a_source_is_required(complain, command):
         ("precision=int8", "precision=int8: must be one of auto, bf16, fp32"),
         ("batch_size=0", "batch_size=0: must be at least 1"),
         ("prompts=none.jsonl", "prompts=none.jsonl: can not be read"),
+        ("prompts=", "prompts='': give a file, or null"),
     ],
 )
 def test_sampling_options_out_of_range_are_named(complain, given, words):
@@ -625,7 +815,11 @@ def test_sampling_options_out_of_range_are_named(complain, given, words):
 
 @pytest.mark.parametrize(
     ("given", "words"),
-    [("dtype=fp16", "dtype=fp16: must be one of fp32, bf16"), ("output=", "output='': give a directory")],
+    [
+        ("dtype=fp16", "dtype=fp16: must be one of fp32, bf16"),
+        ("output=", "output='': give a directory"),
+        ("base=", "base='': give the directory"),
+    ],
 )
 def test_export_options_out_of_range_are_named(complain, given, words):
     """Catches a type that nobody writes, and an output that is the present directory by accident."""
@@ -655,13 +849,32 @@ def test_a_damaged_checkpoint_is_named(complain, run):
         assert said.startswith(f"checkpoint={checkpoint}: state.json has 2 bytes instead of")
 
 
-def test_a_checkpoint_of_another_program_is_named(complain, place):
+def test_a_checkpoint_of_another_program_is_named(complain, place, capsys):
     """Catches a KeyError for a checkpoint that holds no model of ours."""
     path = CheckpointStore(place / "checkpoints", CheckpointConfig()).save(
         1, [TensorSlice.whole("x", torch.zeros(1))], {}
     )
     for command in ("export", "generate"):
         assert "was not written by moe-lm" in complain(command, f"checkpoint={path}")
+    assert cli.main(["verify", f"checkpoint={path}"]) == 1
+    said = capsys.readouterr()
+    assert f"{path}: REFUSED: state.json: has no configuration of a run\n" in said.out
+    assert said.err == f"moe-lm: checkpoint={path}: 1 can not be trusted (step-00000001)\n"
+
+
+def test_a_checkpoint_of_an_absurd_configuration_is_named(complain, place, capsys):
+    """Catches a reader that builds every layer before it looks at the files, and a configuration that is none."""
+    store = CheckpointStore(place / "checkpoints", CheckpointConfig())
+    config = {"model": {"num_hidden_layers": 1000}, "optimizer": {}}
+    path = store.save(1, [TensorSlice.whole("model/x", torch.zeros(1))], {"config": config})
+    for command in ("export", "generate"):
+        said = complain(command, f"checkpoint={path}")
+        assert said == f"checkpoint={path}: has fewer tensors than its configuration has layers."
+    assert cli.main(["verify", f"checkpoint={path}"]) == 1
+    assert f"{path}: REFUSED: has fewer tensors than its configuration has layers\n" in capsys.readouterr().out
+    path = store.save(2, [TensorSlice.whole("model/x", torch.zeros(1))], {"config": {"model": 3}})
+    for command in ("export", "generate"):
+        assert complain(command, f"checkpoint={path}").startswith("configuration: ")
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"model_type": "llama"}', '{"model_type": "mixtral"}'])

@@ -1,5 +1,6 @@
 """Damaged and crafted checkpoints: refused by name, before anything of them is loaded and within bounded memory."""
 
+import dataclasses
 import json
 import os
 import random
@@ -14,6 +15,8 @@ from moe_lm.checkpoint.checkpoint import Checkpoint
 from moe_lm.checkpoint.config import CheckpointConfig
 from moe_lm.checkpoint.store import CheckpointStore, TensorSlice
 from moe_lm.checkpoint.tensor_file import HEADER_BYTES, CheckpointError, write_tensors
+from moe_lm.training.progress import Progress
+from moe_lm.training.state import progress_of
 from tests.unit.checkpoint.sealing import seal
 
 TENSORS = {
@@ -94,6 +97,14 @@ def _duplicate(header: bytes) -> bytes:
     return text[:-1] + b"," + json.dumps({name: inner[name]}).encode()[1:]
 
 
+def _changed(header: bytes, name: str, entry: object) -> bytes:
+    """A header that says something else of one name."""
+    return json.dumps({**json.loads(header), name: entry}).encode()
+
+
+IN_HEADER = ("duplicated", "beyond the end", "metadata", "no place", "a type", "a size")
+"""Edits that need the file as it was."""
+
 EDITS = {
     "missing": (lambda path, key: write_tensors(path, {}), "is not there"),
     "renamed": (lambda path, key: write_tensors(path, {"other": TENSORS[key]}), "is not there"),
@@ -109,6 +120,26 @@ EDITS = {
         lambda path, key: _with_header(path, lambda h: h.replace(b'"data_offsets":[0,140]', b'"data_offsets":[8,148]')),
         "do not fill the file",
     ),
+    "metadata that is no text": (
+        lambda path, key: _with_header(path, lambda h: _changed(h, "__metadata__", {"format": 1})),
+        "the header's __metadata__ is not one of texts",
+    ),
+    "metadata that is a list": (
+        lambda path, key: _with_header(path, lambda h: _changed(h, "__metadata__", [])),
+        "the header's __metadata__ is not one of texts",
+    ),
+    "no place": (
+        lambda path, key: _with_header(path, lambda h: _changed(h, key, {"dtype": "F32", "shape": [7, 5]})),
+        "the header says no valid type, shape and place of 'model/a'",
+    ),
+    "a type of nobody": (
+        lambda path, key: _with_header(path, lambda h: h.replace(b'"F32"', b'"F33"')),
+        "the header says no valid type, shape and place of 'model/a'",
+    ),
+    "a size below zero": (
+        lambda path, key: _with_header(path, lambda h: h.replace(b"[7,5]", b"[-7,-5]")),
+        "the header says no valid type, shape and place of 'model/a'",
+    ),
     "no safetensors": (lambda path, key: path.write_bytes(b"PK\x03\x04" + bytes(100)), "header"),
 }
 
@@ -119,7 +150,7 @@ def test_an_edited_tensor_file_is_refused_with_the_names(newest, edit):
     path, key = newest / "tensors-00000.safetensors", "model/a"
     assert list(json.loads(path.read_bytes()[8:][: struct.unpack("<Q", path.read_bytes()[:8])[0]]))[1:] == [key]
     act, words = EDITS[edit]
-    path.unlink() if edit != "duplicated" and edit != "beyond the end" else None
+    path.unlink() if not edit.startswith(IN_HEADER) else None
     act(path, key)
     seal(newest)
     said = _refusal(newest)
@@ -147,6 +178,35 @@ def test_an_edited_index_is_refused_with_the_names(newest, change, words):
     seal(newest)
     said = _refusal(newest)
     assert words in said and "model/" in said
+
+
+PROGRESS = dataclasses.asdict(Progress(step=1))
+STATE = {"progress": PROGRESS, "losses": [], "environment": {}, "config": {}, "data": {}}
+STATE |= {"corpus_fingerprint": "", "tokenizer_fingerprint": ""}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        *(({name: None}, f"state.json: has no {name} of a run") for name in STATE),
+        ({"progress": {}}, "was saved at step 0, whatever its name says"),
+        ({"progress": {**PROGRESS, "skipped_data_steps": None}}, r"state.json: says no valid progress of a run \("),
+        ({"progress": {**PROGRESS, "more": 1}}, r"state.json: says no valid progress of a run \(.*'more'\)"),
+        *(
+            ({"progress": {**PROGRESS, **wrong}}, "state.json: the progress of a run is counted in whole numbers")
+            for wrong in ({"updates": 1.5}, {"data_step": -1}, {"skipped_data_steps": [True]}, {"step": "1"})
+        ),
+        ({"progress": {**PROGRESS, "step": 2}}, "was saved at step 2, whatever its name says"),
+    ],
+)
+def test_a_state_that_is_not_that_of_a_run_is_refused(store, changes, words):
+    """Catches a checkpoint, whole by its hashes, that a resume gets half into before it fails."""
+    path = store.save(1, [TensorSlice.whole("model/a", torch.zeros(1))], STATE)
+    assert progress_of(Checkpoint(path)) == Progress(step=1)
+    (path / "state.json").write_text(json.dumps({**STATE, **changes}))
+    seal(path)
+    with pytest.raises(CheckpointError, match=words):
+        progress_of(Checkpoint(path))
 
 
 def test_a_name_that_stands_twice_in_json_is_refused(newest):

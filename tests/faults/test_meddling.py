@@ -10,6 +10,10 @@ import sys
 import pytest
 import torch
 
+import moe_lm.commands.verify as verify_module
+from moe_lm.checkpoint.checkpoint import Checkpoint
+from moe_lm.checkpoint.tensor_file import CheckpointError
+from moe_lm.cli import main
 from tests.runs import ENVIRONMENT, TINY, final_tensors, metrics, moe_lm, wait_for, write_corpus
 
 OPTIONS = [*TINY, "data.paths=[corpus]", "data.workers=0", "trainer.max_steps=12", "finish.export=false"]
@@ -171,6 +175,28 @@ def test_what_is_missing_or_in_the_way_is_named(place, resume, meddle, words):
     code, said = resume()
     assert code == 2 and words in said, said
     assert (place / "runs/half/checkpoints/step-00000006/COMPLETE").exists()
+
+
+def test_a_checkpoint_that_its_run_deletes_meanwhile_is_no_damage(place, monkeypatch, capsys):
+    """Catches a false alarm about a run in training that deletes older checkpoints. The moment is chosen here."""
+    opened = []
+
+    def open_late(path):
+        opened.append(path)
+        if len(opened) == 1:
+            shutil.rmtree(path)
+        return Checkpoint(path)
+
+    monkeypatch.setattr(verify_module, "Checkpoint", open_late)
+    assert main(["verify", f"checkpoint={place / 'runs/half'}", "whole_model=false"]) == 0
+    said = capsys.readouterr().out
+    assert len(opened) == 2 and f"{opened[0]}: was deleted while it was read" in said and f"{opened[1]}: good" in said
+    last = Checkpoint(opened[1])
+    shutil.rmtree(opened[1])
+    with pytest.raises(
+        CheckpointError, match=r"step-00000006: was deleted while it was read.*; give the command again"
+    ):
+        last.tensor("model/model.norm.weight")
 
 
 @pytest.mark.parametrize("is_moved", [True, False], ids=["moved", "cleaned"])

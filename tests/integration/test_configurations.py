@@ -123,10 +123,43 @@ def test_what_the_order_of_rows_is_computed_from_is_fixed():
         assert bool(differences(load("pretrain", begun), new)) == fixed, (begun, change)
 
 
-@pytest.mark.parametrize("text", ["cost ${x}", "a\\${b", "${seed}", "\\\\${a}", "{x: 1}", "null", "1", "ä\nb", "- x"])
+TEXTS = ["cost ${x}", "a\\${b", "${seed}", "\\\\${a}", "{x: 1}", "null", "1", "ä\nb", "- x", "???"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
 def test_text_of_any_kind_survives_saving(text, tmp_path):
     """Catches an interpolation, a number or a list that comes out of a text when its configuration is written down."""
     config = load("pretrain", [f"finish.sample_prompt={text}", f"tracker.project={text}x"])
     save(config, tmp_path / "config.yaml")
     again = load_saved(RunConfig, tmp_path / "config.yaml")
     assert again == config and again.tracker.project == f"{text}x" and not differences(config, again)
+
+
+@pytest.mark.parametrize(
+    ("option", "idle", "useful"),
+    [
+        ("schedule.final_factor=0.2", ["schedule=constant"], ["schedule=cosine"]),
+        ("schedule.decay_fraction=0.2", ["schedule=cosine"], ["schedule=wsd"]),
+        ("optimizer.muon_momentum=0.9", ["optimizer=adamw"], ["optimizer=muon"]),
+        ("model.load_balancing_source=micro_batch", ["model.load_balancing=none"], []),
+        ("model.router_aux_loss_coef=0.02", ["model.load_balancing=none"], []),
+        ("model.num_experts=4", ["model=dense"], ["model=mixture"]),
+        ("model.load_balancing=none", ["model=dense"], ["model=mixture"]),
+        ("tracker.project=x", [], ["tracker=wandb"]),
+        ("finish.sample_tokens=9", ["finish.sample_prompt=null"], ["finish.sample_prompt="]),
+        ("data.num_streams=4", [], ["data.streaming=true"]),
+        ("data.too_long=cut", [], ["data=chat", "data.paths=x"]),
+        ("data.split=test", ["data=text", "data.paths=x"], ["data=huggingface", "data.paths=x"]),
+    ],
+)
+def test_what_has_no_effect_is_said(option, idle, useful, capsys, monkeypatch):
+    """Catches an option that is accepted and ignored, and a note on one that an experiment or a group set."""
+    name = option.split("=")[0]
+    load("pretrain", [option, *idle])
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"moe-lm: note: {name} has no effect ")
+    load("pretrain", [option, *useful])
+    load("pretrain", idle)
+    monkeypatch.setenv("RANK", "1")
+    load("pretrain", [option, *idle])
+    assert not capsys.readouterr().err

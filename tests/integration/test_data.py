@@ -176,7 +176,7 @@ def test_conversations_become_a_model_that_answers(place):
     moe_lm(*OPTIONS, "trainer.max_steps=2", "run_name=words", cwd=place)
     rows = [{"prompt": f"say {i} times a", "completion": "a" * (1 + i % 9)} for i in range(200)]
     (place / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = [o for o in TINY if not o.startswith(("model.", "tokenizer.", "data"))]
+    given = [o for o in TINY if not o.startswith(("model.", "tokenizer.", "data", "finish."))]
     options = ["finetune", *given, "base=runs/words", "data=chat", "data.paths=[chats.jsonl]", "run_name=chat"]
     refused = moe_lm(*options, "data.sequence_length=8", cwd=place, check=False)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1

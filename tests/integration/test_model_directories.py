@@ -392,6 +392,18 @@ def test_two_at_once_do_not_meet(tmp_path, mixtral, capsys):
     assert not temporary.exists()
 
 
+def test_an_export_of_two_types_is_none(tmp_path, mixtral, capsys):
+    """Catches a comparison with the source in the type of one tensor, whatever the others have."""
+    _run("import", f"checkpoint={mixtral}", f"output={tmp_path / 'native'}")
+    shard = sorted(mixtral.glob("model-*.safetensors"))[0]
+    weights = load_file(shard)
+    name = next(name for name in weights if "experts" not in name)
+    save_file({**weights, name: weights[name].bfloat16()}, shard, metadata={"format": "pt"})
+    assert main(["verify", f"checkpoint={mixtral}", f"against={tmp_path / 'native'}"]) == 1
+    said = f"checkpoint={mixtral}: verification failed: tensors: an export has one type, and these have 2"
+    assert said in capsys.readouterr().err
+
+
 def test_other_mistakes_are_sentences(tmp_path, mixtral, llama, tokenizer, capsys):
     """Catches a traceback for a wrong directory, a native checkpoint, a foreign tokenizer or a plan that does not
     fit.

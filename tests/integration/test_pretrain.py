@@ -136,13 +136,17 @@ def test_a_finished_run_is_made_longer_by_insisting(finished):
     unfit = moe_lm(*wider, cwd=directory, check=False)
     assert unfit.returncode == 2 and "(model.num_experts can not change)." in unfit.stderr
     insisting = [*longer, "resume.allow_change=[trainer.max_steps]"]
+    other = moe_lm(*insisting, "seed=3", cwd=directory, check=False)
+    assert other.returncode == 2 and "insist with resume.allow_change=[trainer.max_steps,seed]" in other.stderr
     done = moe_lm(*insisting, cwd=directory, launcher=["env", "MOE_LM_NATIVE=0", sys.executable])
     assert "step 6 of 9" in done.stdout
     changed = "other than when it was saved: kernels native kernels → plain kernels;" in done.stdout
     assert changed == (native.library() is not None and not torch.cuda.is_available())
     whole = metrics(directory / "runs/whole", "validation_bits_per_byte")
     assert sorted(metrics(directory / "runs/longer")) == list(range(1, 10)) and 5 in whole
-    assert "is finished (9 steps)" in moe_lm(*longer, cwd=directory).stdout
+    assert "is finished (9 steps): see runs/longer; another" in moe_lm(*longer, cwd=directory).stdout
+    exporting = [option for option in longer if not option.startswith("finish.export")]
+    assert "`moe-lm export checkpoint=runs/longer` writes its hf/" in moe_lm(*exporting, cwd=directory).stdout
 
 
 def test_a_micro_batch_that_the_loss_depends_on_is_fixed(finished):

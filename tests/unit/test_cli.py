@@ -11,7 +11,7 @@ import pytest
 
 from moe_lm import cli
 from moe_lm.commands.help import describe, field_documentation
-from moe_lm.config import SCHEMAS, field_types, group_choices, load_values
+from moe_lm.config import OF_BASE, SCHEMAS, field_types, group_choices, load_values
 from moe_lm.kernels import native
 
 HEAVY = ("torch", "hydra", "omegaconf", "transformers", "accelerate", "datasets", "wandb", "numpy", "yaml")
@@ -60,6 +60,9 @@ def test_help_of_a_command_lists_every_field_with_its_meaning(command, flag, cap
     assert cli.main([command, flag]) == 0
     lines = capsys.readouterr().out.splitlines()
     for name in field_types(SCHEMAS[command]):
+        if command == "finetune" and name in OF_BASE:
+            assert not any(line.startswith(f"  {name}=") for line in lines), "it is refused"
+            continue
         places = [i for i, line in enumerate(lines) if line.startswith(f"  {name}=")]
         assert len(places) == 1, name
         meaning = lines[places[0] + 1]
@@ -98,6 +101,14 @@ def test_help_shows_the_values_that_would_hold(capsys):
     out = capsys.readouterr().out
     assert "  model.hidden_size=256\n" in out and "  model.vocab_size=4096\n" in out  # an interpolation, resolved
     assert "  model.sliding_window=null\n" in out and "  tracker.name=none\n" in out
+
+
+def test_help_before_a_command_is_that_of_the_command(capsys):
+    """Catches the list of commands as the answer to `moe-lm help pretrain`."""
+    for command in ("verify", "plan placement", "plan"):
+        assert cli.main([*command.split(), "--help"]) == 0
+        expected = capsys.readouterr().out
+        assert cli.main(["help", *command.split()]) == 0 and capsys.readouterr().out == expected
 
 
 def test_version_is_that_of_the_package(capsys):
@@ -192,3 +203,49 @@ def test_warnings_of_this_package_are_sentences(capsys):
     other = (UserWarning("theirs"), UserWarning, pytest.__file__, 7)
     say(*other)
     assert shown == [other]
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_end_nothing_and_lend_their_descriptors_to_no_file(closed, tmp_path):
+    """Catches a traceback of the stream that is not there, and a line of output that lands in a checkpoint."""
+    code = (
+        "import os, sys; from moe_lm.cli import main; code = main(['--help']); file = open('file', 'w'); "
+        "open('code', 'w').write(f'{code} {file.fileno() > 2} {all(map(os.get_inheritable, range(3)))}'); "
+        "print('out', flush=True); print('err', file=sys.stderr); os.write(1, b'x'); os.write(2, b'x')"
+    )
+    shell = f'cd "$2" && exec "$0" -c "$1" {closed}'
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(["sh", "-c", shell, sys.executable, code, tmp_path], env=environment, capture_output=True)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    assert (tmp_path / "code").read_text() == "0 True True" and not (tmp_path / "file").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ELOOP, os.strerror(errno.ELOOP), "runs/x"),
+        OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), "runs/x"),
+        RuntimeError("Symlink loop from 'runs/x'"),
+        RuntimeError("Could not determine home directory."),
+    ],
+)
+def test_paths_that_python_refuses_are_sentences(error, capsys, monkeypatch):
+    """Catches a traceback for a path of a saved configuration, which no option can be blamed for."""
+
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setattr(cli, "_run", fail)
+    assert cli.main(["pretrain"]) == 1
+    assert re.fullmatch(r"moe-lm: .+\.\n", capsys.readouterr().err)
+
+
+def test_a_working_directory_that_is_gone_is_a_sentence(tmp_path, monkeypatch, capsys):
+    """Catches a traceback of the first relative path."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    for arguments in (["verify", "checkpoint=x"], ["pretrain", "--help"]):
+        assert cli.main(arguments) == 2
+        assert capsys.readouterr().err == "moe-lm: the working directory is gone; change to one that is there.\n"

@@ -52,6 +52,14 @@ def test_two_at_once_do_not_meet(output):
     assert _tree(output.parent) == {"output": None, "output/new": b"new"}
 
 
+def test_a_place_beneath_a_file_is_refused(output):
+    """Catches a traceback for an output that no directory can be made at."""
+    before = _tree(output.parent)
+    with pytest.raises(InputError, match=r"old/new: can not be written \(Not a directory\); give another output="):
+        _replace(output / "old/new")
+    assert _tree(output.parent) == before
+
+
 def test_a_lock_on_a_directory_that_was_renamed_is_none(tmp_path, monkeypatch):
     """Catches a process that opened the temporary directory just before another published it, and would empty that."""
     (tmp_path / "temporary").mkdir()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import moe_lm.checkpoint.checkpoint as checkpoint_module
 import moe_lm.checkpoint.store as store_module
 from moe_lm.checkpoint.checkpoint import Checkpoint
 from moe_lm.checkpoint.config import CheckpointConfig
@@ -197,6 +198,23 @@ def test_slices_that_do_not_cover_a_tensor_exactly_are_refused(sliced, change, w
     index = json.loads((path / "index.json").read_text())
     _change_index(path, "whole", slices=change(index["tensors"]["whole"]["slices"]))
     assert words in _refusal(path)
+
+
+def test_more_slices_than_any_layout_makes_are_refused(sliced, monkeypatch):
+    """Catches an index that keeps its reader comparing boxes with each other for hours."""
+    path, whole = sliced
+    monkeypatch.setattr(checkpoint_module, "SLICES", 3)
+    _assert_same(Checkpoint(path).tensor("whole"), whole)
+    monkeypatch.setattr(checkpoint_module, "SLICES", 2)
+    assert _refusal(path) == "index.json: whole has more than 2 slices"
+
+
+def test_a_file_that_goes_after_it_was_verified_is_named(saved):
+    """Catches a traceback for a checkpoint that another process deletes while it is read."""
+    checkpoint = Checkpoint(saved)
+    (saved / "tensors-00000.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"^model/a can not be read: .*No such file"):
+        checkpoint.tensor("model/a")
 
 
 def test_a_slice_that_differs_from_its_file_is_refused(sliced):

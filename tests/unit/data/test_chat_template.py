@@ -271,6 +271,8 @@ def test_a_conversation_with_every_noncharacter_is_refused(tokenizer: SentencePi
     messages[0]["content"] = NONCHARACTERS
     refusal = encode_conversation(tokenizer, messages, ChatFormat(DEFAULT_TEMPLATE, 500, TooLong.error))
     assert isinstance(refusal, Refusal) and refusal.kind == "noncharacters"
+    with pytest.raises(InputError, match=r"^prompt: holds every noncharacter from U\+FDD0 to U\+FDEF; leave one"):
+        encode_prompt(tokenizer, NONCHARACTERS)
 
 
 def test_long_conversations_are_refused_or_cut(tokenizer: SentencePieceTokenizer) -> None:

@@ -17,11 +17,13 @@ import pytest
 
 from moe_lm.data import chunks, encode
 from moe_lm.data import prepare as prepare_module
+from moe_lm.data.chunks import ChangedSourceError
 from moe_lm.data.config import DataConfig, DataSource, OnBadRow, SourceConfig, TokenizerConfig, TokenizerKind
 from moe_lm.data.encode import Encoded, Encoder
 from moe_lm.data.prepare import Part, prepare
 from moe_lm.data.prepared import PreparedData, load
 from moe_lm.errors import InputError, RunError
+from tests.models import write_tokenizer
 from tests.unit.data.conftest import verify
 
 TOKENIZER = TokenizerConfig(vocab_size=400)
@@ -413,6 +415,46 @@ def test_damage_is_found_before_tokens_are_used(config: DataConfig, tmp_path: Pa
     if damage != "flip":  # which is found when the tokens are read
         with pytest.raises(InputError, match=str(file)):
             prepare(config, TOKENIZER, tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("one/00000-000.json", "{", "bring it back, or delete its directory to prepare again"),
+        ("one/00000-000.json", "[]", "bring it back, or delete its directory to prepare again"),
+        ("manifest.json", "{", "delete its directory to prepare again"),
+        ("manifest.json", "[]", "delete its directory to prepare again"),
+        ("manifest.json", '{"format": 0}', "delete its directory to prepare again"),
+    ],
+)
+def test_a_file_of_a_set_that_says_nothing_is_named(
+    config: DataConfig, tmp_path: Path, name: str, text: str, words: str
+) -> None:
+    """Catches a traceback for a file of another version or program, and one that was cut short."""
+    prepare(config, TOKENIZER, tmp_path / "set")
+    file = tmp_path / "set/data" / name
+    file.write_text(text)
+    with pytest.raises(InputError, match=rf"^{file}: cannot be read \(.+\); {words}\.$"):
+        prepare(config, TOKENIZER, tmp_path / "set")
+
+
+def test_text_that_is_gone_is_said_of_a_set_that_is_complete(config: DataConfig, tmp_path: Path) -> None:
+    """Catches a run that can not go on with its shards because what they were made of lies elsewhere now."""
+    prepare(config, TOKENIZER, tmp_path / "set")
+    (tmp_path / "text/one").rename(tmp_path / "moved")
+    with pytest.raises(ChangedSourceError, match=r"^data.sources.one.paths: '.*/text/one' does not exist .*; bring"):
+        prepare(config, TOKENIZER, tmp_path / "set")
+
+
+def test_text_of_one_character_is_too_little(tmp_path: Path) -> None:
+    """Catches a set without anything to train on."""
+    (tmp_path / "one.txt").write_text("a")
+    write_tokenizer(tmp_path / "tokenizer")
+    one = DataConfig(source=DataSource.text, paths=[str(tmp_path / "one.txt")], workers=0)
+    with pytest.raises(InputError, match=r"^data.paths: all of its text is held out; give more text, or data"):
+        prepare(one, TokenizerConfig(path=str(tmp_path / "tokenizer")), tmp_path / "set")
+    with pytest.raises(InputError, match=r"^data.paths: there is no text to train on in it; give files with more"):
+        prepare(one, TOKENIZER, tmp_path / "other")
 
 
 def test_a_worker_that_dies_is_a_sentence(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from moe_lm.data import chunks
 from moe_lm.data.batch import IGNORED, Batch, make_batch
 from moe_lm.data.config import DataConfig, DataSource, OnBadRow, Packing, SourceConfig, TokenizerConfig, TooLong
+from moe_lm.data.documents import Split, SplitWay
 from moe_lm.data.loader import BatchPlan, ShardLoader, validation_batches
 from moe_lm.data.mixture import make_mixture
 from moe_lm.data.prepare import Part, prepare
 from moe_lm.data.prepared import load
 from moe_lm.data.rows import RowSet
 from moe_lm.data.shards import TokenArray, TokenShard
+from moe_lm.data.sources import open_sources
 from moe_lm.data.tokenizer_sentencepiece import SentencePieceTokenizer
 from moe_lm.errors import InputError
 from moe_lm.evaluation.compressors import document_bytes
@@ -180,6 +182,22 @@ def test_what_can_not_be_trained_on_is_a_sentence(
         dataclasses.replace(config, streaming=True)
     with pytest.raises(InputError, match=r"^data.chat_template=x: data.source=stdlib is not rendered by a template"):
         DataConfig(chat_template="x")
+
+
+def test_conversations_of_which_none_can_be_held_out_are_refused(
+    config: DataConfig, tokenizer_config: TokenizerConfig, tmp_path: Path
+) -> None:
+    """Catches a set without validation, where those that were to be held out are too long and left out."""
+    split, (source,) = Split(SplitWay.hash, config.validation_fraction), open_sources(config)
+    held_out = [number for number, (document, _) in enumerate(source.read()) if split.sides(document)[1]]
+    longer = {"messages": [{"role": role, "content": "too long " * 200} for role in ("user", "assistant")]}
+    rows = [longer if number in held_out else row for number, row in enumerate(ROWS)]
+    write(tmp_path / "chats/a.jsonl", rows[:70])
+    write(tmp_path / "chats/b.jsonl", rows[70:])
+    config = dataclasses.replace(config, too_long=TooLong.skip, on_bad_row=OnBadRow.skip)
+    with pytest.raises(InputError, match=r"^data.validation_fraction: .*; give more text, or data.validation_paths\.$"):
+        prepare(config, tokenizer_config, tmp_path / "set")
+    assert held_out and not (tmp_path / "set/data/manifest.json").exists()
 
 
 def test_another_template_or_length_is_another_set(

@@ -186,6 +186,16 @@ def test_a_directory_that_can_not_be_listed_is_a_sentence(tmp_path: Path, monkey
     assert len(open_sources(config)[0].files) == 1
 
 
+@pytest.mark.parametrize("kind", ["text", "jsonl", "jsonl.gz", "parquet", "arrow"])
+def test_a_file_that_goes_while_it_is_read_is_a_sentence(kind: str, tmp_path: Path) -> None:
+    """Catches a traceback, hours into a stream, for text that somebody has moved away."""
+    source = source_of(kind, write(tmp_path / "text", kind))
+    gone = source.files[-1].path
+    gone.unlink()
+    with pytest.raises(InputError, match=f"^data.paths: {gone} cannot be read .*No such file or directory"):
+        list(source.read())
+
+
 def test_a_link_keeps_the_ending_that_says_its_format(tmp_path: Path) -> None:
     """Catches the Hub's cache, whose files are links to blobs without an ending; and a file read twice through one."""
     (tmp_path / "blob").write_bytes(gzip.compress(b'{"text": "x"}\n'))

@@ -262,6 +262,15 @@ def test_models_that_cannot_be_exported_exactly_are_refused(
         save_tokenizer_files(SentencePieceTokenizer(tmp_path / "m.model"), tmp_path / "out", 100)
 
 
+@pytest.mark.parametrize("mark", ["bos_id", "eos_id"])
+def test_a_model_without_marks_of_a_document_is_refused(tmp_path: Path, mark: str) -> None:
+    """Catches documents that run into each other, or an id of -1."""
+    options = {"model_prefix": str(tmp_path / "m"), "vocab_size": 7, "minloglevel": 2, mark: -1}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["a b c"] * 9), **options)
+    with pytest.raises(InputError, match=r"^tokenizer.path: '.*' has no <s> or </s> .*; use another tokenizer.$"):
+        load_tokenizer(tmp_path / "m.model")
+
+
 def test_a_model_with_a_dummy_prefix_and_no_padding_is_exported_exactly(
     sample_texts: list[str], tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from moe_lm.data.encode import Encoder, encode
+from moe_lm.data.encode import Encoder, _encode_in_worker, encode
 from moe_lm.data.tokenizer import load_tokenizer
 from moe_lm.data.tokenizer_huggingface import HuggingFaceTokenizer
 from moe_lm.errors import InputError
@@ -148,6 +148,13 @@ def test_workers_encode_the_same(directories: dict[str, Path]) -> None:
     assert ours.tokens.tolist() == expected.tokens.tolist() and ours.lengths.tolist() == expected.lengths.tolist()
 
 
+def test_a_worker_refuses_a_tokenizer_that_was_replaced(directories: dict[str, Path]) -> None:
+    """Catches shards whose first documents are of one tokenizer and the rest of another."""
+    path, fingerprint = str(directories["three"]), HuggingFaceTokenizer(directories["one"]).fingerprint
+    with pytest.raises(InputError, match=f"^tokenizer.path: {path} has changed while it was being used; start again.$"):
+        _encode_in_worker(path, fingerprint, ["a"], None)
+
+
 @pytest.mark.parametrize(
     ("files", "sentence"),
     [
@@ -157,14 +164,22 @@ def test_workers_encode_the_same(directories: dict[str, Path]) -> None:
         ({"tokenizer_config.json": '{"eos_token": "<nobody>"}'}, "names no eos_token"),
         ({"tokenizer_config.json": "[]"}, "tokenizer_config.json' must hold a JSON object, found list"),
         ({"special_tokens_map.json": "null"}, "special_tokens_map.json' must hold a JSON object, found NoneType"),
+        ({"tokenizer.json": None}, r"tokenizer.json' cannot be read \(Is a directory\)"),
+        ({"tokenizer_config.json": None}, r"tokenizer_config.json' cannot be read \(Is a directory\)"),
+        ({"chat_template.jinja": None}, r"chat_template.jinja' cannot be read \(Is a directory\)"),
+        ({"chat_template.jinja": "na\udcefve"}, r"chat_template.jinja' is not UTF-8 text \(byte 2\)"),
     ],
 )
 def test_directories_that_are_no_tokenizer(
-    directories: dict[str, Path], tmp_path: Path, files: dict[str, str], sentence: str
+    directories: dict[str, Path], tmp_path: Path, files: dict[str, str | None], sentence: str
 ) -> None:
     HuggingFaceTokenizer(directories["three"]).save(tmp_path, 100)
     for name, content in files.items():
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).unlink(missing_ok=True)
+        if content is None:
+            (tmp_path / name).mkdir()
+        else:
+            (tmp_path / name).write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(InputError, match=rf"^'.*{sentence}.*; (bring back a good|name one)") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)

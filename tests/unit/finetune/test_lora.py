@@ -1,15 +1,28 @@
 """Adapters, and what of a model is trained."""
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 import torch
 
-from moe_lm.errors import InputError
+from moe_lm.checkpoint.checkpoint import Checkpoint
+from moe_lm.checkpoint.config import CheckpointConfig
+from moe_lm.checkpoint.store import CheckpointStore, TensorSlice
+from moe_lm.checkpoint.tensor_file import write_tensors
+from moe_lm.errors import InputError, RunError
+from moe_lm.finetune import adapter
+from moe_lm.finetune.adapter import write_adapter
 from moe_lm.finetune.base import FromBase, choose_trained, said_trained, trained_counts
 from moe_lm.finetune.config import LORA_PARTS, FinetuneConfig, Method, Part
 from moe_lm.finetune.lora import adapter_names, initial_adapter, is_adapter, merged, part_of
 from moe_lm.model.config import ModelConfig, ModelFamily
 from moe_lm.model.decoder import CausalLM
 from moe_lm.model.initialization import initialize
+from moe_lm.parallel.layout import Layout
+from moe_lm.parallel.placement import contiguous
+from moe_lm.training.state import MODEL
+from tests.models import InMemory
 
 SHAPE = {
     "vocab_size": 50,
@@ -181,6 +194,46 @@ def test_a_choice_that_the_base_does_not_have_is_named(model, options, sentence)
     with pytest.raises(InputError) as error:
         FromBase(Base(), FinetuneConfig(**options), 0, "")
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("layout", "cut_over"),
+    [(Layout(1, 4, 1), 0), (Layout(1, 8, 1), 8), (Layout(1, 4, 2), 0), (Layout(1, 6, 2), 3)],
+    ids=str,
+)
+def test_a_rank_that_can_not_be_cut_as_experts_are_is_named(layout, cut_over):
+    """Catches adapters whose experts are cut finer than they can be, found only then; and a rank that is refused where
+    whole experts are dealt out."""
+    placement = contiguous(MIXTURE.num_hidden_layers, MIXTURE.num_experts, layout.ep) if layout.ep > 1 else None
+    for rank in (24, 7):
+        start = FromBase(InMemory(CausalLM(MIXTURE)), dataclasses.replace(LORA, rank=rank), 0, "")
+        if rank == 24 or not cut_over:
+            start.check_layout(layout, placement)
+            continue
+        said = f"^finetune.rank=7: each expert is cut over {cut_over} processes, .* give a multiple of {cut_over}, or"
+        with pytest.raises(InputError, match=said):
+            start.check_layout(layout, placement)
+
+
+@pytest.mark.parametrize("fault", ["a bit", "a name"])
+def test_an_adapter_that_the_disk_has_changed_is_not_published(tmp_path, monkeypatch, fault):
+    """Catches a file of adapters that nobody reads before its user does."""
+    named = _adapted(MIXTURE).named_parameters()
+    slices = [TensorSlice.whole(MODEL + name, value.detach()) for name, value in named if is_adapter(name)]
+    checkpoint = Checkpoint(CheckpointStore(tmp_path / "checkpoints", CheckpointConfig()).save(1, slices, {}))
+    for directory in ("good", "bad"):
+        (tmp_path / directory).mkdir()
+    write_adapter(tmp_path / "good", checkpoint, MIXTURE, LORA, "base")
+
+    def changed(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        name, value = tensors.popitem()
+        flipped = value.clone()
+        flipped.view(torch.int32).flatten()[3] ^= 1
+        write_tensors(path, {**tensors, name: flipped} if fault == "a bit" else tensors)
+
+    monkeypatch.setattr(adapter, "write_tensors", lambda path, tensors: changed(path, dict(tensors)))
+    with pytest.raises(RunError, match=r"adapter_model.safetensors: does not hold the adapters that were written; try"):
+        write_adapter(tmp_path / "bad", checkpoint, MIXTURE, LORA, "base")
 
 
 def test_a_router_is_kept_near_the_one_it_began_with():

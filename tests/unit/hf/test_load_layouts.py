@@ -255,6 +255,14 @@ def test_the_rotary_base_of_silent_params_is_mistrals(mixtral, tmp_path):
     (tmp_path / "params.json").write_text(json.dumps({**params, "rope_theta": 77.0, "max_seq_len": 512}))
     config = load_config(tmp_path)
     assert (config.rope_theta, config.max_position_embeddings) == (77.0, 512)
+    for more, words in (
+        ({"vision_encoder": {"hidden_size": 8}}, "vision_encoder is not supported; mixtures and dense models of text"),
+        ({"lora": {"rank": 4}}, "lora is not supported; mixtures and dense models of text alone are"),
+        ({"moe": [8, 2]}, r"moe=\[8, 2\] is not a JSON object"),
+    ):
+        (tmp_path / "params.json").write_text(json.dumps({**params, **more}))
+        with pytest.raises(InputError, match=rf"params.json: {words}"):
+            load_config(tmp_path)
     del params["n_heads"]
     (tmp_path / "params.json").write_text(json.dumps(params))
     with pytest.raises(InputError, match=r"params.json: num_attention_heads is missing"):
@@ -287,6 +295,17 @@ def test_an_index_without_an_entry_is_refused(mixtral, tmp_path):
     values["weight_map"]["model.norm.weight"] = values["weight_map"]["model.embed_tokens.weight"]
     index.write_text(json.dumps(values))
     with pytest.raises(InputError, match=r"model\.norm\.weight is in model-.*, and not in model-"):
+        HuggingFaceSource(tmp_path)
+
+
+def test_an_entry_without_its_tensor_is_refused(mixtral, tmp_path):
+    """Catches a parameter that an index promises and no file holds: a shard of an older save."""
+    mixtral.save_pretrained(tmp_path, max_shard_size="10KB")
+    index = tmp_path / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    values["weight_map"]["model.bias"] = file = values["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(values))
+    with pytest.raises(InputError, match=rf"{file}: model\.bias is missing, and {index.name} says that it is there"):
         HuggingFaceSource(tmp_path)
 
 

@@ -17,7 +17,7 @@ from moe_lm.hf.configuration_parity import check_reading
 from moe_lm.hf.layout import to_disk, to_hf_config
 from moe_lm.hf.load import HuggingFaceSource
 from moe_lm.hf.parity import check_layers, check_model
-from moe_lm.hf.receipt import LAYERS, WHOLE, VerificationError
+from moe_lm.hf.receipt import FORMAT, LAYERS, WHOLE, VerificationError
 from moe_lm.hf.router_choices import RouterChoices
 from moe_lm.hf.their_model import DiskModel
 from moe_lm.hf.verification import verify_alone, verify_export, verify_native
@@ -102,6 +102,11 @@ FILE_FAULTS = {
     "begin": (_json("config.json", bos_token_id=2), "configuration: bos_token_id is 2 by transformers"),
     "kind": (_json("config.json", model_type="qwen2_moe"), "configuration: "),
     "end": (_json("generation_config.json", eos_token_id=3), "configuration: eos_token_id is 3 in generation_config"),
+    "unreadable": (_json("config.json", id2label=3), "configuration: transformers can not read config.json"),
+    "generation": (
+        lambda directory: (directory / "generation_config.json").unlink(),
+        r"configuration: generation_config.json can not be read \(",
+    ),
     "truncated": (_truncate, f"tensors: .*{SINGLE}"),
     "pickle": (_file("pytorch_model.bin"), "files: pytorch_model.bin can run code"),
     "capitals": (_file("Model.PKL"), "files: Model.PKL can run code"),
@@ -448,12 +453,23 @@ def test_the_card_of_an_export_may_be_written_anew(exporter):
     assert verify_alone(exporter.output, HuggingFaceSource(exporter.output, None), exporter.tokenizer).files
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"tensors": {}}', '{"tensors": 3}'])
-def test_a_broken_receipt_is_named(exporter, content):
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "verification.json: can not be read as JSON"),
+        ("[]", "verification.json: "),
+        ("{}", f"verification.json has format None, and this version reads {FORMAT} alone"),
+        *(
+            (json.dumps({"format": FORMAT, **more}), "files: verification.json has no digests of files")
+            for more in ({}, {"files": {}, "tensors": {}}, {"files": 3})
+        ),
+    ],
+)
+def test_a_broken_receipt_is_named(exporter, content, words):
     """Catches a receipt without digests that passes for one."""
     exporter()
     (exporter.output / "verification.json").write_text(content)
-    with pytest.raises((VerificationError, InputError), match=r"verification.json"):
+    with pytest.raises((VerificationError, InputError), match=words):
         verify_alone(exporter.output, HuggingFaceSource(exporter.output, None), exporter.tokenizer)
 
 

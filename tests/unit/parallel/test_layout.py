@@ -73,6 +73,8 @@ def test_auto_obeys_the_axes_that_are_given():
     """Catches a choice that ignores an axis, or is refused for a mode that nobody asked for."""
     assert _choose("auto", 4, state=SMALL, ep=2)[0] == Layout(1, 4, 2)
     assert _choose("auto", 4, state=SMALL, dp_replicate=2)[0] == Layout(2, 2, 2)
+    said = "parallel=single, for one process was started; parallel.dp_replicate and parallel.ep not used"
+    assert _choose("auto", 1, state=SMALL, dp_replicate=2, ep=2) == (Layout(), said)
 
 
 def test_the_default_is_an_axis_that_fits():
@@ -104,6 +106,7 @@ def test_every_process_has_a_place_of_its_own(layout):
         ("hsdp_ep", 4, {"dp_replicate": 3}, ["parallel.dp_replicate=3", "4", "1, 2, 4"]),
         ("hsdp_ep", 4, {}, ["parallel.dp_replicate=null", "one node"]),
         ("replicated", 4, {"ep": 2}, ["parallel.ep=2", "replicated"]),
+        ("single", 1, {"ep": 2}, ["parallel.ep=2", "parallel=single", "leave it out"]),
         ("fsdp", 7, {}, ["model.intermediate_size=96", "dp_shard / ep = 7", "parallel=fsdp_ep parallel.ep=7"]),
     ],
 )
@@ -112,6 +115,15 @@ def test_axes_that_do_not_fit_are_refused(mode, world, axes, words):
     with pytest.raises(InputError) as refused:
         _choose(mode, world, **axes)
     assert all(word in str(refused.value) for word in words), refused.value
+
+
+@pytest.mark.parametrize("mode", ["fsdp_ep", "hsdp_ep"])
+def test_a_dense_model_has_no_experts_to_place(mode):
+    """Catches an axis of experts that a dense model is cut along, or ignores."""
+    config = ParallelConfig(ParallelMode[mode], dp_replicate=2 if mode == "hsdp_ep" else None)
+    model = dataclasses.replace(MODEL, family=ModelFamily.dense)
+    with pytest.raises(InputError, match=f"^parallel={mode}: a dense model has no experts .*; choose parallel=fsdp.$"):
+        choose_layout(config, model, Machine(4, 4, 80 * 10**9), LARGE)
 
 
 @pytest.mark.parametrize("field", ["ep", "dp_replicate"])

@@ -1,6 +1,7 @@
 """The watch over the other processes of a job: real small processes, ended in every way."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from moe_lm.errors import RunError
+from moe_lm.parallel.peer_spoke import Spoke
 from moe_lm.parallel.peers import PeerWatch
 from tests.runs import wait_for
 
@@ -99,6 +102,17 @@ def job(tmp_path):
             return made
 
         yield make
+
+
+def test_a_main_process_that_can_not_be_reached_is_named(monkeypatch):
+    """Catches a traceback, or a wait without end, where a firewall stands between the machines of a job."""
+    with socket.create_server(("localhost", 0)) as closed:
+        port = closed.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    invitation = json.dumps({"who": "process 0 (host a, pid 1)", "port": port, "token": ""})
+    sentence = rf"process 3 can not reach process 0 \(host a, pid 1\) at localhost:{port} \(Connection refused\); the"
+    with pytest.raises(RunError, match=sentence):
+        Spoke(3, 4, lambda text: invitation, pytest.fail)
 
 
 def test_a_death_ends_all_within_the_limit(job):

@@ -101,3 +101,6 @@ def test_a_missing_run_is_said_to_be_missing(tmp_path):
         summed(read_steps(tmp_path / "nowhere"))
     with pytest.raises(InputError, match=r"there is no .*metrics\.jsonl; give"):
         summed(read_steps(tmp_path))
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"trace=.*metrics\.jsonl can not be read \(Is a directory\); give a run dir"):
+        summed(read_steps(tmp_path))

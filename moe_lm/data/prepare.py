@@ -100,6 +100,7 @@ def prepare(
         open_set(directory)
         return True
     _check_outside(directory, config, [*sources, *as_source(validation)])
+    _check_not_taken(directory / "data")
     directory.mkdir(parents=True, exist_ok=True)
     kept = made_tokenizer(directory) if keep_tokenizer and (directory / "tokenizer").is_dir() else None
     if kept is not None and template is not None:
@@ -110,6 +111,20 @@ def prepare(
         form = ChatFormat(template, config.sequence_length, config.too_long, config.chat_template)
     job = _Job(config, tokenizer_config, directory, settings, sources, validation, kept, form)
     return _make(job, part, report, progress)
+
+
+def _check_not_taken(data: Path) -> None:
+    """Refuse to write among files that no preparation has written.
+
+    Raises:
+        InputError: There are some.
+    """
+    if data.is_dir() and not any((data / name).exists() for name in ("begun.json", "manifest.json")):
+        # What is hidden may be of a preparation that was killed at its first word.
+        files = (path for path in data.rglob("*") if path.is_file() and not path.name.startswith("."))
+        foreign = next(files, None)
+        if foreign is not None:
+            raise InputError(f"{foreign}: was not made by a preparation; write elsewhere, or move {data} away.")
 
 
 def _check_outside(directory: Path, config: DataConfig, sources: list[Source]) -> None:

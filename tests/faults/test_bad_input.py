@@ -506,7 +506,7 @@ WEIGHTS = ["data.sources.a.weight=1", "data.sources.b.weight=100000"]
         (["data=prepared", "data.paths=nope"], ["data.paths: 'nope' does not exist (looked from "]),
         (
             ["data=jsonl", "data.paths=blank.jsonl", "data.workers=0"],
-            ["data.paths: there is no text in it; give files with text"],
+            ["data.paths: there is no text to train on in it; give files with more text"],
         ),
         (["data=jsonl", "data.paths=rows.jsonl", "data.sources.a.paths=rows.jsonl"], ["data.paths=['rows.jsonl']"]),
         ([*MIXED, "data.sources.a.paths=nope.jsonl"], ["data.sources.a.paths: 'nope.jsonl' does not exist"]),
@@ -708,7 +708,7 @@ def test_a_checkpoint_of_another_model_is_not_gone_on_with(complain, prepared):
     """Catches tensors of another run, whole by themselves, that are loaded as far as they fit."""
     said = complain("pretrain", *TEXT, "data.workers=0")
     assert said.startswith("runs/stdlib/checkpoints/step-00000001: model/") and "is missing; " in said
-    assert said.endswith("; what changes these can not be insisted on.")
+    assert said.endswith("; resume.allow_change does not cover these.")
 
 
 # Other commands
@@ -720,7 +720,7 @@ def test_a_checkpoint_of_another_model_is_not_gone_on_with(complain, prepared):
         ("part=0/4", "part=0/4: must be i/n with i from 1 to n, such as 2/8."),
         ("part=5/4", "part=5/4: must be i/n with i from 1 to n"),
         ("part=2", "part=2: must be i/n with i from 1 to n"),
-        ("data=prepared", "data.source=prepared: is prepared already; give the text that it shall be made of."),
+        ("data=prepared", "data.source=prepared: is prepared already; give the text to prepare."),
         (
             "data.streaming=true",
             "data.streaming=true: a stream is not prepared; leave it out, or give it to `pretrain`",
@@ -761,7 +761,7 @@ def test_a_base_without_its_tokenizer_is_named(complain, place):
     """Catches a base that goes on learning with ids of another tokenizer."""
     _save_model(place / "bare/checkpoints", vocab_size=4096)
     said = complain("finetune", "base=bare", "data=text", "data.paths=book.txt")
-    assert said == "tokenizer.path=null: there is no tokenizer beside bare; give the one it needs."
+    assert said == "base=bare: there is no tokenizer beside it; give tokenizer.path=…, the one that it needs."
 
 
 @pytest.mark.parametrize("command", ["export", "generate"])

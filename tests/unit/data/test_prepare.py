@@ -446,6 +446,15 @@ def test_text_that_is_gone_is_said_of_a_set_that_is_complete(config: DataConfig,
         prepare(config, TOKENIZER, tmp_path / "set")
 
 
+def test_nothing_is_written_among_foreign_files(tmp_path: Path, config: DataConfig) -> None:
+    """Catches a preparation into a directory whose `data` is somebody's, and may be removed with what it made."""
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    (tmp_path / "set" / "data" / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"data/mine.txt: was not made by a preparation; write elsewhere"):
+        prepare(config, TOKENIZER, tmp_path / "set")
+    assert [path.name for path in (tmp_path / "set").rglob("*")] == ["data", "mine.txt"]
+
+
 def test_text_of_one_character_is_too_little(tmp_path: Path) -> None:
     """Catches a set without anything to train on."""
     (tmp_path / "one.txt").write_text("a")

@@ -79,7 +79,12 @@ def config_directory() -> Path:
 def load(command: str, arguments: list[str]) -> Any:
     """Compose a command's configuration from its overrides; `InputError` for whatever the user got wrong."""
     groups, given = _parse(command, arguments)
-    config = _build(SCHEMAS[command], _merge(command, groups, given))
+    merged = _merge(command, groups, given)
+    if command in FROM_BASE and merged.base and merged.tokenizer.path is None:
+        raise InputError(
+            f"base={merged.base}: there is no tokenizer beside it; give tokenizer.path=…, the one that it needs."
+        )
+    config = _build(SCHEMAS[command], merged)
     for sentence in given_in_vain(config, {one.name for one in given}) if rank() == 0 else ():
         print(f"moe-lm: note: {sentence}", file=sys.stderr)
     return config
@@ -247,9 +252,12 @@ def _parse_value(argument: str, kind: Any) -> Any:
 
 
 def _quoted_entries(text: str) -> str:
-    """A list of texts with quotes around what the grammar would read as a number or a boolean, and write anew."""
-    quoted, bare = r"""(["'])(?:\\.|(?!\1).)*\1""", r"(?:(?<=[\[,])|^)\s*(?!null\b)([\w.+-]+)\s*(?=[\],]|$)"
-    return re.sub(f"{quoted}|{bare}", lambda match: f'"{match[2]}"' if match[2] else match[0], text)
+    """A list of texts with quotes around what the grammar would read as a number or a boolean, and write anew; what is
+    quoted, escaped or an interpolation stays.
+    """
+    as_it_is = r"""(["'])(?:\\.|(?!\1).)*\1|\\.|\$\{[^}]*\}"""
+    bare = r"(?:(?<=[\[,])(?<!\\,)|^)\s*(?!null\b)([\w.+-]+)\s*(?=[\],]|$)"
+    return re.sub(f"{as_it_is}|{bare}", lambda match: f'"{match[2]}"' if match[2] else match[0], text)
 
 
 def _how_to_quote(key: str, text: str) -> str:
@@ -270,7 +278,8 @@ def _check_paths(argument: str, paths: list[Any]) -> None:
             remedy = f"is no home directory here; write ./{path} if it is a name"
             raise InputError(f"{argument}: {Path(path).parts[0]} {remedy}.") from error
         except OSError as error:
-            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            is_pattern = any(sign in str(path) for sign in ("*", "?", "[", "${"))
+            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) and not is_pattern:
                 raise InputError(f"{argument}: can not be a path ({error.strerror}); give another.") from error
         except (TypeError, ValueError):  # no text, or none that the system takes: its own checks speak
             continue
@@ -314,8 +323,6 @@ def _sections_of_base(values: list[_Given]) -> dict[str, Any]:
     from moe_lm.commands.model_source import describe  # it needs this module
 
     model, tokenizer_directory = describe(Path(base).expanduser(), "base")
-    if tokenizer_directory is None and not any(one.name == "tokenizer.path" for one in values):
-        raise InputError(f"base={base}: there is no tokenizer beside it; give tokenizer.path=…, the one that it needs.")
     tokenizer = {} if tokenizer_directory is None else {"tokenizer": {"path": str(tokenizer_directory)}}
     # The penalty is against the router that a run begins with: how the base was trained says nothing about that.
     return _escaped_texts({"model": {**to_plain(model), "router_drift_coef": 0.0}, **tokenizer})

@@ -18,7 +18,7 @@ _IDLE: list[tuple[str, Callable[[Any], bool], str]] = [
         "with model.load_balancing=none",
     ),
     (
-        "model.num_experts model.num_experts_per_tok model.capacity_factor model.load_balancing "
+        "model.num_experts model.num_experts_per_tok model.load_balancing "
         "model.load_balancing_source model.router_aux_loss_coef model.router_z_loss_coef model.router_drift_coef",
         lambda c: not c.model.is_mixture and not isinstance(c, FinetuneRunConfig),  # there they are refused
         "with model=dense",

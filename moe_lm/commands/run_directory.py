@@ -126,17 +126,19 @@ def keep_whole(training: Run) -> None:
     it trains; the main process alone.
     """
     directory, tokenizer = training.directory, training.data.tokenizer
-    gone = [name for name in (CONFIG_FILE, "tokenizer") if not (directory / name).exists()]
-    if not gone or not training.runtime.is_main:
+    if not training.runtime.is_main:
         return
     try:
+        gone = [name for name in (CONFIG_FILE, "tokenizer") if not (directory / name).exists()]
+        if not gone:
+            return
         directory.mkdir(parents=True, exist_ok=True)
         save_config(training.config, directory)
         if "tokenizer" in gone and isinstance(tokenizer, SentencePieceTokenizer):  # the other kind is its files
             tokenizer.save(directory / "tokenizer", training.config.data.sequence_length)
+        lost = [name for name in gone if not (directory / name).exists()]
     except OSError:
         return  # the save will meet it as well, and does as the policy says
-    lost = [name for name in gone if not (directory / name).exists()]
     warn(
         f"{directory}: {' and '.join(gone)} went while the run trains (was it moved, or cleaned?); "
         + (f"{' and '.join(lost)} can not be put back, bring a copy" if lost else "put back, and the run goes on there")

@@ -107,6 +107,8 @@ def _of_checkpoints(path: Path, config: VerifyConfig) -> Receipt | None:
             f"against={config.against}: is for an export, and {path} is a native checkpoint; leave it out."
         )
     paths = [one for one in _checkpoints(path) if _is_there(one)]
+    if not paths:
+        raise RunError(f"checkpoint={path}: {GONE}; give the command again")
     damaged = [one for one in paths if not _is_good(one) and _is_there(one)]
     if damaged:
         raise RunError(f"checkpoint={path}: {len(damaged)} can not be trusted ({damaged[-1].name})")

@@ -191,8 +191,8 @@ def encode_chat(tokenizer: "Tokenizer", messages: Messages, ask: bool) -> list[i
 
 
 def end_ids(tokenizer: "Tokenizer") -> list[int]:
-    """Ids that end a text: the tokenizer's end mark, and the mark that its chat template writes behind an answer, where
-    that is another.
+    """Ids that end a text: the tokenizer's end mark, and the first mark that its chat template writes behind an answer,
+    where that is another.
     """
     messages = [{"role": Role.user.value, "content": "a"}, {"role": Role.assistant.value, "content": "b"}]
     if tokenizer.chat_template is None:
@@ -203,10 +203,12 @@ def end_ids(tokenizer: "Tokenizer") -> list[int]:
         return [tokenizer.eos_id]
     ids, token_spans = tokenizer.encode_rendered(text, NONCHARACTERS[0], spans or [])
     pieces = set(tokenizer.generated_ids) - {tokenizer.eos_id}
-    answer = ids[slice(*token_spans[-1])] if token_spans else []
-    said_and_closed = itertools.dropwhile(lambda token: token not in pieces, answer)
-    marks = [token for token in said_and_closed if token not in pieces]
-    return list(dict.fromkeys([tokenizer.eos_id, *marks[-1:]]))
+    unknown = tokenizer.special_tokens.get("unk_token")
+    others = set() if unknown is None else set(tokenizer.encode_rendered(unknown, NONCHARACTERS[0], [])[0])
+    answered = ids[token_spans[-1][0] :] if token_spans else []  # the mark itself may be none of what is learned
+    said = itertools.dropwhile(lambda token: token not in pieces, answered)
+    marks = (token for token in said if token not in pieces and token not in others)
+    return list(dict.fromkeys([tokenizer.eos_id, *itertools.islice(marks, 1)]))
 
 
 def render(

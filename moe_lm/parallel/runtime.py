@@ -32,10 +32,6 @@ the preparation of much text by the main process takes; processes that have gone
 hang by the watchdog."""
 
 
-NUMBERS_OF_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
-"""Variables of the environment by which a launcher tells processes of each other."""
-
-
 class Runtime:
     """This process among its peers."""
 
@@ -220,19 +216,26 @@ class Runtime:
 
 def _check_launcher() -> None:
     """Refuse a part of a launcher's variables, such as a shell script sets or a batch system leaves behind."""
-    remedy = "unset WORLD_SIZE to run one process, or start several with torchrun or accelerate launch"
-    for name in NUMBERS_OF_LAUNCHER:
+    rank, world_size, start = process.rank(), process.world_size(), "start several with torchrun or accelerate launch"
+    others = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT") if world_size > 1 else ()
+    for name in ("RANK", "WORLD_SIZE", *others):
         value = os.environ.get(name)
-        if value is not None and not value.isdecimal():
-            raise InputError(f"{name}={value} in the environment: must be a whole number; {remedy}.")
-    rank, world_size = process.rank(), process.world_size()
+        if value and not value.isdecimal():
+            raise InputError(
+                f"{name}={value} in the environment: must be a whole number; unset {name} to run one process, or "
+                f"{start}."
+            )
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if world_size > 1 and missing:
         raise InputError(
-            f"WORLD_SIZE={world_size} in the environment: {' and '.join(missing)} must be set beside it; {remedy}."
+            f"WORLD_SIZE={world_size} in the environment: {' and '.join(missing)} must be set beside it; unset "
+            f"WORLD_SIZE to run one process, or {start}."
         )
     if not 0 <= rank < world_size:
-        raise InputError(f"RANK={rank} in the environment: must be less than WORLD_SIZE={world_size}; {remedy}.")
+        raise InputError(
+            f"RANK={rank} in the environment: must be less than WORLD_SIZE={world_size}; unset RANK to run one "
+            f"process, or {start}."
+        )
 
 
 def _as_text(failure: Exception | None) -> str:

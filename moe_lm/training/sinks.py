@@ -54,7 +54,7 @@ class MetricsFile:
         """Append one line."""
         # JSON has no NaN: what is not finite becomes null, so that every reader can read the line that matters most.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        if not self._path.exists():  # somebody has moved or removed it, or the whole directory
+        if not os.path.exists(self._path):  # somebody has moved or removed it, or the whole directory
             self._open_anew()
         self._waiting += (json.dumps(finite, allow_nan=False) + "\n").encode()
         try:

@@ -16,7 +16,7 @@ from pyarrow import parquet
 from moe_lm import cli, config
 from moe_lm.checkpoint.config import CheckpointConfig
 from moe_lm.checkpoint.store import CheckpointStore, TensorSlice
-from moe_lm.config import load, save
+from moe_lm.config import _parse_value, load, save
 from moe_lm.data.prepare import prepare
 from moe_lm.data.prepared import open_set
 from moe_lm.errors import InputError
@@ -444,6 +444,19 @@ def test_a_source_is_named_as_it_was_given(complain, name):
     """Catches a remedy for the value where the name of a source is what can not be."""
     said = complain("pretrain", "data=text", f"data.sources.{name}.paths=[book.txt]")
     assert said == f"data.sources.{name}: name a source with letters, digits, '_' and '-'."
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        (r"[a\,b.txt,1e3]", ["a,b.txt", "1e3"]),
+        ('["a,1","2"]', ["a,1", "2"]),
+        ("[${oc.env:NOBODY,1,b}]", ["${oc.env:NOBODY,1,b}"]),
+    ],
+)
+def test_what_is_escaped_quoted_or_an_interpolation_stays(written, meant):
+    """Catches an entry of a list that is cut, or changed, where it looks like several."""
+    assert _parse_value(f"data.paths={written}", list[str]) == meant
 
 
 @pytest.mark.parametrize("entry", ["2024.10", "1e3", "007", "true", "False", "nan", "-5", "a.txt", "a b", "???", "1_0"])

@@ -103,6 +103,13 @@ def test_a_text_ends_where_the_template_closes_an_answer(chat: Path, base: Path)
     assert tokenizer.end_ids == [400]  # the end mark itself, and a newline behind it
     tokenizer.chat_template = CHATML.replace("<|im_end|>", "<|im_start|>")
     assert tokenizer.end_ids == [400, 401]
+    end = "{{ m.content }}<|im_start|>\n{% endfor %}{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    for template in (
+        "{% for m in messages %}{{ m.role }}" + end,  # as Phi-3: the end mark once, behind all of it
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}<|im_start|>{% endfor %}",
+    ):
+        tokenizer.chat_template = template
+        assert tokenizer.end_ids == [400, 401]
     for template in (None, "{{ nothing.at.all }}", CHATML.replace("<|im_end|>", ""), "{{ messages[0].content }}"):
         plain.chat_template = template
         assert plain.end_ids == [plain.eos_id]

@@ -156,6 +156,9 @@ def test_generation_ends_where_the_chat_template_does(exporter):
     path = exporter.tokenizer.directory / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"split_special_tokens": False}))  # or no template works
     assert exporter.tokenizer.end_ids == [2, 3]
+    exporter.tokenizer.chat_template += "\n"  # which it has no id for: <unk> ends nothing
+    assert exporter.tokenizer.end_ids == [2, 3]
+    exporter.tokenizer.chat_template = exporter.tokenizer.chat_template.strip()
     exporter()
     assert json.loads((exporter.output / "generation_config.json").read_text())["eos_token_id"] == [2, 3]
     assert json.loads((exporter.output / "config.json").read_text())["eos_token_id"] == 2

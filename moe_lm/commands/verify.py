@@ -116,8 +116,8 @@ def _of_checkpoints(path: Path, config: VerifyConfig) -> Receipt | None:
     try:
         check_expressible(source.config, "it is not run against transformers")
     except InputError as error:
-        asked = next((f"{name}={value}" for name, value in _only_against_transformers(config) if value), None)
-        if asked is not None:
+        if config.output is not None or config.whole_model:
+            asked = "whole_model=true" if config.output is None else f"output={config.output}"
             raise InputError(
                 f"{asked}: there is no receipt of this model ({str(error).rstrip('.')}); leave it out."
             ) from error
@@ -125,11 +125,6 @@ def _of_checkpoints(path: Path, config: VerifyConfig) -> Receipt | None:
         return None
     print(f"\n{paths[-1]}, against transformers:")
     return verify_native(source, config.whole_model)
-
-
-def _only_against_transformers(config: VerifyConfig) -> list[tuple[str, str | None]]:
-    """Options that mean nothing of a model which is not run against transformers."""
-    return [("output", config.output), ("whole_model", "true" if config.whole_model else None)]
 
 
 def _checkpoints(path: Path) -> list[Path]:

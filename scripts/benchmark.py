@@ -140,11 +140,14 @@ class Process:
         )
         self._answer()
 
-    def steps(self, count: int) -> dict[str, Any]:
-        """Train so many steps; what they took."""
+    def steps(self, count: int, warm: int = 0) -> dict[str, Any]:
+        """Train so many steps, after some that are not timed; what they took.
+
+        A side that waits has given its freed memory back, so that the first step of a turn faults it in again.
+        """
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # `_answer` says why
-            self._process.stdin.write(f"{count}\n")
+            self._process.stdin.write(f"{warm} {count}\n")
             self._process.stdin.flush()
         return self._answer()
 
@@ -243,8 +246,7 @@ def measure(sides: list[Side], options: list[str], batches: Path, given: argpars
                     kind: max(peak, matmul_rate(torch.device("cpu"), getattr(torch, kind)))
                     for kind, peak in peaks.items()
                 }
-                process.steps(1)  # memory that was given back has to be faulted in again
-                answers[side.name] = process.steps(given.steps)
+                answers[side.name] = process.steps(given.steps, warm=1)
             speeds = {name: tokens / answer["seconds"] for name, answer in answers.items()}
             memory = {name: answer["memory"] for name, answer in answers.items()}
             rounds.append({"peaks": peaks, "tokens_per_second": speeds, "memory": memory})

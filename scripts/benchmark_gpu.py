@@ -124,8 +124,7 @@ def measure(name: str, side: Side, host: dict[str, Any], given: argparse.Namespa
             batches = make_batches(options, given.output / "data", Path(directory) / "batches.safetensors")
             try:
                 with processes([whole], options, batches, balanced=False, deadline=end) as running:
-                    running[whole].steps(WARM)
-                    answer = running[whole].steps(STEPS)
+                    answer = running[whole].steps(STEPS, warm=WARM)
             except OutOfMemoryError:
                 continue
             except RuntimeError as error:

@@ -38,12 +38,10 @@ def main(model: str, micro_batch_size: int | None, precision: Precision) -> None
     with tempfile.TemporaryDirectory() as directory:
         batches = make_batches(options, Path("runs/benchmark/data"), Path(directory) / "batches.safetensors")
         with processes(sides, options, batches, balanced=False) as running:
-            for process in running.values():
-                process.steps(2)
             answers = {side: [] for side in sides}
             for _ in range(ROUNDS):
                 for side, process in running.items():
-                    answers[side].append(process.steps(2))
+                    answers[side].append(process.steps(2, warm=1))
     tokens = config.trainer.micro_batch_size * config.data.sequence_length
     state = training_state_bytes(config.model, 2, dtype.itemsize)
     # in blocks of 128 queries, each against the keys up to its own end

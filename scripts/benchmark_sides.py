@@ -1,6 +1,7 @@
 """One side of `benchmark.py`: a process that trains steps when it is told to, and says what they took.
 
-Standard input has one number of steps per line; standard output gets a JSON object for each, and one at the beginning.
+A line of standard input has two numbers, of steps before the clock starts and of those that are timed; standard output
+gets a JSON object for each line, and one at the beginning.
 Every side trains the same weights on the same batches, in their order, with the same loss (that of transformers, the
 balancing loss with it) and the same rule (AdamW, its fused kernel, no decay of norms, clipped to 1).
 """
@@ -45,22 +46,28 @@ class Conductor:
 
     def __init__(self, device: torch.device):
         self._device, self._before = device, peak_memory(device)
-        self._left, self._begin = 0, 0.0
+        self._left, self._timed, self._begin = 0, 0, 0.0
 
     def between_steps(self, loss: float | None = None) -> None:
         """Called before each step: returns when it may run, ends the process when there is nothing more to do."""
-        self._left -= 1
-        if self._left > 0:
-            return
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-        taken = time.perf_counter() - self._begin
-        _say({"seconds": taken, "loss": loss, "memory": peak_memory(self._device) - self._before})
+        if self._left:
+            self._left -= 1
+            if self._left == self._timed:  # the first are not timed
+                self._begin = self._now()
+            if self._left:
+                return
+        _say({"seconds": self._now() - self._begin, "loss": loss, "memory": peak_memory(self._device) - self._before})
         give_back_freed_memory()  # the machine does not hold what all sides have had at their peaks
         line = sys.stdin.readline()
         if not line:
             sys.exit(0)
-        self._left, self._begin = int(line), time.perf_counter()
+        warm, self._timed = (int(count) for count in line.split())
+        self._left, self._begin = warm + self._timed, self._now()
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 @torch.no_grad()

@@ -15,7 +15,9 @@
 #include <new>
 #include <numeric>
 #include <optional>
+#include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 using bf16 = uint16_t;

@@ -1,6 +1,7 @@
 """The benchmarks compare the same work: same weights, same batches, same loss, on every side."""
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -93,6 +94,27 @@ def test_all_sides_begin_with_the_same_loss(scripts, tmp_path):
         if side.precision == "fp32":
             assert of_side[:3] == pytest.approx(ours[:3], rel=1e-4)
         assert of_side[-1] < of_side[0] - 0.5
+
+
+def test_the_first_steps_of_a_turn_are_not_timed(scripts, monkeypatch):
+    """Catches ratios that count how long each side takes to fault its memory in again after it has waited."""
+    import benchmark_sides
+
+    said, now = [], 0.0
+    monkeypatch.setattr(benchmark_sides, "_say", said.append)
+    monkeypatch.setattr(benchmark_sides.time, "perf_counter", lambda: now)
+    given_back = []
+    monkeypatch.setattr(benchmark_sides, "give_back_freed_memory", lambda: given_back.append(now))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("2 3\n0 1\n"))
+    conductor = benchmark_sides.Conductor(torch.device("cpu"))
+    for seconds in (0, 100, 50, 4, 2, 1):
+        now += seconds
+        conductor.between_steps()
+    now += 8
+    with pytest.raises(SystemExit) as ended:
+        conductor.between_steps()
+    assert ended.value.code == 0
+    assert [answer["seconds"] for answer in said[1:]] == [7, 8] and given_back == [0, 157, 165]
 
 
 def test_a_killed_side_counts_as_out_of_memory(scripts, tmp_path):

@@ -140,3 +140,4 @@ def test_a_tree_may_hold_links_that_lead_nowhere(tmp_path):
     """Catches a traceback for a link, which has nothing that could be made durable."""
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     sync_tree(tmp_path)
+    assert (tmp_path / "link").is_symlink()

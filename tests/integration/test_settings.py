@@ -130,7 +130,7 @@ def test_a_run_keeps_its_best_checkpoint(train):
     """Catches a score that a run does not write down, or that is not its validation's: a learning rate that grows until
     the model is worse than before."""
     options = ["trainer.max_steps=12", "trainer.eval_interval=2", "checkpoint.interval=2", "checkpoint.keep_last=1"]
-    options += ["checkpoint.keep_best=true", "optimizer.learning_rate=0.3", "schedule.warmup_steps=12"]
+    options += ["checkpoint.keep_best=true", "optimizer.learning_rate=3", "schedule.warmup_steps=12"]
     run = train(*options, "optimizer.max_grad_norm=0")
     scores = metrics(run, "validation_bits_per_byte")
     best = min(scores, key=scores.get)

@@ -93,8 +93,9 @@ def test_accumulation_changes_nothing(size, formula, family):
         assert many.gradient_norm == pytest.approx(one.gradient_norm, rel=1e-4)
         assert torch.equal(one.count_LE, many.count_LE)
         for (name, a), b in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
+            # AdamW's first step turns what gradients near 0 differ by into whole updates, on some processors more.
             unit_a, unit_b = a.grad / one.gradient_norm, b.grad / one.gradient_norm
-            torch.testing.assert_close(unit_b, unit_a, rtol=1e-4, atol=1e-6, msg=name)
+            torch.testing.assert_close(unit_b, unit_a, rtol=1e-4, atol=5e-6, msg=name)
 
 
 def test_cross_entropy_is_the_mean_over_targets():

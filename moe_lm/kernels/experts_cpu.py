@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from moe_lm.kernels import native
 from moe_lm.kernels.combine import sum_rows
+from moe_lm.kernels.gemm import gemm
 from moe_lm.kernels.grouping import Grouping, groups
 
 _aten = torch.ops.aten
@@ -42,8 +43,8 @@ def _forward(
         h_P2F = x_TD.new_empty(len(token_P), gate_up_proj.shape[1])
         for expert, rows in groups(end_E):
             x_pD = x_TD.index_select(0, token_P[rows])
-            h_p2F = torch.mm(x_pD, gate_up_proj[expert].t(), out=h_P2F[rows])
-            torch.mm(_swiglu(h_p2F, weight_P[rows]), down_proj[expert].t(), out=y_PD[rows])
+            h_p2F = gemm(x_pD, gate_up_proj[expert].t(), out=h_P2F[rows])
+            gemm(_swiglu(h_p2F, weight_P[rows]), down_proj[expert].t(), out=y_PD[rows])
     y_PD[int(end_E[-1]) :].zero_()
     return sum_rows(y_PD, token_P, len(x_TD)), h_P2F
 
@@ -111,15 +112,15 @@ def _backward_by_expert(
                     gradient[expert].zero_()
             continue
         grad_y_pD = grad_y_TD.index_select(0, token_P[rows])
-        grad_activation_pF = torch.mm(grad_y_pD, down_proj[expert])
+        grad_activation_pF = gemm(grad_y_pD, down_proj[expert])
         grad_weight_p = None if gradients.weight_P is None else gradients.weight_P[rows]
         activation_pF, grad_h_p2F = _swiglu_backward(h_P2F[rows], weight_P[rows], grad_activation_pF, grad_weight_p)
         if gradients.down is not None:
-            torch.mm(grad_y_pD.t(), activation_pF, out=gradients.down[expert])
+            gemm(grad_y_pD.t(), activation_pF, out=gradients.down[expert])
         if gradients.gate_up is not None:
-            torch.mm(grad_h_p2F.t(), x_TD.index_select(0, token_P[rows]), out=gradients.gate_up[expert])
+            gemm(grad_h_p2F.t(), x_TD.index_select(0, token_P[rows]), out=gradients.gate_up[expert])
         if gradients.x_PD is not None:
-            torch.mm(grad_h_p2F, gate_up_proj[expert], out=gradients.x_PD[rows])
+            gemm(grad_h_p2F, gate_up_proj[expert], out=gradients.x_PD[rows])
 
 
 def _take_tiles(x_TD: Tensor, grouping: Grouping, gate_up_proj: Tensor, down_proj: Tensor) -> bool:

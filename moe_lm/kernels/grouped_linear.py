@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_lm.kernels.gemm import gemm
 from moe_lm.kernels.grouping import grouped_mm_takes, groups
 
 
@@ -62,7 +63,7 @@ def _linear_loop(x_RI: Tensor, group_ends_E: Tensor, weight_EOI: Tensor) -> Tens
     """A GEMM per expert into slices of one buffer; the gradient of the stacked matrices is written once."""
     y_RO = x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
     for expert, rows in groups(group_ends_E):
-        torch.mm(x_RI[rows], weight_EOI[expert].t(), out=y_RO[rows])
+        gemm(x_RI[rows], weight_EOI[expert].t(), out=y_RO[rows])
     y_RO[int(group_ends_E[-1]) :].zero_()
     return y_RO
 
@@ -85,9 +86,9 @@ def _backward(ctx: Any, grad_y_RO: Tensor) -> tuple[Tensor | None, ...]:
                 grad_weight[expert].zero_()
             continue
         if grad_weight is not None:
-            torch.mm(grad_y_RO[rows].t(), x_RI[rows], out=grad_weight[expert])
+            gemm(grad_y_RO[rows].t(), x_RI[rows], out=grad_weight[expert])
         if grad_x_RI is not None:
-            torch.mm(grad_y_RO[rows], weight_EOI[expert], out=grad_x_RI[rows])
+            gemm(grad_y_RO[rows], weight_EOI[expert], out=grad_x_RI[rows])
     if grad_x_RI is not None:
         grad_x_RI[int(group_ends_E[-1]) :].zero_()
     return grad_x_RI, None, grad_weight

@@ -1,4 +1,5 @@
-"""Rows times one weight: torch's, or in bf16 on a CPU with AMX tiles a kernel of our own (`amx_linear.inc`).
+"""Rows times one weight: torch's, or on a CPU a kernel of our own: in bf16 on AMX tiles (`amx_linear.inc`), in fp32
+without AVX-512 (`gemm.py`).
 
 oneDNN packs both factors of each of a step's three products anew and starts in tens of microseconds; where the weight
 is small, as a projection of attention is, that is half of its time.
@@ -13,19 +14,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_lm.kernels import native
+from moe_lm.kernels.gemm import gemm, is_native
 
 
 def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
     """X · weightᵀ for x [..., K], which gives [..., N]."""
     rows = x.shape[:-1].numel()
-    if x.dim() < 2 or not x.numel() or not native.takes_tiles((rows, *weight_NK.shape), x, weight_NK):
+    if x.dim() < 2 or not x.numel():
+        return F.linear(x, weight_NK)
+    if not native.takes_tiles((rows, *weight_NK.shape), x, weight_NK) and not (
+        x.is_contiguous() and is_native(x, weight_NK)
+    ):
         return F.linear(x, weight_NK)
     x_TK = x.flatten(0, -2)
-    y_TN = _with_gradients(x_TK, weight_NK) if torch.is_grad_enabled() else _on_tiles(x_TK, weight_NK)
+    y_TN = _with_gradients(x_TK, weight_NK) if torch.is_grad_enabled() else _forward(x_TK, weight_NK)
     return y_TN.unflatten(0, x.shape[:-1])
 
 
-def _on_tiles(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+def _forward(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+    if x_TK.dtype is torch.float32:
+        return gemm(x_TK, weight_NK.t())
     T, (N, K) = len(x_TK), weight_NK.shape
     y_TN, packed = x_TK.new_empty(T, N), torch.empty_like(weight_NK)
     native.run("amx_linear", None, T * N * K, x_TK, weight_NK, packed, y_TN, T, N, K)
@@ -35,7 +43,7 @@ def _on_tiles(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
 # An operator of its own, not an autograd function: activation checkpointing can then keep its results.
 @torch.library.custom_op("moe_lm::linear", mutates_args=())
 def _with_gradients(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
-    return _on_tiles(x_TK, weight_NK)
+    return _forward(x_TK, weight_NK)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -45,6 +53,10 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> 
 def _backward(ctx: Any, grad_y_TN: Tensor) -> tuple[Tensor | None, ...]:
     x_TK, weight_NK = ctx.saved_tensors
     T, (N, K) = len(x_TK), weight_NK.shape
+    if x_TK.dtype is torch.float32:
+        needs_x, needs_weight = ctx.needs_input_grad
+        grad_x = gemm(grad_y_TN, weight_NK) if needs_x else None
+        return grad_x, gemm(grad_y_TN.t(), x_TK) if needs_weight else None
     grad_x, grad_weight = (
         torch.empty_like(tensor) if needed else None
         for tensor, needed in zip((x_TK, weight_NK), ctx.needs_input_grad, strict=True)

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moe_lm.kernels import native
+from moe_lm.kernels.gemm import gemm
 from moe_lm.kernels.triton import launch
 
 IGNORED_LABEL = -100
@@ -103,12 +104,12 @@ def _loss_of_chunk(
     """Sum of the losses; writes one gradient and adds to the other, where they are wanted."""
     if native.takes_tiles((*hidden_rD.shape, len(head_VD)), hidden_rD, head_VD):
         return _loss_on_tiles(hidden_rD, head_VD, labels_r, grad_hidden_rD, grad_head_VD)
-    logits_rV = hidden_rD @ head_VD.t()
+    logits_rV = gemm(hidden_rD, head_VD.t())
     if not (native.supports(logits_rV) or launch.supports(logits_rV)):
         return _loss_by_torch(logits_rV, hidden_rD, head_VD, labels_r, grad_hidden_rD, grad_head_VD)
     loss = _loss_in_place(logits_rV, labels_r, grad_hidden_rD is not None or grad_head_VD is not None)
     if grad_hidden_rD is not None:
-        torch.mm(logits_rV, head_VD, out=grad_hidden_rD)
+        gemm(logits_rV, head_VD, out=grad_hidden_rD)
     if grad_head_VD is not None:
         _add_product(grad_head_VD, logits_rV, hidden_rD)
     return loss
@@ -160,7 +161,7 @@ def _loss_by_torch(
     if logits_rV.dtype is not wide:
         gradient_rV = logits_rV.copy_(gradient_rV)
     if grad_hidden_rD is not None:
-        torch.mm(gradient_rV, head_VD, out=grad_hidden_rD).masked_fill_(~kept_r1, 0)
+        gemm(gradient_rV, head_VD, out=grad_hidden_rD).masked_fill_(~kept_r1, 0)
     if grad_head_VD is not None:
         _add_product(grad_head_VD, gradient_rV, hidden_rD.masked_fill(~kept_r1, 0))
     return loss
@@ -168,6 +169,6 @@ def _loss_by_torch(
 
 def _add_product(grad_head_VD: Tensor, gradient_rV: Tensor, hidden_rD: Tensor) -> None:
     if gradient_rV.dtype is grad_head_VD.dtype:
-        grad_head_VD.addmm_(gradient_rV.t(), hidden_rD)
+        gemm(gradient_rV.t(), hidden_rD, out=grad_head_VD, accumulate=True)
     else:
         grad_head_VD += gradient_rV.t() @ hidden_rD

@@ -1,7 +1,7 @@
 // Parts of a training step and of decoding on CPUs, loaded by native.py; what each computes stands as plain torch
 // beside its caller (the modules of this folder). Here: pieces that are one pass over memory. In amx*.inc: whole
 // attention, experts, projections, loss and Newton–Schulz steps where there are AMX tiles; in fp32_attention.inc
-// attention without them; in decode.inc a step of decoding.
+// attention without them, in fp32_gemm.inc products; in decode.inc a step of decoding.
 //
 // Plain C++17 that a compiler vectorises for the machine it runs on; no library but OpenMP's. Everything is computed in
 // fp32 and rounded once, to the nearest even. Sums over a row, and over rows, have a fixed order for a given number of
@@ -454,5 +454,6 @@ EXPORT(bf16)
 #endif
 
 #include "few_rows.inc"
+#include "fp32_gemm.inc"
 #include "fp32_attention.inc"
 #include "decode.inc"

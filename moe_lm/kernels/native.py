@@ -48,6 +48,7 @@ _ARGUMENTS = {
     "decode": "ppppppppppf",
     "amx_attention": "pppppplllllf",
     "amx_attention_backward": "pppppppppplllllf",
+    "fp32_gemm": "pllpllplpllli",
     "fp32_attention": "pppppplllllf",
     "fp32_attention_backward": "pppppppppplllllf",
     "amx_experts": "ppppppppplll",

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_lm.kernels import newton_schulz
+from moe_lm.kernels import gemm as gemm_module
+from moe_lm.kernels import native, newton_schulz
 from moe_lm.kernels.attention import attention, attention_mask
 from moe_lm.kernels.combine import gather_rows, sum_rows
 from moe_lm.kernels.experts import expert_mixture
+from moe_lm.kernels.gemm import gemm
+from moe_lm.kernels.grouped_linear import grouped_linear
 from moe_lm.kernels.grouping import Grouping
 from moe_lm.kernels.linear import linear
 from moe_lm.kernels.loss import _LOGITS_AT_ONCE, linear_cross_entropy
@@ -437,6 +440,117 @@ def test_linear_of_other_sizes(T: int, N: int, K: int, kernels: Kernels) -> None
     reference = lambda x, w: F.linear(x, w)  # noqa: E731
     assert_parity(linear, reference, [torch.randn(T, K), torch.randn(N, K) / K**0.5], BF16)
     kernels.assert_ran(set())
+
+
+# --- products of our own in fp32 --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_products(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    """Takes them on every processor."""
+    if kernels.path != "native":
+        pytest.skip("has none, or the same")
+    monkeypatch.setattr(gemm_module, "pays", lambda: True)
+    return kernels
+
+
+def laid_out(x: Tensor, by_columns: bool) -> Tensor:
+    """The same values as a part of something larger, so that rows or columns lie apart."""
+    rows = x.t() if by_columns else x
+    larger = torch.full((len(rows) + 2, rows.shape[1] + 3), math.nan)
+    part = larger[1:-1, 2:-1].copy_(rows)
+    return part.t() if by_columns else part
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("b_by_columns", [False, True])
+@pytest.mark.parametrize("a_by_columns", [False, True])
+@pytest.mark.parametrize(
+    ("M", "N", "K"),
+    [(1, 1, 1), (5, 7, 3), (12, 32, 8), (72, 64, 512), (73, 33, 513), (145, 100, 1030), (300, 31, 1), (1, 700, 40)],
+)
+@pytest.mark.usefixtures("two_threads")
+def test_gemm(
+    M: int, N: int, K: int, a_by_columns: bool, b_by_columns: bool, accumulate: bool, own_products: Kernels
+) -> None:
+    """Catches tiles, panels, blocks or depths that are mixed up, ends that are left out, and writes beyond them."""
+    a, b, before = torch.randn(M, K), torch.randn(K, N), torch.randn(M, N)
+    out = laid_out(before, by_columns=False)
+    result = gemm(laid_out(a, a_by_columns), laid_out(b, b_by_columns), out, accumulate)
+    assert result is out
+    assert_close([out], [a.double() @ b.double() + before.double() * accumulate], FP32)
+    around = out._base
+    assert around is not None and int(around.isfinite().sum()) == M * N
+    own_products.assert_ran({"fp32_gemm"})
+
+
+def test_a_row_has_one_product_in_any_company(own_products: Kernels) -> None:
+    """Catches sums whose order depends on the number of threads, on other rows or on what is in them."""
+    a, b = torch.randn(200, 1100), torch.randn(1100, 300)
+    alone = gemm(a, b)
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(gemm(a, b), alone)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(gemm(a[50:63], b), alone[50:63])
+    a[7, 3], a[8, 4] = math.nan, math.inf
+    spoilt = gemm(a, b)
+    assert spoilt[7].isnan().all() and not spoilt[8].isfinite().any()
+    assert torch.equal(spoilt[9:], alone[9:]) and torch.equal(spoilt[:7], alone[:7])
+    own_products.assert_ran({"fp32_gemm"})
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_what_is_multiplied_by_torch(accumulate: bool, own_products: Kernels) -> None:
+    """Catches a kernel that is given what it does not take."""
+    whole = torch.randn(40, 60)
+    others = {
+        "gaps": (whole[:20, ::2], whole[:30, :25], torch.ones(20, 25)),
+        "empty": (whole[:, :0], whole[:0], torch.ones(40, 60)),
+        "fp64": (whole.double(), whole.double().t(), torch.ones(40, 40, dtype=torch.float64)),
+        "a product by columns": (whole, whole.t()[:, :30], torch.ones(30, 40).t()),
+        "one number for all": (torch.ones(1, 1).expand(5, 60), whole.t(), torch.ones(5, 40)),
+    }
+    for a, b, out in others.values():
+        expected = a @ b + accumulate
+        torch.testing.assert_close(gemm(a, b, out, accumulate), expected)
+    own_products.assert_ran(set())
+
+
+def test_what_takes_our_products(own_products: Kernels) -> None:
+    """Catches a factor that is transposed or swapped where experts, projections or the loss multiply."""
+    inputs, token_P, end_E = expert_inputs([31, 0, 33, 1], 5, 40, 24)
+    assert_parity(mixture("cpu", token_P, end_E), mixture("reference", token_P, end_E), inputs, FP32)
+    own_products.assert_ran({*ROWS, "fp32_gemm"})
+    own_products.calls.clear()
+    rows_and_weight = [torch.randn(3, 11, 40), torch.randn(24, 40) / 40**0.5]
+    assert_parity(linear, F.linear, rows_and_weight, FP32)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(*rows_and_weight), F.linear(*rows_and_weight))
+    by_expert = functools.partial(grouped_linear, group_ends_E=end_E)
+    assert_parity(
+        lambda x, w: by_expert(x, weight_EOI=w, backend="cpu"),
+        lambda x, w: by_expert(x, weight_EOI=w, backend="reference"),
+        [torch.randn(65, 40), torch.randn(4, 24, 40)],
+        FP32,
+    )
+    own_products.assert_ran({"fp32_gemm"})
+    labels_T = torch.randint(70, (90,))
+    assert_parity(
+        lambda hidden, head: linear_cross_entropy(hidden, head, labels_T, 32, "chunked"),
+        lambda hidden, head: linear_cross_entropy(hidden, head, labels_T, backend="reference"),
+        [torch.randn(90, 40), torch.randn(70, 40)],
+        FP32,
+    )
+    own_products.assert_ran({"cross_entropy", "fp32_gemm"})
+
+
+def test_our_products_are_those_of_processors_without_avx512() -> None:
+    """Catches a machine that is not asked, or answers for another."""
+    if native.library() is None or not hasattr(torch.cpu, "_is_avx512_supported"):
+        pytest.skip("no compiler, or a torch that can not be asked")
+    assert gemm_module.pays() == (torch.cpu._is_avx2_supported() and not torch.cpu._is_avx512_supported())
 
 
 # --- rows of tokens ---------------------------------------------------------------------------------------------------

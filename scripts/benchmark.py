@@ -100,6 +100,11 @@ class Side:
         driver = "Trainer" if self.trainer else "bare loop"
         return f"{self.experts} {self.precision}, {driver}{', tuned allocator' if self.tuned_allocator else ''}"
 
+    @property
+    def yardstick(self) -> str:
+        """The type whose products it is compared with, and with which of ours."""
+        return "float32" if self.precision == "fp32" else "bfloat16"
+
 
 SIDES = [
     Side(None, "bf16"),
@@ -239,7 +244,7 @@ def measure(sides: list[Side], options: list[str], batches: Path, given: argpars
         print("loss of the first step: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if loss))
         for number in range(given.rounds):
             answers = {}
-            peaks = dict.fromkeys(("bfloat16", "float32"), 0.0)
+            peaks = {side.yardstick: 0.0 for side in sides}  # one of bf16 takes minutes where that is emulated
             for side, process in running.items():
                 # Before each turn: one look now and then misses the minutes in which the machine is fast.
                 peaks = {
@@ -290,11 +295,12 @@ def describe(options: list[str], rounds: list[dict[str, Any]], given: argparse.N
     sides = {}
     for name in rounds[0]["tokens_per_second"]:
         speeds = [one["tokens_per_second"][name] for one in rounds]
-        own = "moe-lm fp32" if " fp32" in name else "moe-lm bf16"
+        yardstick = next(side.yardstick for side in SIDES if side.name == name)
+        own = "moe-lm fp32" if yardstick == "float32" else "moe-lm bf16"
         ratios = [one["tokens_per_second"].get(own, float("nan")) / one["tokens_per_second"][name] for one in rounds]
         sides[name] = {
             "tokens_per_second": statistics.median(speeds),
-            "share_of_peak": statistics.median(speeds) * flops / peaks["float32" if " fp32" in name else "bfloat16"],
+            "share_of_peak": statistics.median(speeds) * flops / peaks[yardstick],
             "memory_without_moments": rounds[-1]["memory"][name] - (state // 2 if "held" in name else state),
             "ratios": sorted(ratios),
         }

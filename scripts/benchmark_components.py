@@ -5,8 +5,8 @@
     python scripts/benchmark_components.py --check    exits with 1 where less than three quarters of a ratio are left
 
 Reference and fast path take turns, and only ratios of the two are kept: another machine's speed, or a busy hour,
-changes both. The baseline lies beside this file, by kind of machine (what multiplies bf16, and the number of threads);
-a part that it has no ratio for fails a check as well.
+changes both. The baseline lies beside this file, by kind of machine (what multiplies matrices, and the number of
+threads); a part that it has no ratio for fails a check as well.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe_lm.kernels import native
+from moe_lm.kernels import gemm, native
 from moe_lm.kernels.allocator import keep_freed_memory
 from moe_lm.kernels.attention import attention, attention_mask
 from moe_lm.kernels.combine import sum_rows
@@ -78,7 +78,8 @@ def main() -> int:
 def kind() -> str:
     """What a baseline holds for."""
     bf16 = "AMX" if native.has_amx() else "bf16" if has_fast_bf16(torch.device("cpu")) else "no bf16"
-    return f"cpu, {bf16}, {torch.get_num_threads()} threads"
+    products = ", own fp32 products" if gemm.pays() else ""
+    return f"cpu, {bf16}{products}, {torch.get_num_threads()} threads"
 
 
 def measure(reference: Pass, fast: Pass, pairs: int = 9) -> float:

@@ -102,7 +102,7 @@ class Side:
 
     @property
     def yardstick(self) -> str:
-        """The type whose products it is compared with, and with which of ours."""
+        """The type whose best product it is measured by, and in which it is compared with ours."""
         return "float32" if self.precision == "fp32" else "bfloat16"
 
 

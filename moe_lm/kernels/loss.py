@@ -20,7 +20,7 @@ from moe_lm.kernels.triton import launch
 IGNORED_LABEL = -100
 _LOGITS_AT_ONCE = {2: 2**24, 4: 2**22, 8: 2**22}
 """By bytes of a logit. In bf16 (32 MB) a step of 4,096 tokens, V 8192, is slower by 2 to 9 % with a quarter of it: the
-head is packed anew for every chunk. MKL does not mind in fp32, and more would be the peak of a step's memory."""
+head is packed anew for every chunk. In fp32 that costs little, and more would be the peak of a step's memory."""
 _LOGITS_AT_ONCE_ON_GPU = 2**27
 """256 MB in bf16: few chunks, for each adds to the fp32 gradient of the whole head. Not measured."""
 

@@ -447,10 +447,11 @@ def test_linear_of_other_sizes(T: int, N: int, K: int, kernels: Kernels) -> None
 
 @pytest.fixture
 def own_products(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> Kernels:
-    """Takes them on every processor."""
+    """Takes them on every processor, and for few rows as well."""
     if kernels.path != "native":
         pytest.skip("has none, or the same")
     monkeypatch.setattr(gemm_module, "pays", lambda: True)
+    monkeypatch.setattr(gemm_module, "_FEWEST_ROWS", 1)
     return kernels
 
 
@@ -467,7 +468,17 @@ def laid_out(x: Tensor, by_columns: bool) -> Tensor:
 @pytest.mark.parametrize("a_by_columns", [False, True])
 @pytest.mark.parametrize(
     ("M", "N", "K"),
-    [(1, 1, 1), (5, 7, 3), (12, 32, 8), (72, 64, 512), (73, 33, 513), (145, 100, 1030), (300, 31, 1), (1, 700, 40)],
+    [
+        (1, 1, 1),
+        (5, 7, 3),
+        (12, 32, 8),
+        (72, 64, 512),
+        (73, 33, 513),
+        (145, 100, 1030),
+        (300, 31, 1),
+        (1, 700, 40),
+        (20, 4130, 600),
+    ],
 )
 @pytest.mark.usefixtures("two_threads")
 def test_gemm(
@@ -511,11 +522,58 @@ def test_what_is_multiplied_by_torch(accumulate: bool, own_products: Kernels) ->
         "fp64": (whole.double(), whole.double().t(), torch.ones(40, 40, dtype=torch.float64)),
         "a product by columns": (whole, whole.t()[:, :30], torch.ones(30, 40).t()),
         "one number for all": (torch.ones(1, 1).expand(5, 60), whole.t(), torch.ones(5, 40)),
+        "what autograd follows": (whole.clone().requires_grad_(), whole.t(), None),
     }
     for a, b, out in others.values():
-        expected = a @ b + accumulate
-        torch.testing.assert_close(gemm(a, b, out, accumulate), expected)
+        expected = a @ b + (accumulate and out is not None)
+        torch.testing.assert_close(gemm(a, b, out, accumulate and out is not None), expected)
+    for a, b in (whole, whole), (whole[0], whole.t()):
+        with pytest.raises(RuntimeError, match="mat"):
+            gemm(a, b)
+    with pytest.raises(RuntimeError, match="mat"):
+        linear(whole, whole[:, 1:])
     own_products.assert_ran(set())
+    with pytest.raises(AssertionError):
+        gemm(whole, whole.t(), torch.empty(39, 40))
+
+
+def test_second_derivatives_through_our_products(own_products: Kernels) -> None:
+    """Catches a backward whose own gradient is taken for zero, where it should be right or refused."""
+    x, w = leaves(torch.randn(70, 40), torch.randn(24, 40), dtype=FP32)
+
+    def of_gradient(function: Callable[..., Tensor]) -> Tensor:
+        grad_x = torch.autograd.grad((function(x, w) ** 3).sum(), x, create_graph=True)[0]
+        return torch.autograd.grad(grad_x.square().sum(), w)[0]
+
+    torch.testing.assert_close(of_gradient(linear), of_gradient(F.linear))
+    own_products.assert_ran({"fp32_gemm"})
+    with pytest.raises(RuntimeError):
+        of_gradient(lambda x, w: grouped_linear(x, torch.tensor([70], dtype=torch.int32), w[None], "cpu"))
+    down = torch.randn(1, 40, 12)
+    with pytest.raises(RuntimeError):
+        of_gradient(lambda x, w: of_every_row(x, torch.tensor([70], dtype=torch.int32), w[None], down, "cpu"))
+
+
+def test_few_rows_are_multiplied_by_torch(own_products: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a bound that is not kept."""
+    monkeypatch.setattr(gemm_module, "_FEWEST_ROWS", 64)
+    x, w = torch.randn(64, 40), torch.randn(24, 40)
+    linear(x[:63], w)
+    gemm(x[:63], w.t())
+    own_products.assert_ran(set())
+    linear(x, w)
+    own_products.assert_ran({"fp32_gemm"})
+
+
+def test_a_frozen_projection_keeps_no_inputs(own_products: Kernels) -> None:
+    """Catches memory that nobody reads."""
+    x, w = torch.randn(70, 40, requires_grad=True), torch.randn(24, 40)
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        y = linear(x, w)
+    assert kept == [(24, 40)]
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], w.sum(0).expand(70, 40))
+    own_products.assert_ran({"fp32_gemm"})
 
 
 def test_what_takes_our_products(own_products: Kernels) -> None:

@@ -13,8 +13,9 @@ from moe_lm.kernels import native
 _DEPTH, _COLUMNS, _PANEL = 512, 4096, 32
 """What is packed at a time: rows and columns, these up to a multiple of at most the last."""
 
-_FEWEST_ROWS = 64
-"""The right factor is packed for each product: for fewer rows MKL's are faster."""
+_FEWEST_ROWS = 128
+"""The right factor is packed for each product, which has to pay. At 128 rows ours are 0.8 to 1.0 times as fast where
+products are small (256 columns), and 1.2 to 1.5 times where they are logits."""
 
 
 def gemm(a_MK: Tensor, b_KN: Tensor, out: Tensor | None = None, accumulate: bool = False) -> Tensor:

@@ -2,7 +2,7 @@
 
 GFLOP/s on two cores of an EPYC with AVX2 (148 at most), MKL's and ours in turn: 1,024 rows through a weight
 [1792, 256] 104 and 148, its gradients 119 and 135 (weight), 109 and 137 (rows); logits of 8,192 tokens 71 and 111;
-projections 256×256 of 4,096 rows 79 and 127. With AVX-512 MKL's are as fast.
+projections 256×256 of 4,096 rows 79 and 127. With AVX-512, MKL's are taken: ours were not measured there.
 """
 
 import torch
